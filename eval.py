@@ -112,6 +112,7 @@ def main():
     print(f"{len(kept)} distinct problems of {len(counts)} sources, {k} samples each")
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
         rows = evaluate(kept, engine, verifier, tokenizer, 0, k, temperature, max_tokens, seed)
+    engine.close()
     table = summarize(rows, k)
     folder = repo_path(out_dir)
     os.makedirs(folder, exist_ok=True)

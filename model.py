@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from configurator import UserError
 from data import first_line
@@ -33,6 +34,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
 
 AttentionInterface.register("packed", packed_attention)
+disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
 
 
 def padded_layout(cu_seqlens):

