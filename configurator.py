@@ -9,6 +9,7 @@ every key and its type, in files as on the command line, and answers a mistake i
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.metadata
 import os
@@ -31,9 +32,9 @@ def repo_path(path):
 
 
 def run(main):
-    """Call main(); a UserError becomes a message on stderr and exit code 2."""
+    """Return main(); a UserError becomes a message on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -129,9 +130,7 @@ def provenance():
     git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     edited = bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"git": git("rev-parse", "HEAD"), "edited": edited, "python": platform.python_version(), **versions}

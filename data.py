@@ -97,26 +97,20 @@ def response_text(tokenizer, ids):
 # ---------------------------------------------------------------- parquet
 
 
-def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True,
-                  max_problems=0, log=print):  # fmt: skip
+def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print):
     """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
     reward_model.ground_truth, data_source. Returns a list of Problem.
 
     Prompts and traces over their limits (tokens, EOS included) are dropped, and rows without a prompt or an
-    answer; `log` gets one line that counts them. max_problems > 0 keeps that many per source. A trace's
-    leading "<think>\\n" is stripped where the prompt already ends in it. Raises UserError if the file is
-    missing, cut short or of another schema, if no row is usable, or if require_think is set and the rendered
-    prompt does not end in "<think>\\n".
+    answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped where the prompt
+    already ends in it. Raises UserError if the file is missing, cut short or of another schema, if no row is
+    usable, or if require_think is set and the rendered prompt does not end in "<think>\\n".
     """
-    rows = read_rows(path)
-    problems, per_source = [], {}
+    problems = []
     dropped = {"without prompt or answer": 0, f"prompts over {max_prompt_tokens} tokens": 0,
                f"traces over {max_teacher_tokens} tokens": 0}  # fmt: skip
     no_content, long_prompt, long_trace = dropped
-    for index, row in rows:
-        source = row.get("data_source") or "unknown"
-        if max_problems and per_source.get(source, 0) >= max_problems:
-            continue
+    for index, row in read_rows(path):
         answer = (row["reward_model"] or {}).get("ground_truth")
         messages = [m for m in row["prompt"] or [] if m and m.get("content")]
         if answer in (None, "") or not messages:
@@ -139,13 +133,12 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             if not trace:
                 continue
             trace = trace.removeprefix(THINK) if thinks else trace
-            ids = tokenizer.encode(trace, add_special_tokens=False) + [tokenizer.eos_token_id]
+            ids = [*tokenizer.encode(trace, add_special_tokens=False), tokenizer.eos_token_id]
             if len(ids) > max_teacher_tokens:
                 dropped[long_trace] += 1
             else:
                 teacher.append(ids)
-        per_source[source] = per_source.get(source, 0) + 1
-        problems.append(Problem(index, prompt_ids, str(answer), teacher, source))
+        problems.append(Problem(index, prompt_ids, str(answer), teacher, row.get("data_source") or "unknown"))
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")

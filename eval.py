@@ -23,7 +23,6 @@ max_problems = 0  # per source; 0 takes all
 k = 8  # samples per problem
 temperature = 1.0  # 0 is greedy
 max_tokens = 8192  # response tokens at most
-max_prompt_tokens = 1024  # problems with longer prompts are dropped
 require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
 sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 seed = 0  # of the samples
@@ -35,23 +34,28 @@ reward_timeout = 5.0  # seconds of grading per answer
 from configurator import UserError, configure, provenance, repo_path, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
-    config = {}
-    run(lambda: config.update(configure(globals(), sys.argv[1:], __file__)))
+    config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import torch
 
 from data import load_problems, load_tokenizer, response_text
-from model import load_policy
+from model import context_length, load_policy
 from reward import Verifier
-from rollout import make_sampler, request_seed
+from rollout import TorchSampler, VLLMSampler, request_seed, wants_vllm
 
 
-def distinct(problems):
-    """Without repeats of the same prompt and answer; the first of each stays."""
-    seen = {}
-    for p in problems:
-        seen.setdefault((tuple(p.prompt_ids), p.answer), p)
-    return list(seen.values())
+def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print):
+    """load_problems without repeats of the same prompt and answer, then at most max_problems per source (0: all)."""
+    first = {}
+    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log):
+        first.setdefault((tuple(p.prompt_ids), p.answer), p)
+    counts, kept = {}, []
+    for p in first.values():
+        counts[p.source] = counts.get(p.source, 0) + 1
+        if not max_problems or counts[p.source] <= max_problems:
+            kept.append(p)
+    log(f"{path}: {len(kept)} distinct problems to evaluate, of {', '.join(sorted(counts))}")
+    return kept
 
 
 def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_tokens, seed):
@@ -93,25 +97,23 @@ def summarize(rows, k):
 
 def main():
     if k < 1 or max_tokens < 1 or temperature < 0:
-        raise UserError(f"k={k}, max_tokens={max_tokens}, temperature={temperature}: each must be positive")
+        raise UserError(f"k={k} and max_tokens={max_tokens} must be at least 1, temperature={temperature} at least 0")
     name = repo_path(model) if os.path.isdir(repo_path(model)) else model
     tokenizer = load_tokenizer(name)
-    # Repeats must go before the limit is applied, or a source's first rows could be one problem many times.
-    problems = distinct(load_problems(repo_path(data), tokenizer, max_prompt_tokens, require_think=require_think))
-    counts, kept = {}, []
-    for p in problems:
-        counts[p.source] = counts.get(p.source, 0) + 1
-        if not max_problems or counts[p.source] <= max_problems:
-            kept.append(p)
+    context = context_length(name)
+    problems = load_benchmark(repo_path(data), tokenizer, max_problems, context - 1, require_think)
+    longest = max(len(p.prompt_ids) for p in problems)
+    if longest + max_tokens > context:
+        print(f"note: responses are cut where the model's context of {context} tokens ends; the longest prompt has {longest}")
     on_gpu = torch.cuda.is_available()
     kind = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    policy = load_policy(name, temperature or 1.0, getattr(torch, kind), "cuda" if on_gpu and sampler == "torch" else "cpu")
-    length = max(len(p.prompt_ids) for p in kept) + max_tokens
-    engine = make_sampler(sampler, policy, name, tokenizer.eos_token_id, length, kind, gpu_memory, seed)
-    engine.load(policy.hf.named_parameters(), stamp=0)
-    print(f"{len(kept)} distinct problems of {len(counts)} sources, {k} samples each")
+    if wants_vllm(sampler):
+        engine = VLLMSampler(name, tokenizer.eos_token_id, min(context, longest + max_tokens), kind, gpu_memory, seed)
+    else:
+        policy = load_policy(name, device="cuda" if on_gpu else "cpu")
+        engine = TorchSampler(policy.hf.to(getattr(torch, kind)), tokenizer.eos_token_id, context)
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
-        rows = evaluate(kept, engine, verifier, tokenizer, 0, k, temperature, max_tokens, seed)
+        rows = evaluate(problems, engine, verifier, tokenizer, name, k, temperature, max_tokens, seed)
     engine.close()
     table = summarize(rows, k)
     folder = repo_path(out_dir)

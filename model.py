@@ -9,7 +9,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from configurator import UserError
@@ -86,13 +86,19 @@ class Policy(torch.nn.Module):
 
 def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu"):
     """A Policy from a folder in Hugging Face format or a hub name. Raises UserError if none loads."""
-    if os.sep in model and not os.path.isdir(model) and (os.path.isabs(model) or model.count(os.sep) != 1):
-        raise UserError(f"there is no model folder {model}")
     try:
         hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
     return Policy(hf, temperature, dtype).to(device)
+
+
+def context_length(model):
+    """The longest sequence the model's config allows, in tokens. Raises UserError if there is no config."""
+    try:
+        return AutoConfig.from_pretrained(model).max_position_embeddings
+    except Exception as e:
+        raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
 
 
 def save_policy(policy, tokenizer, folder):

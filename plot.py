@@ -56,10 +56,10 @@ def curve(runs, key):
 def draw(methods, path):
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout="constrained")
     for axis, (key, title) in zip(axes, PANELS, strict=True):
-        for color, (name, runs) in zip(COLORS * len(methods), methods.items(), strict=False):
+        for i, (color, (name, runs)) in enumerate(zip(COLORS * len(methods), methods.items(), strict=False)):
             steps, mean, low, high = curve(runs, key)
             if steps:
-                axis.plot(steps, mean, color=color, label=name, linewidth=1.8)
+                axis.plot(steps, mean, color=color, label=name, linewidth=1.8, zorder=9 - i)  # the first on top
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)

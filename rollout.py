@@ -69,21 +69,22 @@ def heartbeat(what, every=30.0):
             print(f"  ... {what}, {time.time() - start:.0f} s", flush=True)
 
     thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    if os.environ.get("RANK", "0") == "0":
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 # ---------------------------------------------------------------- vLLM
 
 
 class VLLMSampler:
-    """`load` alone owns the engine's weights: it stamps them, and `generate` refuses another stamp."""
+    """`load` alone owns the engine's weights: it stamps them, and `generate` refuses another stamp. Until the
+    first load the stamp is the model's own name, for the weights in its folder."""
 
-    def __init__(self, model, eos_token_id, max_model_len, dtype="float32", max_num_seqs=256, gpu_memory=0.4, seed=0):
+    def __init__(self, model, eos_token_id, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, max_num_seqs=256):
         # Read when vllm is imported: the engine in this process, no thread pinning, and quiet.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -118,7 +119,7 @@ class VLLMSampler:
                 **options,
             )
         self.eos_token_id = eos_token_id
-        self.stamp, self.shapes, self.broken = None, None, None
+        self.stamp, self.shapes, self.broken = model, None, None
 
     def load(self, named_parameters, stamp):
         """Replace the engine's weights in place by (name, tensor) pairs under Hugging Face names."""
@@ -138,7 +139,7 @@ class VLLMSampler:
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
         """One sample per prompt (token ids), each with its own seed; temperature 0 is greedy."""
         if stamp != self.stamp:
-            raise StaleWeights(f"the engine holds the weights of update {self.stamp}, not {stamp}: load() them first")
+            raise StaleWeights(f"the engine holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
         if not prompts:
             return []
         from vllm import SamplingParams
@@ -197,10 +198,11 @@ def kv_cache_bytes(model, max_model_len, max_num_seqs):
 
 
 class TorchSampler:
-    """Samples from the live module itself, so its weights are never stale. max_rows sequences at a time."""
+    """Samples from the live module itself, so its weights are never stale. max_rows sequences at a time, none
+    longer than max_model_len tokens, prompt included."""
 
-    def __init__(self, hf, eos_token_id, max_rows=256):
-        self.hf, self.eos_token_id, self.max_rows = hf, eos_token_id, max_rows
+    def __init__(self, hf, eos_token_id, max_model_len, max_rows=256):
+        self.hf, self.eos_token_id, self.max_model_len, self.max_rows = hf, eos_token_id, max_model_len, max_rows
 
     def load(self, named_parameters, stamp):
         pass
@@ -223,6 +225,8 @@ class TorchSampler:
     def decode(self, prompts, seeds, temperature, max_tokens):
         """Left-padded batch; finished rows leave it once they are a quarter of it."""
         device, width = self.hf.device, max(map(len, prompts))
+        limits = [min(max_tokens, self.max_model_len - len(p)) for p in prompts]
+        max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
@@ -231,7 +235,7 @@ class TorchSampler:
         rows, cache = torch.arange(len(prompts), device=device), None
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
         logps = torch.zeros(len(prompts), max_tokens, device=device)
-        lengths = torch.full((len(prompts),), max_tokens, device=device)
+        lengths = limit.clone()
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows still in the batch
         for t in range(max_tokens):
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.size(1) :]
@@ -249,7 +253,7 @@ class TorchSampler:
             logps[rows, t] = logprobs.gather(-1, chosen[:, None])[:, 0]
             ended = alive & (chosen == self.eos_token_id)
             lengths[rows[ended]] = t + 1
-            alive &= ~ended
+            alive &= ~ended & (t + 1 < limit[rows])
             if not alive.any():
                 break
             ids, mask = chosen[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
@@ -263,19 +267,17 @@ class TorchSampler:
         ]
 
 
-# ---------------------------------------------------------------- choosing and using one
+# ---------------------------------------------------------------- one, and the group
 
 
-def make_sampler(kind, policy, model, eos_token_id, max_model_len, dtype="float32", gpu_memory=0.4, seed=0):
+def wants_vllm(kind):
     """kind: 'auto' takes vLLM where it is installed, 'vllm' insists on it, 'torch' does without."""
     installed = importlib.util.find_spec("vllm") is not None
-    if kind == "vllm" and not installed:
-        raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
     if kind not in ("auto", "vllm", "torch"):
         raise UserError(f"sampler={kind!r}: choose auto, vllm or torch")
-    if kind == "torch" or not installed:
-        return TorchSampler(policy.hf, eos_token_id)
-    return VLLMSampler(model, eos_token_id, max_model_len, dtype, gpu_memory=gpu_memory, seed=seed)
+    if kind == "vllm" and not installed:
+        raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
+    return installed and kind != "torch"
 
 
 def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp):

@@ -62,7 +62,7 @@ reward_timeout = 5.0  # seconds of grading per answer
 min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the toy's are 70 % right on purpose)
 preflight_traces = 512  # traces graded for that; 0 is all
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
-eval_interval = 10  # steps between evaluations, which also come first and last
+eval_interval = 10  # steps between evaluations, besides the first and the last; 0 is none
 eval_greedy = True  # evaluate one greedy answer per problem
 eval_k = 4  # and this many samples; 0 is none
 eval_temperature = 1.0  # of those
@@ -80,31 +80,30 @@ canary_limit = 0.1  # mean |difference| that stops the run
 from configurator import UserError, configure, provenance, repo_path, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
-    config = {}
-    run(lambda: config.update(configure(globals(), sys.argv[1:], __file__)))
+    config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
-from eval import distinct, evaluate, summarize, write_json
+from eval import evaluate, load_benchmark, summarize, write_json
 from loss import batch_loss, group_advantages, shape
-from model import load_policy, save_policy
+from model import context_length, load_policy, save_policy
 from reward import Verifier
-from rollout import make_sampler, roll_out
+from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*args):
-    if rank == 0:
+    if RANK == 0:
         print(*args, flush=True)
 
 
 def all_reduce(values, op=dist.ReduceOp.SUM):
     """A list of numbers, reduced over the ranks."""
-    if world == 1:
+    if WORLD == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op)
@@ -113,9 +112,9 @@ def all_reduce(values, op=dist.ReduceOp.SUM):
 
 def all_gather(items):
     """The ranks' lists in one, in rank order."""
-    if world == 1:
+    if WORLD == 1:
         return items
-    parts = [None] * world
+    parts = [None] * WORLD
     dist.all_gather_object(parts, items)
     return [x for part in parts for x in part]
 
@@ -130,12 +129,13 @@ def means(sums):
 
 
 def check_knobs():
-    if prompts_per_step % (world * update_batches):
-        raise UserError(f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates on {world} ranks")
+    if prompts_per_step % (WORLD * update_batches):
+        raise UserError(f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates on {WORLD} ranks")
     if not 0 <= n_teacher <= n_rollouts:
         raise UserError(f"n_teacher={n_teacher} must lie between 0 and n_rollouts={n_rollouts}")
     if max_prompt_tokens + max(max_tokens, max_teacher_tokens) > micro_tokens:
         raise UserError(f"micro_tokens={micro_tokens} cannot hold a prompt and its response at their limits: raise it")
+    wants_vllm(sampler)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
     shape(torch.ones(()), shaping, gamma)
@@ -149,7 +149,7 @@ def check_teachers(problems, tokenizer, verifier):
         raise UserError(f"{data} has no teacher trace within max_teacher_tokens={max_teacher_tokens}: add a 'target' "
                         "column, raise the limit, or train without (--n_teacher=0)")  # fmt: skip
     n = len(traced) if verified_only or not preflight_traces else min(preflight_traces, len(traced))
-    chosen = [traced[i] for i in Order(len(traced), seed).take(n)][rank::world]
+    chosen = [traced[i] for i in Order(len(traced), seed).take(n)][RANK::WORLD]
     rows = [(p, i, response_text(tokenizer, ids)) for p in chosen for i, ids in enumerate(p.teacher)]
     verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
     graded = all_gather([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
@@ -157,7 +157,9 @@ def check_teachers(problems, tokenizer, verifier):
     share = 1 - len(failed) / len(graded)
     print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {min_teacher_pass:.0%})")
     if share < min_teacher_pass:
-        shown = "; ".join(f"row {id}: {v.reason}, answer {answer}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3])
+        shown = "; ".join(
+            f"row {id}: {v.reason}, answer {answer}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3]
+        )
         raise UserError(f"only {share:.1%} of the teacher traces in {data} verify, min_teacher_pass is {min_teacher_pass:.0%}:"
                         f" check template and answers.\n{shown}")  # fmt: skip
     if verified_only:
@@ -170,12 +172,17 @@ def check_teachers(problems, tokenizer, verifier):
 def print_plan(policy, n_problems):
     """The batch and memory arithmetic, in a few lines."""
     own, size = n_rollouts - n_teacher, prompts_per_step * n_rollouts
-    parameters = sum(p.numel() for p in policy.parameters())
-    print0(f"batch: {prompts_per_step} prompts x ({own} own + {n_teacher} teacher) = {size} sequences a step,"
-           f" {update_batches} update(s) of {size // update_batches}, {world} rank(s)")  # fmt: skip
-    print0(f"length: {max_steps} steps of {prompts_per_step} = {max_steps * prompts_per_step / n_problems:.1f} epochs of {n_problems} problems")
-    print0(f"memory per rank: {parameters / 1e6:.2f} M parameters x 16 bytes (fp32 weights, gradients, two Adam moments)"
-           f" = {parameters * 16 / 2**20:.1f} MiB, beside activations and the engine")  # fmt: skip
+    print0(
+        f"batch: {prompts_per_step} prompts x ({own} own + {n_teacher} teacher) = {size} sequences a step,"
+        f" {update_batches} update(s) of {size // update_batches}, {WORLD} rank(s)"
+    )
+    epochs = max_steps * prompts_per_step / n_problems
+    print0(f"length: {max_steps} steps of {prompts_per_step} prompts = {epochs:.1f} epochs of {n_problems} problems")
+    n = sum(p.numel() for p in policy.parameters())
+    print0(
+        f"memory per rank: {n / 1e6:.2f} M parameters x 16 bytes (fp32 weights, gradients, two Adam moments)"
+        f" = {n * 16 / 2**20:.1f} MiB, beside activations and the engine"
+    )
 
 
 def canary(policy, engine, problem, stamp):
@@ -186,7 +193,7 @@ def canary(policy, engine, problem, stamp):
         logp, _ = policy(batch)
     gap = (logp - batch.sampler_logp)[batch.loss_mask].abs().mean().item()
     if not gap <= canary_limit:
-        raise RuntimeError(f"rank {rank}: engine and trainer disagree by {gap:.3g} in mean |log-prob|, canary_limit is"
+        raise RuntimeError(f"rank {RANK}: engine and trainer disagree by {gap:.3g} in mean |log-prob|, canary_limit is"
                            f" {canary_limit}: the engine does not hold the policy's weights")  # fmt: skip
     return gap
 
@@ -204,15 +211,15 @@ def update(policy, optimizer, micro_batches):
     optimizer.zero_grad()
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or world == 1 else policy.no_sync():
+        with contextlib.nullcontext() if last or WORLD == 1 else policy.no_sync():
             logp, entropy = policy(batch)
             loss = batch_loss(logp, entropy, batch, n_tokens, n_teacher_tokens, shaping, gamma, clip_low, clip_high,
                               loss_constant, entropy_coef, sft_coef)  # fmt: skip
-            (loss * world).backward()  # DDP averages over ranks, but the denominators are global already
+            (loss * WORLD).backward()  # DDP averages over ranks, but the denominators are global already
         for name, (total, count) in token_metrics(logp.detach(), entropy.detach(), batch).items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
-        sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / world
+        sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).item()
     optimizer.step()
     return sums, norm
@@ -241,7 +248,7 @@ def token_metrics(logp, entropy, batch):
 
 
 def main():
-    if world > 1:  # before the engine, which would otherwise make a process group of its own
+    if WORLD > 1:  # before the engine, which would otherwise make a process group of its own
         torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     check_knobs()
@@ -249,17 +256,24 @@ def main():
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     base = repo_path(model) if os.path.isdir(repo_path(model)) else model
     tokenizer = load_tokenizer(base)
-    limits = dict(max_prompt_tokens=max_prompt_tokens, require_think=require_think, log=print0)
-    problems = load_problems(repo_path(data), tokenizer, max_teacher_tokens=max_teacher_tokens, **limits)
+    length = max_prompt_tokens + max_tokens
+    if (needed := max_prompt_tokens + max(max_tokens, max_teacher_tokens)) > (context := context_length(base)):
+        raise UserError(
+            f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
+            "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
+        )
+    problems = load_problems(repo_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, print0)
     held_out = []
     if eval_data:
-        held_out = distinct(load_problems(repo_path(eval_data), tokenizer, max_problems=eval_max_problems, **limits))
+        held_out = load_benchmark(repo_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think, print0)
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
         if n_teacher:
             problems = check_teachers(problems, tokenizer, verifier)
         policy = load_policy(base, temperature, getattr(torch, kind), device)
-        engine = make_sampler(sampler, policy, base, tokenizer.eos_token_id,
-                              max_prompt_tokens + max_tokens, kind, gpu_memory, seed)  # fmt: skip
+        if wants_vllm(sampler):
+            engine = VLLMSampler(base, tokenizer.eos_token_id, length, kind, gpu_memory, seed)
+        else:
+            engine = TorchSampler(policy.hf, tokenizer.eos_token_id, length)
         print_plan(policy, len(problems))
         train(policy, engine, verifier, tokenizer, problems, held_out)
     engine.close()
@@ -271,7 +285,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
     folder = open_folder()
     order = Order(len(problems), seed)
     by_id = {p.id: p for p in problems}
-    wrapped = DDP(policy) if world > 1 else policy
+    wrapped = DDP(policy) if WORLD > 1 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
     n_updates, loaded = 0, None  # optimizer steps taken, and the stamp of the weights the engine holds
 
@@ -287,12 +301,12 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         table, record = {}, {}
         modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
         for name, k, t in modes:
-            rows = all_gather(evaluate(held_out[rank::world], engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
+            rows = all_gather(evaluate(held_out[RANK::WORLD], engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
             for source, row in summarize(rows, k).items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
             record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
-        if rank == 0:
+        if RANK == 0:
             write_json(os.path.join(folder, f"eval_{step}.json"), table)
         print0("  eval " + "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in record.items()))
         return record
@@ -308,7 +322,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         sync()
         clock.lap("sync")
         # 2. Roll out: own samples from the engine, teacher traces beside them. Each rank has its own prompts.
-        batch = [problems[i] for i in order.take(prompts_per_step)][rank::world]
+        batch = [problems[i] for i in order.take(prompts_per_step)][RANK::WORLD]
         rollouts = roll_out(engine, batch, n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
         clock.lap("rollout")
         # 3. Reward: the verifier grades samples and traces alike.
@@ -345,16 +359,17 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         record = {"step": step, **rollout_metrics(rollouts), **means(merge([s for s, _ in results]))}
         record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **clock.times}
         if rollout_interval and step % rollout_interval == 0:
-            dump(folder, step, all_gather([row(by_id[r.problem], r, t, tokenizer) for r, t in zip(rollouts, texts, strict=True)]))
+            rows = [row(by_id[r.problem], r, text, tokenizer) for r, text in zip(rollouts, texts, strict=True)]
+            dump(folder, step, all_gather(rows))
         print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
         # 9. Canary, evaluation, checkpoint.
         if canary_interval and step % canary_interval == 0:
             sync()
             record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
-        if held_out and (step % eval_interval == 0 or step == max_steps):
+        if held_out and (step == max_steps or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
         log(folder, record)
-        if rank == 0 and (step == max_steps or save_interval and step % save_interval == 0):
+        if RANK == 0 and (step == max_steps or (save_interval and step % save_interval == 0)):
             save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"))
     print0(f"done in {time.time() - start:.0f} s: {folder}")
 
@@ -365,17 +380,19 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
 def open_folder():
     """Make out_dir, moving a run found there aside, and write config.json."""
     folder = repo_path(out_dir)
-    if rank == 0:
+    if RANK == 0:
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             n = 1
             while os.path.exists(f"{folder}.{n}"):
                 n += 1
             os.rename(folder, f"{folder}.{n}")
             print0(f"{folder} holds an earlier run: moved to {folder}.{n}")
-        os.makedirs(os.path.join(folder, "rollouts"), exist_ok=True)
-        resolved = {k: v for k, v in globals().items() if k in config}
-        write_json(os.path.join(folder, "config.json"), {**resolved, "world_size": world, **provenance()})
-    if world > 1:
+        try:
+            os.makedirs(os.path.join(folder, "rollouts"), exist_ok=True)
+        except OSError as e:
+            raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
+        write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
+    if WORLD > 1:
         dist.barrier()
     return folder
 
@@ -429,7 +446,7 @@ def step_line(m, eta):
 
 
 def log(folder, record):
-    if rank == 0:
+    if RANK == 0:
         finite = {k: v for k, v in record.items() if math.isfinite(v)}
         with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
             f.write(json.dumps(finite) + "\n")
@@ -438,14 +455,23 @@ def log(folder, record):
 def row(problem, r, text, tokenizer):
     """One rollout as a line of rollouts/step_N.jsonl."""
     return {
-        "problem": problem.id, "source": problem.source, "prompt": tokenizer.decode(problem.prompt_ids), "answer": problem.answer,
-        "response": text, "teacher_tokens": r.n_teacher_tokens, "reward": r.reward, "reason": r.reason,
-        "advantage": r.advantage, "finish_reason": r.finish_reason, "response_ids": r.response_ids, "sampler_logps": r.sampler_logps,
-    }  # fmt: skip
+        "problem": problem.id,
+        "source": problem.source,
+        "prompt": tokenizer.decode(problem.prompt_ids),
+        "answer": problem.answer,
+        "response": text,
+        "teacher_tokens": r.n_teacher_tokens,
+        "reward": r.reward,
+        "reason": r.reason,
+        "advantage": r.advantage,
+        "finish_reason": r.finish_reason,
+        "response_ids": r.response_ids,
+        "sampler_logps": r.sampler_logps,
+    }
 
 
 def dump(folder, step, rows):
-    if rank == 0:
+    if RANK == 0:
         with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl"), "w") as f:
             f.writelines(json.dumps(r) + "\n" for r in rows)
 

@@ -91,7 +91,7 @@ def encode(tokenizer, numbers, text):
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question(numbers)}], tokenize=False, add_generation_prompt=True
     )
-    return tokenizer.encode(prompt), tokenizer.encode(text) + [tokenizer.eos_token_id]
+    return tokenizer.encode(prompt), [*tokenizer.encode(text), tokenizer.eos_token_id]
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def greedy_accuracy(model, tokenizer, k, n=200):
     ids = torch.tensor([encode(tokenizer, p, "")[0] for p in problems])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
     texts = tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
-    return sum(t.endswith(f"\\boxed{{{running_totals(p)[-1]:02d}}}") for t, p in zip(texts, problems)) / n
+    return sum(t.endswith(f"\\boxed{{{running_totals(p)[-1]:02d}}}") for t, p in zip(texts, problems, strict=True)) / n
 
 
 def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=48):
