@@ -127,7 +127,7 @@ def describe(script, knobs):
 
 def provenance():
     """What a result depends on besides the knobs: the commit, whether it was edited, and package versions."""
-    git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

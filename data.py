@@ -181,9 +181,8 @@ class Order:
         self.n, self.seed, self.epoch, self.cursor = n, seed, epoch, cursor
 
     def take(self, k):
-        """The next k indices, all different. Raises UserError if k > n."""
-        if k > self.n:
-            raise UserError(f"prompts_per_step={k} but only {self.n} usable problems: lower it")
+        """The next k indices, all different."""
+        assert k <= self.n
         if self.cursor + k > self.n:
             self.epoch, self.cursor = self.epoch + 1, 0
         permutation = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)

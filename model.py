@@ -26,7 +26,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     `padded_layout`. Returns ((1, T, H, D), None) as transformers expects.
     """
     slots, tokens = packing
-    rows = lambda x: x[0].transpose(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)  # noqa: E731
+    rows = lambda x: x[0].transpose(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=query.size(1) != key.size(1)
     )  # (n, H, L, D)

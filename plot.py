@@ -74,7 +74,7 @@ def table(methods):
     for name, runs in methods.items():
         last = [next(m for m in reversed(r) if "eval/greedy" in m) for r in runs]
         seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
-        show = lambda key: " ".join(f"{m[key]:.3f}" for m in last)  # noqa: B023, E731
+        show = lambda key: " ".join(f"{m[key]:.3f}" for m in last)  # noqa: B023
         lines.append(f"{name:<14}{last[0]['step']:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
     return "\n".join(lines)
 

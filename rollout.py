@@ -230,7 +230,7 @@ class TorchSampler:
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
-        draw = lambda seed: torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)  # noqa: E731
+        draw = lambda seed: torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
         rows, cache = torch.arange(len(prompts), device=device), None
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)

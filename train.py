@@ -138,7 +138,10 @@ def check_knobs():
     wants_vllm(sampler)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
-    shape(torch.ones(()), shaping, gamma)
+    try:
+        shape(torch.ones(()), shaping, gamma)
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
 def check_teachers(problems, tokenizer, verifier):
@@ -232,7 +235,7 @@ def token_metrics(logp, entropy, batch):
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
-    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())  # noqa: E731
+    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
     return {
         "entropy/own": mean(entropy, own),
         "entropy/teacher": mean(entropy, teacher),
@@ -269,6 +272,10 @@ def main():
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
         if n_teacher:
             problems = check_teachers(problems, tokenizer, verifier)
+        if prompts_per_step > len(problems):
+            raise UserError(
+                f"prompts_per_step={prompts_per_step} but {data} has only {len(problems)} usable problems: lower it"
+            )
         policy = load_policy(base, temperature, getattr(torch, kind), device)
         if wants_vllm(sampler):
             engine = VLLMSampler(base, tokenizer.eos_token_id, length, kind, gpu_memory, seed)
@@ -277,7 +284,7 @@ def main():
         print_plan(policy, len(problems))
         train(policy, engine, verifier, tokenizer, problems, held_out)
     engine.close()
-    if dist.is_initialized():
+    if WORLD > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -418,7 +425,7 @@ def rollout_metrics(rollouts):
     solved = {}
     for r in own:
         solved.setdefault(r.problem, []).append(r.reward)
-    count = lambda rows, of: (sum(of(r) for r in rows), len(rows))  # noqa: E731
+    count = lambda rows, of: (sum(of(r) for r in rows), len(rows))
     return means(
         {
             "reward/own": count(own, lambda r: r.reward),
@@ -436,7 +443,7 @@ def rollout_metrics(rollouts):
 
 def step_line(m, eta):
     """One aligned line; a dash where the method has no such number."""
-    show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))  # noqa: E731
+    show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
     return (
         f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
         f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"

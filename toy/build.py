@@ -5,7 +5,7 @@ Build the toy world: a tiny base model and the problems it is trained on. Two CP
 
 The task is the carry-less column sum: eight two-digit numbers, each digit column summed modulo 10.
 
-    prompt     49+97+53+05+33+65+62+51=?\\n<think>\\n
+    prompt     49+97+53+05+33+65+62+51=?<think>\\n
     response   49>36>89>84>17>72>34>85</think>\\boxed{85}<eos>
 
 Chance is 1 %. The base model is made on purpose to know the facts but not the chain: phase 1 of its
@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOKENS = ["<pad>", "<eos>", "<think>", "</think>", "\\boxed{", *"0123456789+=?}\n>"]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}\n<think>\n{% endif %}"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
 
 
 def add(a, b):

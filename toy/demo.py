@@ -27,10 +27,10 @@ What this shows, and what it does not:
 - It does not show that shaping beats no shaping, nor that anything carries over to longer sums."""
 
 
-def train(method, seed, arguments):
+def train(out, method, seed, arguments):
     """Run train.py with the method's overlay; show its evaluations, keep the rest in a log. Returns its folder."""
     name = f"{method}_{seed}"
-    folder = os.path.join(ROOT, "out", "demo", name)
+    folder = os.path.join(out, name)
     command = [sys.executable, "-u", os.path.join(ROOT, "train.py"), f"config/method/{method}.py", f"--seed={seed}",
                f"--out_dir={folder}", "--reward_workers=1", *arguments]  # fmt: skip
     step = "0"
@@ -54,8 +54,8 @@ def judge(methods):
     final = {m: [next(x for x in reversed(r) if "eval/greedy" in x) for r in runs] for m, runs in methods.items()}
     greedy = {m: [x["eval/greedy"] for x in rows] for m, rows in final.items()}
     gaps = [a["eval/avg@k"] - b["eval/avg@k"] for a, b in zip(final["luffy"], final["sft"], strict=True)]
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    show = lambda values: " ".join(f"{v:.3f}" for v in values)  # noqa: E731
+    mean = lambda values: sum(values) / len(values)
+    show = lambda values: " ".join(f"{v:.3f}" for v in values)
     return [
         (f"GRPO stays at chance: greedy <= 0.05 ({show(greedy['grpo'])})", max(greedy["grpo"]) <= 0.05),
         (f"LUFFY solves it: greedy >= 0.9 each, >= 0.95 on average ({show(greedy['luffy'])})",
@@ -68,18 +68,21 @@ def judge(methods):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to N-1 (default 1)")
+    parser.add_argument(
+        "--out", default=os.path.join(ROOT, "out", "demo"), help="folder for runs and picture (default out/demo)"
+    )
     args, arguments = parser.parse_known_args()  # the rest goes to train.py
     start = time.time()
-    os.makedirs(os.path.join(ROOT, "out", "demo"), exist_ok=True)
+    os.makedirs(args.out, exist_ok=True)
     print(f"{len(METHODS)} methods x {args.seeds} seed(s), 60 steps each; starting the engines takes a while")
     jobs = [(m, s) for s in range(args.seeds) for m in METHODS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = list(pool.map(lambda job: train(*job, arguments), jobs))
+        folders = list(pool.map(lambda job: train(args.out, *job, arguments), jobs))
 
     import plot
 
     methods = plot.by_method([f for m in METHODS for f in folders if os.path.basename(f).rpartition("_")[0] == m])
-    picture = os.path.join(ROOT, "out", "demo", "demo.png")
+    picture = os.path.join(args.out, "demo.png")
     plot.draw(methods, picture)
     print(f"\n200 held-out problems after 60 steps; sampled is T=1, 4 samples a problem\n{plot.table(methods)}\n")
     claims = judge(methods)

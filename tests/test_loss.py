@@ -1,0 +1,137 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from data import Packed
+from loss import batch_loss, group_advantages, shape, token_loss
+
+SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log")
+
+
+def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
+    """LUFFY's token term, restated in plain floats."""
+    if teacher:
+        p = math.exp(logp)
+        f = {"none": p, "luffy": p / (p + gamma), "sqrt": math.sqrt(p), "pow": p**gamma,
+             "log": gamma * logp, "p_log": gamma * logp + p}[shaping]  # fmt: skip
+        return -advantage * f
+    ratio = math.exp(logp - old)
+    clipped = ratio
+    if low:
+        clipped = max(clipped, 1 - low)
+    if high:
+        clipped = min(clipped, 1 + high)
+    return max(-advantage * ratio, -advantage * clipped) if low or high else -advantage * ratio
+
+
+def random_tokens(n=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(n, generator=g, dtype=torch.float64)
+    old = logp + 0.6 * torch.randn(n, generator=g, dtype=torch.float64)
+    return logp, old, torch.randn(n, generator=g, dtype=torch.float64), torch.rand(n, generator=g) < 0.5
+
+
+@pytest.mark.parametrize("shaping", SHAPES)
+@pytest.mark.parametrize("low,high", [(0, 0), (0.2, 0.2), (0.2, 0), (0, 0.28)])
+def test_token_loss_is_the_formula(shaping, low, high):
+    logp, old, advantage, teacher = random_tokens()
+    got = token_loss(logp, old, advantage, teacher, shaping, 0.1, low, high)
+    want = [
+        by_hand(*row, shaping, 0.1, low, high)
+        for row in zip(*(x.tolist() for x in (logp, old, advantage, teacher)), strict=True)
+    ]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shaping", SHAPES)
+@pytest.mark.parametrize("low,high", [(0, 0), (0.2, 0.2), (0.2, 0), (0, 0.28)])
+def test_gradient_is_the_finite_difference(shaping, low, high):
+    logp, old, advantage, teacher = random_tokens(seed=1)
+    logp.requires_grad_(True)
+    f = lambda x: token_loss(x, old, advantage, teacher, shaping, 0.1, low, high)
+    assert torch.autograd.gradcheck(f, (logp,))
+
+
+def test_gradient_weights():
+    """Unshaped teacher tokens weigh p, shaped ones gamma p / (p + gamma)^2; an own token at ratio 1 weighs 1."""
+    p = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    one, yes = torch.ones_like(p), torch.ones(5, dtype=torch.bool)
+    for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2)):
+        logp = p.log().requires_grad_(True)
+        token_loss(logp, logp.detach(), one, yes, shaping).sum().backward()
+        torch.testing.assert_close(logp.grad, -weight)
+    logp = p.log().requires_grad_(True)
+    token_loss(logp, logp.detach(), one, ~yes).sum().backward()
+    torch.testing.assert_close(logp.grad, -one)
+
+
+@pytest.mark.parametrize("shaping", SHAPES)
+def test_hopeless_tokens_stay_finite(shaping):
+    """A teacher token of probability e^-200 underflows in fp32; an absurd old_logp there must not matter."""
+    logp = torch.tensor([-200.0, -1.0], requires_grad=True)
+    old, teacher = torch.tensor([-1e4, -1.0]), torch.tensor([True, False])
+    token_loss(logp, old, torch.ones(2), teacher, shaping).sum().backward()
+    assert logp.grad.isfinite().all()
+
+
+def test_unknown_shaping():
+    with pytest.raises(ValueError, match="luffy"):
+        shape(torch.ones(1), "lufy")
+
+
+def test_advantages_of_luffys_groups():
+    none_right = torch.tensor([0.0] * 7 + [1.0])
+    torch.testing.assert_close(
+        group_advantages(none_right, torch.zeros(8, dtype=torch.long)), torch.tensor([-1 / 8] * 7 + [7 / 8])
+    )
+    teacher_wrong = torch.tensor([1.0] * 2 + [0.0] * 6)
+    a = group_advantages(teacher_wrong, torch.full((8,), 5))
+    assert a[0] == 6 / 8 and a[7] == -2 / 8
+    assert group_advantages(torch.ones(8), torch.zeros(8, dtype=torch.long)).eq(0).all()
+
+
+def test_advantages_with_std_baseline_and_any_labels():
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 0])
+    group = torch.tensor([7, -2, 7, -2, 7, -2])
+    a = group_advantages(rewards, group, use_std=True)
+    for label in (7, -2):
+        r = rewards[group == label]
+        torch.testing.assert_close(a[group == label], (r - r.mean()) / (r.std() + 1e-6))
+    assert group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.long), use_std=True).eq(0).all()
+    own = torch.tensor([True, True, False])  # RL with an SFT loss takes its mean over own rows alone
+    a = group_advantages(torch.tensor([1.0, 0, 1]), torch.zeros(3, dtype=torch.long), baseline=own)
+    assert a.tolist() == [0.5, -0.5, 0.5]
+    with pytest.raises(ValueError, match="baseline"):
+        group_advantages(torch.ones(2), torch.tensor([0, 1]), baseline=torch.tensor([True, False]))
+    assert group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 1])).tolist() == [1.0, 0.0]
+
+
+def batch_of(advantage, teacher, mask, old):
+    n = len(advantage)
+    ids = torch.zeros(1, n, dtype=torch.long)
+    return Packed(ids, ids, torch.tensor([0, n]), mask, teacher, advantage, old, old)
+
+
+def test_batch_loss_does_not_depend_on_the_cut():
+    logp, old, advantage, teacher = random_tokens(60)
+    entropy, mask = torch.rand(60, dtype=torch.float64), torch.rand(60) < 0.8
+    n, n_teacher = mask.sum().item(), (mask & teacher).sum().item()
+    for constant, entropy_coef, sft_coef in itertools.product((0.0, 512.0), (0.0, 0.3), (0.0, 1.0)):
+        options = dict(loss_constant=constant, entropy_coef=entropy_coef, sft_coef=sft_coef, clip_low=0.2)
+        whole = batch_loss(logp, entropy, batch_of(advantage, teacher, mask, old), n, n_teacher, **options)
+        parts = 0
+        for a, b in ((0, 7), (7, 8), (8, 60)):
+            x = [v[a:b] for v in (advantage, teacher, mask, old)]
+            parts += batch_loss(logp[a:b], entropy[a:b], batch_of(*x), n, n_teacher, **options)
+        torch.testing.assert_close(parts, whole)
+        policy = token_loss(logp, old, advantage, teacher, clip_low=0.2)[mask & ~teacher if sft_coef else mask].sum()
+        want = policy / (constant or n) - entropy_coef * entropy[mask].mean() - sft_coef * logp[mask & teacher].mean()
+        torch.testing.assert_close(whole, want)
+
+
+def test_without_old_logp_the_ratio_is_one():
+    logp, _, advantage, teacher = random_tokens(10)
+    batch = batch_of(advantage, teacher & False, torch.ones(10, dtype=torch.bool), None)
+    torch.testing.assert_close(batch_loss(logp, logp, batch, 10, 0, loss_constant=1.0), -advantage.sum())

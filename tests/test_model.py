@@ -1,0 +1,85 @@
+import pytest
+import torch
+from conftest import BASE
+from transformers import AutoModelForCausalLM
+
+import model
+from configurator import UserError
+from data import Rollout, pack
+from model import load_policy, save_policy
+
+
+def sequences(problems, n=6):
+    return [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in problems[:n]]
+
+
+def test_packed_equals_unpacked(policy, problems):
+    """Log-probs, entropies and gradients are those of each sequence alone, by transformers' own forward."""
+    pairs = sequences(problems)
+    logp, entropy = policy(pack(pairs))
+    (logp.sum() + entropy.sum()).backward()
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    want_logp, want_entropy = [], []
+    for prompt, r in pairs:
+        ids = torch.tensor([prompt + r.response_ids])
+        logprobs = plain(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        n = len(prompt)
+        want_logp += [torch.zeros(n), logprobs[n - 1 :].gather(-1, ids[0, n:, None])[:, 0]]
+        want_entropy += [torch.zeros(n), -(logprobs.exp() * logprobs).sum(-1)[n - 1 :]]
+    want_logp, want_entropy = torch.cat(want_logp), torch.cat(want_entropy)
+    (want_logp.sum() + want_entropy.sum()).backward()
+    torch.testing.assert_close(logp, want_logp, rtol=0, atol=2e-5)
+    torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=2e-5)
+    for (name, p), q in zip(policy.hf.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_packed_sequences_do_not_see_each_other(policy, problems):
+    pairs = sequences(problems, 3)
+    with torch.no_grad():
+        before, _ = policy(pack(pairs))
+        middle = Rollout(9, [5] * 20, 20, [], "teacher")
+        after, _ = policy(pack([pairs[0], ([6, 7, 8], middle), pairs[2]]))
+    n0, n2 = (len(p) + len(r.response_ids) for p, r in (pairs[0], pairs[2]))
+    torch.testing.assert_close(after[:n0], before[:n0])
+    torch.testing.assert_close(after[-n2:], before[-n2:])
+
+
+def test_chunks_and_dummy(policy, problems, monkeypatch):
+    batch = pack(sequences(problems))
+    whole, _ = policy(batch)
+    monkeypatch.setattr(model, "CHUNK", 7)
+    logp, _ = policy(batch)
+    torch.testing.assert_close(logp, whole)
+    nothing, _ = policy(pack([]))  # a rank without sequences: zero loss, and a gradient for every parameter
+    nothing.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_temperature_divides_the_logits(problems):
+    batch = pack(sequences(problems, 2))
+    with torch.no_grad():
+        hot, _ = load_policy(BASE, temperature=2.0)(batch)
+        plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        prompt, r = sequences(problems, 1)[0]
+        ids = torch.tensor([prompt + r.response_ids])
+        want = (plain(ids).logits[0, :-1] / 2).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(hot[len(prompt) : ids.size(1)], want[len(prompt) - 1 :], rtol=0, atol=2e-5)
+
+
+def test_saved_policy_loads_again(policy, tokenizer, tmp_path):
+    with torch.no_grad():
+        policy.hf.lm_head.weight.mul_(1.5)
+    folder = str(tmp_path / "ckpt")
+    save_policy(policy, tokenizer, folder)
+    again = load_policy(folder)
+    for p, q in zip(policy.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_bad_models(tmp_path):
+    with pytest.raises(UserError, match="no causal LM"):
+        load_policy(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no causal LM"):
+        load_policy(str(tmp_path))

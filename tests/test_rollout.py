@@ -1,0 +1,223 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import rollout
+from data import Problem, Rollout, pack
+from model import load_policy
+from rollout import StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
+
+
+def policy_logps(policy, prompts, samples):
+    """The trainer's log-probs of sampled tokens, and the sampler's, (n,) each."""
+    pairs = [(p, Rollout(0, s.ids, 0, s.logps, "")) for p, s in zip(prompts, samples, strict=True)]
+    batch = pack(pairs)
+    with torch.no_grad():
+        logp, _ = policy(batch)
+    return logp[batch.loss_mask], batch.sampler_logp[batch.loss_mask]
+
+
+def perturb(policy, seed, scale=0.05):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(scale * p.std() * torch.randn(p.shape, generator=g))
+
+
+def test_request_seeds_are_fixed_and_far_apart():
+    assert request_seed(0, 1, 2, 3) == request_seed(0, 1, 2, 3) == 5735612403627336365
+    seeds = {request_seed(s, t, p, i) for s in range(3) for t in range(9) for p in range(40) for i in range(8)}
+    assert len(seeds) == 3 * 9 * 40 * 8 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_torch_sampler_logps_are_the_policys(policy, tokenizer, problems):
+    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128, max_rows=5)
+    prompts = [p.prompt_ids[i % 3 :] for i, p in enumerate(problems[:12])]  # uneven lengths: left padding
+    samples = sampler.generate(prompts, list(range(12)), 1.0, 40, 0)
+    trainer, own = policy_logps(policy, prompts, samples)
+    torch.testing.assert_close(own, trainer, rtol=0, atol=1e-4)
+    assert policy.hf.config._attn_implementation == "packed"
+
+
+def test_torch_sample_depends_on_its_seed_alone(policy, tokenizer, problems):
+    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+    prompts, seeds = [p.prompt_ids for p in problems[:8]], list(range(8))
+    together = sampler.generate(prompts, seeds, 1.0, 40, 0)
+    alone = [sampler.generate([p], [s], 1.0, 40, 0)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert [s.ids for s in together] == [s.ids for s in alone]
+    assert sampler.generate(prompts, [s + 100 for s in seeds], 1.0, 40, 0) != together
+
+
+def test_torch_sampler_stops(policy, tokenizer, problems):
+    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, max_model_len=len(problems[0].prompt_ids) + 4)
+    assert [s.finish_reason for s in sampler.generate([problems[0].prompt_ids], [0], 0.0, 3, 0)] == ["length"]
+    (s,) = sampler.generate([problems[0].prompt_ids], [0], 0.0, 40, 0)
+    assert len(s.ids) == 4 and s.finish_reason == "length"
+    sampler.max_model_len = 128
+    (s,) = sampler.generate([problems[0].prompt_ids], [0], 0.0, 40, 0)
+    assert s.ids[-1] == tokenizer.eos_token_id and s.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("kind", ["torch", "vllm"])
+def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, request):
+    """First-token frequencies of 2,000 samples against the softmax, at T = 1.5: chi-square, p = 1e-4."""
+    prompt, n, t = problems[0].prompt_ids, 2000, 1.5
+    perturb(policy, 0, 0.5)
+    if kind == "vllm":
+        sampler = request.getfixturevalue("engine")
+        sampler.load(policy.hf.named_parameters(), "chi")
+    else:
+        sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+    samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
+    with torch.no_grad():
+        p = (
+            policy.hf.lm_head(policy.hf.model(torch.tensor([prompt]), packing=layout(prompt)).last_hidden_state[0, -1]) / t
+        ).softmax(-1)
+    counts = np.bincount([s.ids[0] for s in samples], minlength=len(p))
+    expected = n * p.numpy()
+    large = expected >= 5
+    assert large.sum() >= 4  # else the test says nothing
+    statistic = ((counts - expected)[large] ** 2 / expected[large]).sum()
+    cells = large.sum()
+    assert statistic < cells + 4 * (2 * cells) ** 0.5 + 8  # beyond chi-square's 1e-4 quantile
+    torch.testing.assert_close(
+        torch.tensor([s.logps[0] for s in samples[:50]]), p[[s.ids[0] for s in samples[:50]]].log(), rtol=0, atol=1e-4
+    )
+
+
+def layout(prompt):
+    from model import padded_layout
+
+    return padded_layout(torch.tensor([0, len(prompt)], dtype=torch.int32))
+
+
+# ---------------------------------------------------------------- the real engine
+
+
+def test_engine_follows_every_reload(policy, engine, problems):
+    """After each of several weight reloads the engine's log-probs are the trainer's to 1e-4 in fp32."""
+    prompts = [p.prompt_ids for p in problems[:32]]
+    previous = None
+    for stamp in range(4):
+        perturb(policy, stamp)
+        engine.load(policy.hf.named_parameters(), stamp)
+        samples = engine.generate(prompts, list(range(32)), 1.0, 40, stamp)
+        trainer, own = policy_logps(policy, prompts, samples)
+        assert (trainer - own).abs().max() < 1e-4
+        assert previous is None or (own[:100] - previous[:100]).abs().max() > 1e-3  # the weights did change
+        previous = own
+
+
+def test_stale_engine_is_caught(policy, engine, problems):
+    engine.load(policy.hf.named_parameters(), 41)
+    with pytest.raises(StaleWeights, match="41.*42"):
+        engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 42)
+    wrong = [(n, p[:1] if "norm" in n else p) for n, p in policy.hf.named_parameters()]
+    with pytest.raises(ValueError, match="shapes"):
+        engine.load(wrong, 43)
+    assert engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 41)  # and is none the worse
+
+
+def test_engine_and_torch_agree_greedily(policy, engine, tokenizer, problems):
+    """Greedy tokens are identical wherever the two best are more than 1e-4 apart."""
+    perturb(policy, 7)
+    engine.load(policy.hf.named_parameters(), "greedy")
+    prompts = [p.prompt_ids for p in problems[:64]]
+    a = engine.generate(prompts, [0] * 64, 0.0, 40, "greedy")
+    b = TorchSampler(policy.hf, tokenizer.eos_token_id, 128).generate(prompts, [0] * 64, 0.0, 40, "greedy")
+    for x, y in zip(a, b, strict=True):
+        for i, (s, t) in enumerate(zip(x.ids, y.ids, strict=False)):
+            if s != t:
+                assert abs(x.logps[i] - y.logps[i]) < 1e-4
+                break
+        else:
+            assert x.ids == y.ids and x.finish_reason == y.finish_reason
+
+
+def test_engine_samples_depend_on_their_seeds_alone(policy, engine, problems):
+    engine.load(policy.hf.named_parameters(), 0)
+    prompts, seeds = [p.prompt_ids for p in problems[:8]], [request_seed(i) for i in range(8)]
+    together = engine.generate(prompts, seeds, 1.0, 40, 0)
+    alone = [engine.generate([p], [s], 1.0, 40, 0)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert [s.ids for s in together] == [s.ids for s in alone]
+
+
+def test_engine_leaves_the_trainers_randomness_alone(policy, engine, problems):
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    want = torch.rand(3).tolist(), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    engine.load(policy.hf.named_parameters(), 0)
+    engine.generate([problems[0].prompt_ids], [1], 1.0, 8, 0)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == want
+
+
+def test_more_prompts_than_one_batch(policy, engine, problems):
+    """Seeded requests whose prompts overflow the engine's token budget: vLLM would cut a prompt in two."""
+    engine.load(policy.hf.named_parameters(), 0)
+    prompts = [p.prompt_ids for p in problems]
+    assert sum(map(len, prompts)) > 8192
+    samples = engine.generate(prompts, list(range(len(prompts))), 1.0, 4, 0)
+    assert len(samples) == len(prompts) and all(s.ids for s in samples)
+
+
+@pytest.mark.slow
+def test_a_failed_engine_is_not_used_again(problems, tokenizer):
+    engine = VLLMSampler("toy/base", tokenizer.eos_token_id, 64)
+    with pytest.raises(Exception):  # noqa: B017  whatever vLLM raises for a prompt beyond its length
+        engine.generate([[5] * 100], [0], 1.0, 4, "toy/base")
+    with pytest.raises(RuntimeError, match="must not be used again"):
+        engine.generate([problems[0].prompt_ids], [0], 1.0, 4, "toy/base")
+    engine.close()
+
+
+@pytest.mark.slow
+def test_tied_head_follows_a_reload(byte_model, problems):
+    """vLLM keeps a packed copy of a tied head on CPUs; without a refresh the engine would use the old one."""
+    policy = load_policy(byte_model)
+    assert policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
+    engine = VLLMSampler(byte_model, 256, 64)
+    prompts = [list(b"What is 1 + 1?"), list(b"And then?")]
+    for stamp in range(2):
+        perturb(policy, stamp, 0.5)
+        engine.load(policy.hf.named_parameters(), stamp)
+        trainer, own = policy_logps(policy, prompts, engine.generate(prompts, [0, 1], 1.0, 20, stamp))
+        assert (trainer - own).abs().max() < 1e-4
+    engine.close()
+
+
+# ---------------------------------------------------------------- the group
+
+
+class Scripted:
+    """A sampler whose samples name their seed; it records what it was asked for."""
+
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+        self.prompts, self.seeds = prompts, seeds
+        return [rollout.Sample([p[0], s % 7], [0.0, 0.0], "stop") for p, s in zip(prompts, seeds, strict=True)]
+
+
+def test_groups_of_seven_and_one():
+    problems = [Problem(10, [3], "1", [[8, 1], [9, 1]], ""), Problem(11, [4], "2", [], "")]
+    sampler = Scripted()
+    rollouts = roll_out(sampler, problems, 8, 1, 1.0, 40, seed=0, step=5, stamp=5)
+    assert [r.problem for r in rollouts] == [10] * 8 + [11] * 8
+    assert [r.n_teacher_tokens for r in rollouts] == [0] * 7 + [2] + [0] * 8  # no trace: eight own samples
+    assert rollouts[7].response_ids == [8, 1] and rollouts[7].sampler_logps == []
+    assert sampler.prompts == [[3]] * 7 + [[4]] * 8  # the trace never enters the engine
+    assert len(set(sampler.seeds)) == 15
+    first = list(sampler.seeds)
+    roll_out(sampler, problems, 8, 1, 1.0, 40, seed=0, step=6, stamp=6)
+    assert not set(first) & set(sampler.seeds)
+    assert [r.n_teacher_tokens for r in roll_out(sampler, problems, 8, 2, 1.0, 40, 0, 5, 5)] == [0] * 6 + [2, 2] + [0] * 8
+    only_teacher = roll_out(None, problems, 1, 1, 1.0, 40, 0, 5, 5)
+    assert [r.response_ids for r in only_teacher] == [[8, 1]]
+
+
+def test_heartbeat_beats(capsys):
+    import time
+
+    with heartbeat("waiting", every=0.05):
+        time.sleep(0.2)
+    assert capsys.readouterr().out.count("... waiting") >= 2

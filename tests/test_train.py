@@ -1,0 +1,209 @@
+import json
+import os
+import subprocess
+import sys
+
+import build
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_data import a_row, write
+
+from configurator import ROOT, UserError
+
+
+def metrics(folder):
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def shared(module, engine, monkeypatch):
+    """Let train.py's main use the session's engine."""
+    monkeypatch.setattr(engine, "close", lambda: None)
+    monkeypatch.setattr(module, "VLLMSampler", lambda *a, **k: engine)
+
+
+def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
+    """LUFFY, through vLLM, learns in 22 steps what its base never shows; GRPO does not."""
+    final = {}
+    for method in ("luffy", "grpo"):
+        out = tmp_path / method
+        module = script("train", [f"config/method/{method}.py", "--max_steps=22", "--eval_k=0", "--eval_interval=0",
+                                  f"--out_dir={out}", "--sampler=vllm", "--reward_workers=1"])  # fmt: skip
+        shared(module, engine, monkeypatch)
+        module.main()
+        rows = metrics(out)
+        assert [r["step"] for r in rows] == list(range(23))
+        assert rows[0]["eval/greedy"] <= 0.05
+        assert max(r["mismatch/abs"] for r in rows[1:]) < 1e-4  # engine and trainer are one policy at every step
+        assert max(r["mismatch/canary"] for r in rows if "mismatch/canary" in r) < 1e-4
+        final[method] = rows[-1]["eval/greedy"]
+    assert final["luffy"] >= 0.6 and final["grpo"] <= 0.05
+
+    out = tmp_path / "luffy"
+    assert sorted(os.listdir(out)) == ["ckpt_22", "config.json", "eval_0.json", "eval_22.json", "metrics.jsonl", "rollouts"]
+    config = json.load(open(out / "config.json"))
+    assert config["max_steps"] == 22 and config["gamma"] == 0.1 and config["torch"] and config["world_size"] == 1
+    table = json.load(open(out / "eval_22.json"))
+    assert table["toy"]["n"] == 200 and table["toy"]["greedy"] == final["luffy"]
+    rollouts = [json.loads(line) for line in open(out / "rollouts" / "step_5.jsonl")]
+    assert len(rollouts) == 128 and sum(r["teacher_tokens"] > 0 for r in rollouts) == 16
+    for i in range(0, 128, 8):  # a group: seven samples and the trace, rewards minus their mean
+        group = rollouts[i : i + 8]
+        assert len({r["problem"] for r in group}) == 1 and group[7]["teacher_tokens"] == len(group[7]["response_ids"])
+        mean = sum(r["reward"] for r in group) / 8
+        assert all(abs(r["advantage"] - (r["reward"] - mean)) < 1e-6 for r in group)
+
+
+def run(script, tmp_path, name, *argv):
+    out = tmp_path / name
+    module = script(
+        "train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=3", *argv]
+    )
+    module.main()
+    return metrics(out)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["config/method/sft.py"], ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"]]
+)
+def test_the_token_budget_does_not_matter(script, tmp_path, argv):
+    """Loss, gradient norm and the weights after three steps are the same however a batch is cut."""
+    whole = run(script, tmp_path, "whole", *argv)
+    cut = run(script, tmp_path, "cut", *argv, "--micro_tokens=300")
+    for a, b in zip(whole[1:], cut[1:], strict=True):
+        for key in ("loss", "grad_norm", "entropy/teacher", "teacher/p"):
+            assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]) + 1e-7, key
+    x, y = (load_file(tmp_path / n / "ckpt_3" / "model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
+
+
+def test_two_updates_make_the_second_off_policy(script, tmp_path):
+    """The first update's ratio is one by construction; the second finds a policy that has moved."""
+    one = run(script, tmp_path, "one", "--learning_rate=0.003", "--warmup_steps=0")
+    two = run(script, tmp_path, "two", "--learning_rate=0.003", "--warmup_steps=0", "--update_batches=2")
+    assert all(r["ratio/own"] == 1 for r in one[1:])
+    assert all(abs(r["ratio/own"] - 1) > 1e-6 for r in two[1:])
+    assert one[1]["mismatch/abs"] < 1e-5 and two[1]["mismatch/abs"] < 1e-5  # old log-probs are from before the first update
+
+
+def test_verified_only_drops_the_wrong_traces(script, tmp_path):
+    rows = run(script, tmp_path, "sft", "config/method/sft_verified.py")
+    assert all(r["reward/teacher"] == 1.0 for r in rows[1:])
+    assert "reward/own" not in rows[1]
+
+
+def test_an_earlier_run_is_moved_aside(script, tmp_path):
+    run(script, tmp_path, "run", "--max_steps=1")
+    run(script, tmp_path, "run", "--max_steps=2")
+    assert len(metrics(tmp_path / "run")) == 3 and len(metrics(tmp_path / "run.1")) == 2
+
+
+def bad(tmp_path, name):
+    """A data file with something wrong, by name."""
+    wrong = a_row(target=[{"content": "<think>\n1</think>\\boxed{1}", "role": "assistant"}])
+    rows = {"no_teacher": [a_row(target=None)] * 20, "wrong_teacher": [wrong] * 5 + [a_row()] * 5, "few": [a_row()] * 3}[name]
+    return write(tmp_path / f"{name}.parquet", rows)
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--data={no_teacher}"], "no_teacher.parquet has no teacher trace"),
+        (["--data={wrong_teacher}"], "only 50.0% of the teacher traces"),
+        (["--data={few}"], "prompts_per_step=16 but .*few.parquet has only 3"),
+        (["--data=nowhere.parquet"], "no data file"),
+        (["--model=nowhere/at_all"], "no tokenizer loads from model nowhere/at_all"),
+        (["--sampler=tf"], "choose auto, vllm or torch"),
+        (["--shaping=lufy"], "unknown shaping 'lufy'"),
+        (["--n_teacher=9"], "n_teacher=9 must lie between"),
+        (["--update_batches=3"], "prompts_per_step=16 must divide into 3"),
+        (["--max_tokens=300", "--max_teacher_tokens=10"], "the context of .* is 256"),
+        (["--micro_tokens=64"], "micro_tokens=64 cannot hold"),
+        (["--max_prompt_tokens=5"], "no usable row"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(script, tmp_path, argv, words):
+    argv = [a.format(**{n: bad(tmp_path, n) for n in ("no_teacher", "wrong_teacher", "few")}) for a in argv]
+    with pytest.raises(UserError, match=words):
+        run(script, tmp_path, "bad", *argv)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_failing_teachers_are_shown(script, tmp_path):
+    with pytest.raises(UserError) as e:
+        run(script, tmp_path, "bad", f"--data={bad(tmp_path, 'wrong_teacher')}", "--prompts_per_step=1")
+    assert str(e.value).count("row ") == 3 and "answer 46, trace ends '1</think>\\\\boxed{1}'" in str(e.value)
+    assert len(str(e.value).splitlines()) == 2
+
+
+def test_the_canary_stops_a_deaf_engine(script, tmp_path, monkeypatch):
+    """An engine whose weights are not the policy's is found out before the first step."""
+    module = script("train", ["--sampler=torch", f"--out_dir={tmp_path / 'x'}", "--reward_workers=1", "--eval_data="])
+    real = module.TorchSampler
+
+    def deaf(hf, *a):
+        from model import load_policy
+
+        other = load_policy("toy/base").hf
+        with torch.no_grad():
+            other.lm_head.weight.mul_(0.3)
+        return real(other, *a)
+
+    monkeypatch.setattr(module, "TorchSampler", deaf)
+    with pytest.raises(RuntimeError, match="engine and trainer disagree"):
+        module.main()
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_train_alike(tmp_path):
+    """torchrun with two processes, each with its engine: the same rollouts, metrics and accuracy as one process."""
+    argv = ["--max_steps=20", "--eval_k=0", "--reward_workers=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run([*command, os.path.join(ROOT, "train.py"), *argv, f"--out_dir={tmp_path / name}"],
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one[1:6], two[1:6], strict=True):
+        for key in ("loss", "grad_norm", "reward/own", "reward/teacher", "length/own", "entropy/own", "teacher/p"):
+            assert abs(a[key] - b[key]) <= 1e-3 * abs(a[key]) + 1e-6, (a["step"], key)
+    assert one[-1]["eval/greedy"] >= 0.6 and two[-1]["eval/greedy"] >= 0.6
+    rows = [json.loads(line) for line in open(tmp_path / "two" / "rollouts" / "step_1.jsonl")]
+    assert len(rows) == 128
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_one_rank(tmp_path):
+    """The torch sampler, three steps, two updates each: metrics agree to rounding between one and two ranks."""
+    argv = [
+        "--max_steps=3",
+        "--update_batches=2",
+        "--sampler=torch",
+        "--eval_data=",
+        "--reward_workers=1",
+        "--entropy_coef=0.01",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run([*command, os.path.join(ROOT, "train.py"), *argv, f"--out_dir={tmp_path / name}"],
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "one")[1:], metrics(tmp_path / "two")[1:], strict=True):
+        for key in ("loss", "grad_norm", "entropy/own"):
+            assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]) + 1e-7, (a["step"], key)
+    x, y = (load_file(tmp_path / n / "ckpt_3" / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path):
+    """toy/demo.py end to end at a fraction of its length: every method, the table, the picture, the honest notes."""
+    done = subprocess.run(
+        [sys.executable, os.path.join(build.HERE, "demo.py"), "--max_steps=4", f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr  # four steps solve nothing, and it says so
+    for words in ("sft_verified", "MISSED LUFFY solves it", "holds  GRPO stays at chance", "built on purpose", "picture:"):
+        assert words in done.stdout, done.stdout
