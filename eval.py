@@ -39,7 +39,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 import torch
 
 from data import load_problems, load_tokenizer, response_text
-from model import context_length, load_policy
+from model import context_length, load_policy, model_path
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, request_seed, wants_vllm
 
@@ -96,9 +96,9 @@ def summarize(rows, k):
 
 
 def main():
-    if k < 1 or max_tokens < 1 or temperature < 0:
-        raise UserError(f"k={k} and max_tokens={max_tokens} must be at least 1, temperature={temperature} at least 0")
-    name = repo_path(model) if os.path.isdir(repo_path(model)) else model
+    if min(k, max_tokens, reward_workers) < 1 or temperature < 0:
+        raise UserError("k, max_tokens and reward_workers must be at least 1, temperature at least 0")
+    name = model_path(model)
     tokenizer = load_tokenizer(name)
     context = context_length(name)
     problems = load_benchmark(repo_path(data), tokenizer, max_problems, context - 1, require_think)

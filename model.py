@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from configurator import UserError
+from configurator import UserError, repo_path
 from data import first_line
 
 CHUNK = 4096  # tokens whose logits exist together; 4096 x 152,064 in fp32 is 2.3 GiB
@@ -82,6 +82,16 @@ class Policy(torch.nn.Module):
         logits = logits.float() / self.temperature
         logprobs = logits.log_softmax(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+def model_path(model):
+    """The folder a `model` knob names, or the hub name it is (one slash, no folder). Raises UserError if neither."""
+    path = repo_path(model)
+    if os.path.isdir(path):
+        return path
+    if model.count("/") == 1 and model[0] not in "./~":
+        return model
+    raise UserError(f"there is no model folder {path}")
 
 
 def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu"):

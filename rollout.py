@@ -13,6 +13,7 @@ every request from its own seed, so a sample does not depend on what else is in 
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import random
 import threading
@@ -90,7 +91,6 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         cpu = not torch.cuda.is_available()
         options = {"gpu_memory_utilization": gpu_memory}
         if cpu:
@@ -103,6 +103,7 @@ class VLLMSampler:
             }
         with kept_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM
 
             self.llm = LLM(
@@ -113,6 +114,7 @@ class VLLMSampler:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 enforce_eager=cpu,
+                use_tqdm_on_load=False,
                 generation_config="vllm",  # nothing from the model's own: our parameters are all there is
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,

@@ -89,7 +89,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
 from eval import evaluate, load_benchmark, summarize, write_json
 from loss import batch_loss, group_advantages, shape
-from model import context_length, load_policy, save_policy
+from model import context_length, load_policy, model_path, save_policy
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
 
@@ -129,6 +129,10 @@ def means(sums):
 
 
 def check_knobs():
+    for name in ("n_rollouts", "temperature", "max_tokens", "max_steps", "prompts_per_step", "update_batches",
+                 "learning_rate", "grad_clip", "reward_workers", "reward_timeout"):  # fmt: skip
+        if globals()[name] <= 0:
+            raise UserError(f"{name}={globals()[name]} must be above zero")
     if prompts_per_step % (WORLD * update_batches):
         raise UserError(f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates on {WORLD} ranks")
     if not 0 <= n_teacher <= n_rollouts:
@@ -257,7 +261,7 @@ def main():
     check_knobs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    base = repo_path(model) if os.path.isdir(repo_path(model)) else model
+    base = model_path(model)
     tokenizer = load_tokenizer(base)
     length = max_prompt_tokens + max_tokens
     if (needed := max_prompt_tokens + max(max_tokens, max_teacher_tokens)) > (context := context_length(base)):
