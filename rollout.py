@@ -205,9 +205,10 @@ class TorchSampler:
 
     def __init__(self, hf, eos_token_id, max_model_len, max_rows=256):
         self.hf, self.eos_token_id, self.max_model_len, self.max_rows = hf, eos_token_id, max_model_len, max_rows
+        self.stamp = None
 
     def load(self, named_parameters, stamp):
-        pass
+        self.stamp = stamp
 
     def close(self):
         pass

@@ -298,13 +298,11 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
     by_id = {p.id: p for p in problems}
     wrapped = DDP(policy) if WORLD > 1 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
-    n_updates, loaded = 0, None  # optimizer steps taken, and the stamp of the weights the engine holds
+    n_updates = 0  # optimizer steps taken: the stamp of the weights
 
     def sync():
-        nonlocal loaded
-        if loaded != n_updates:
+        if engine.stamp != n_updates:
             engine.load(policy.hf.named_parameters(), n_updates)
-            loaded = n_updates
 
     def evaluation(step):
         """Greedy and sampled accuracy on the held-out problems, all ranks sharing the work."""

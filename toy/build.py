@@ -212,5 +212,8 @@ if __name__ == "__main__":
         raise SystemExit
     tokenizer = build_tokenizer()
     base = os.path.join(args.out, "base")
-    build_base(tokenizer, seed=args.seed).save_pretrained(base)
+    model = build_base(tokenizer, seed=args.seed)
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
+    for k in (2, 3, 8):
+        print(f"greedy accuracy on {k} numbers {greedy_accuracy(model, tokenizer, k):.3f}")
