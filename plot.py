@@ -25,6 +25,7 @@ PANELS = [
     ("reward/own", "training reward of own samples"),
 ]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+LINES = ["-", "-.", "--", (0, (1.5, 1.5))]  # where curves lie on each other, each stays visible
 
 
 def read_run(folder):
@@ -59,7 +60,7 @@ def draw(methods, path):
         for i, (color, (name, runs)) in enumerate(zip(COLORS * len(methods), methods.items(), strict=False)):
             steps, mean, low, high = curve(runs, key)
             if steps:
-                axis.plot(steps, mean, color=color, label=name, linewidth=1.8, zorder=9 - i)  # the first on top
+                axis.plot(steps, mean, color=color, label=name, linewidth=1.8, linestyle=LINES[i % len(LINES)])
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
