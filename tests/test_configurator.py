@@ -142,7 +142,7 @@ def test_every_method_overlay_stacks_on_every_base(script):
     for base in ([], *([p] for p in glob.glob(os.path.join(ROOT, "config", "*.py")))):
         for method in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
             module = script("train", [*base, method])
-            module.check_knobs()
+            module.check_knobs(8)
 
 
 def test_provenance_is_json():

@@ -38,7 +38,7 @@ def test_torch_sampler_logps_are_the_policys(policy, tokenizer, problems):
     samples = sampler.generate(prompts, list(range(12)), 1.0, 40, 0)
     trainer, own = policy_logps(policy, prompts, samples)
     torch.testing.assert_close(own, trainer, rtol=0, atol=1e-4)
-    assert policy.hf.config._attn_implementation == "packed"
+    assert policy.hf.config._attn_implementation == "packed_sdpa"
 
 
 def test_torch_sample_depends_on_its_seed_alone(policy, tokenizer, problems):
@@ -67,7 +67,7 @@ def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, requ
     perturb(policy, 0, 0.5)
     if kind == "vllm":
         sampler = request.getfixturevalue("engine")
-        sampler.load(policy.hf.named_parameters(), "chi")
+        sampler.load(policy.hf, "chi")
     else:
         sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
     samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
@@ -88,9 +88,9 @@ def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, requ
 
 
 def layout(prompt):
-    from model import padded_layout
+    from model import packing_of
 
-    return padded_layout(torch.tensor([0, len(prompt)], dtype=torch.int32))
+    return packing_of(torch.tensor([0, len(prompt)], dtype=torch.int32))
 
 
 # ---------------------------------------------------------------- the real engine
@@ -102,7 +102,7 @@ def test_engine_follows_every_reload(policy, engine, problems):
     previous = None
     for stamp in range(4):
         perturb(policy, stamp)
-        engine.load(policy.hf.named_parameters(), stamp)
+        engine.load(policy.hf, stamp)
         samples = engine.generate(prompts, list(range(32)), 1.0, 40, stamp)
         trainer, own = policy_logps(policy, prompts, samples)
         assert (trainer - own).abs().max() < 1e-4
@@ -111,19 +111,19 @@ def test_engine_follows_every_reload(policy, engine, problems):
 
 
 def test_stale_engine_is_caught(policy, engine, problems):
-    engine.load(policy.hf.named_parameters(), 41)
+    engine.load(policy.hf, 41)
     with pytest.raises(StaleWeights, match="41.*42"):
         engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 42)
-    wrong = [(n, p[:1] if "norm" in n else p) for n, p in policy.hf.named_parameters()]
+    policy.hf.lm_head = torch.nn.Linear(64, 7, bias=False)
     with pytest.raises(ValueError, match="shapes"):
-        engine.load(wrong, 43)
+        engine.load(policy.hf, 43)
     assert engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 41)  # and is none the worse
 
 
 def test_engine_and_torch_agree_greedily(policy, engine, tokenizer, problems):
     """Greedy tokens are identical wherever the two best are more than 1e-4 apart."""
     perturb(policy, 7)
-    engine.load(policy.hf.named_parameters(), "greedy")
+    engine.load(policy.hf, "greedy")
     prompts = [p.prompt_ids for p in problems[:64]]
     a = engine.generate(prompts, [0] * 64, 0.0, 40, "greedy")
     b = TorchSampler(policy.hf, tokenizer.eos_token_id, 128).generate(prompts, [0] * 64, 0.0, 40, "greedy")
@@ -137,7 +137,7 @@ def test_engine_and_torch_agree_greedily(policy, engine, tokenizer, problems):
 
 
 def test_engine_samples_depend_on_their_seeds_alone(policy, engine, problems):
-    engine.load(policy.hf.named_parameters(), 0)
+    engine.load(policy.hf, 0)
     prompts, seeds = [p.prompt_ids for p in problems[:8]], [request_seed(i) for i in range(8)]
     together = engine.generate(prompts, seeds, 1.0, 40, 0)
     alone = [engine.generate([p], [s], 1.0, 40, 0)[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -148,14 +148,14 @@ def test_engine_leaves_the_trainers_randomness_alone(policy, engine, problems):
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     want = torch.rand(3).tolist(), random.random(), np.random.rand()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    engine.load(policy.hf.named_parameters(), 0)
+    engine.load(policy.hf, 0)
     engine.generate([problems[0].prompt_ids], [1], 1.0, 8, 0)
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == want
 
 
 def test_more_prompts_than_one_batch(policy, engine, problems):
     """Seeded requests whose prompts overflow the engine's token budget: vLLM would cut a prompt in two."""
-    engine.load(policy.hf.named_parameters(), 0)
+    engine.load(policy.hf, 0)
     prompts = [p.prompt_ids for p in problems]
     assert sum(map(len, prompts)) > 8192
     samples = engine.generate(prompts, list(range(len(prompts))), 1.0, 4, 0)
@@ -181,7 +181,7 @@ def test_tied_head_follows_a_reload(byte_model, problems):
     prompts = [list(b"What is 1 + 1?"), list(b"And then?")]
     for stamp in range(2):
         perturb(policy, stamp, 0.5)
-        engine.load(policy.hf.named_parameters(), stamp)
+        engine.load(policy.hf, stamp)
         trainer, own = policy_logps(policy, prompts, engine.generate(prompts, [0, 1], 1.0, 20, stamp))
         assert (trainer - own).abs().max() < 1e-4
     engine.close()

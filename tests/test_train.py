@@ -151,7 +151,9 @@ def test_the_canary_stops_a_deaf_engine(script, tmp_path, monkeypatch):
         other = load_policy("toy/base").hf
         with torch.no_grad():
             other.lm_head.weight.mul_(0.3)
-        return real(other, *a)
+        sampler = real(other, *a)
+        monkeypatch.setattr(sampler, "load", lambda hf, stamp: setattr(sampler, "stamp", stamp))
+        return sampler
 
     monkeypatch.setattr(module, "TorchSampler", deaf)
     with pytest.raises(RuntimeError, match="engine and trainer disagree"):

@@ -1,0 +1,104 @@
+"""
+The arithmetic before a run: parameters, memory per GPU item by item, KV cache, micro-batches. From a config
+alone, so it runs on a laptop; bench.py holds the forecast against what is measured.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from model import CHUNK
+
+GIB = 2**30
+
+
+def count_parameters(config):
+    """Of the model a transformers config describes: all, the embedding's, the largest decoder layer's."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    return size(hf), size(hf.get_input_embeddings()), max(size(layer) for layer in hf.get_decoder().layers)
+
+
+def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):
+    """{item: bytes} of one rank's optimizer step at its peak, the engine asleep.
+
+    Persistent: fp32 weights, gradients and two Adam moments (16 bytes a parameter), cut n_gpus ways if sharded.
+    Passing: weights gathered in compute precision, activations, and the logits of one chunk.
+    """
+    n, n_embedding, n_layer = count_parameters(config)
+    layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    n_head = 0 if config.tie_word_embeddings else n_embedding
+    if shard:
+        # The root's weights (embedding, head) stay gathered through the step, two layers' at a time come and go; a
+        # gradient is whole in compute precision, and in fp32 while it is reduced.
+        gathered = (n_embedding + n_head) * compute_bytes * 2 + 2 * n_layer * compute_bytes + max(n_layer, n_embedding) * 4
+    else:
+        gathered = n * compute_bytes if compute_bytes < 4 else 0  # autocast's cast weights
+    # Per token and layer: norms, q, k, v, attention out, gate, up, their product, and the residual stream twice.
+    layer_activations = micro_tokens * (6 * d + 3 * heads * head_dim + 4 * f) * compute_bytes
+    kept = micro_tokens * d * compute_bytes * layers
+    activations = kept + layer_activations if recompute else layer_activations * layers
+    return {
+        "weights, gradients, Adam (fp32)": 16 * n // (n_gpus if shard else 1),
+        "weights in compute precision": gathered,
+        "activations": activations,
+        "hidden states around the head": 4 * micro_tokens * d * 4,
+        "logits of one chunk": 3 * min(CHUNK, micro_tokens) * config.vocab_size * 4,
+    }
+
+
+def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):
+    """Tokens an engine's cache holds when the engine may take engine_bytes a GPU, weights and 2 GiB of its own off."""
+    n, _, _ = count_parameters(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype_bytes / tensor_parallel
+    left = engine_bytes - n * dtype_bytes / tensor_parallel - 2 * GIB
+    return left, max(0, int(left / per_token))
+
+
+def show(n_bytes):
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes > GIB else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
+    """Print a run's arithmetic. k: its knobs (a dict); config: the model's; n_problems: 0 if unknown; gpu_gib: the
+    memory of one GPU. On a GPU the last line says whether it fits, and so does the return value."""
+    own, size = k["n_rollouts"] - k["n_teacher"], k["prompts_per_step"] * k["n_rollouts"]
+    log(
+        f"batch: {k['prompts_per_step']} prompts x ({own} own + {k['n_teacher']} teacher) = {size} sequences a step,"
+        f" {k['update_batches']} update(s) of {size // k['update_batches']}, {world} rank(s)"
+    )
+    if n_problems:
+        log(f"length: {k['max_steps']} steps, {n_problems // k['prompts_per_step']} an epoch of {n_problems} problems")
+    rows = size // k["update_batches"] // world
+    longest = k["max_prompt_tokens"] + max(k["max_tokens"], k["max_teacher_tokens"])
+    n_micro = [-(-rows * longest // share // k["micro_tokens"]) for share in (1, 4)]
+    log(
+        f"micro-batches of {k['micro_tokens']} tokens: {rows} sequences a rank and update make about {n_micro[0]} if each has"
+        f" {longest} tokens, {n_micro[1]} at a quarter of that"
+    )
+    dtype_bytes = 2 if on_gpu and k["dtype"] != "float32" else 4
+    items = training_memory(config, k["micro_tokens"], world, k["shard"] == "fsdp", dtype_bytes, k["recompute"])
+    peak = sum(items.values())
+    log(
+        f"memory per rank, {count_parameters(config)[0] / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:"
+    )
+    for item, n_bytes in (*items.items(), ("together, at the update's peak", peak)):
+        log(f"  {item:<34}{show(n_bytes):>12}")
+    if not on_gpu:
+        return True
+    share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]
+    left, tokens = kv_cache(config, share, k["tensor_parallel"], dtype_bytes)
+    log(
+        f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
+        f" {tokens / length:.1f} sequences of {length} at once"
+    )
+    rollout = items["weights, gradients, Adam (fp32)"] + share
+    fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
+    log(
+        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)}, CUDA"
+        " itself about 1 GiB (arithmetic, not a measurement)"
+    )
+    return fits
