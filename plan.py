@@ -82,9 +82,8 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
     dtype_bytes = 2 if on_gpu and k["dtype"] != "float32" else 4
     items = training_memory(config, k["micro_tokens"], world, k["shard"] == "fsdp", dtype_bytes, k["recompute"])
     peak = sum(items.values())
-    log(
-        f"memory per rank, {count_parameters(config)[0] / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:"
-    )
+    n = count_parameters(config)[0]
+    log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
     for item, n_bytes in (*items.items(), ("together, at the update's peak", peak)):
         log(f"  {item:<34}{show(n_bytes):>12}")
     if not on_gpu:
@@ -98,7 +97,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
     rollout = items["weights, gradients, Adam (fp32)"] + share
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
-        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)}, CUDA"
-        " itself about 1 GiB (arithmetic, not a measurement)"
+        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"
+        " CUDA itself about 1 GiB (arithmetic, not a measurement)"
     )
     return fits

@@ -49,6 +49,8 @@ reward_timeout = 5.0
 min_teacher_pass = 0.9
 preflight_traces = 512
 
+shard = "fsdp"
+recompute = True
 save_interval = 50
 rollout_interval = 10
 micro_tokens = 32768

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import BASE
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model
 from configurator import UserError
@@ -54,6 +54,46 @@ def test_chunks_and_dummy(policy, problems, monkeypatch):
     nothing, _ = policy(pack([]))  # a rank without sequences: zero loss, and a gradient for every parameter
     nothing.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
+    """151,936 words, chunks of 7 tokens: log-probs, entropies and every gradient are those of the whole logits."""
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="packed_sdpa", dtype=torch.float32)
+    policy = model.Policy(hf, temperature=0.7)
+    ids = torch.randint(2, 151_936, (20,)).tolist()
+    batch = pack([(ids[:3], Rollout(0, ids[3:], 0, [0.0] * 17, "stop"))])
+    monkeypatch.setattr(model, "CHUNK", 7)
+    logp, entropy = policy(batch)
+    (logp.sum() - 0.3 * entropy.sum()).backward()
+    grads = {n: p.grad.clone() for n, p in hf.named_parameters()}
+    hf.zero_grad()
+    hidden = hf.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                      packing=model.packing_of(batch.cu_seqlens)).last_hidden_state[0]  # fmt: skip
+    logprobs = (hf.lm_head(hidden[2:-1]) / 0.7).log_softmax(-1)
+    want = logprobs.gather(-1, batch.input_ids[0, 3:, None])[:, 0]
+    want_entropy = -(logprobs.exp() * logprobs).sum(-1)
+    (want.sum() - 0.3 * want_entropy.sum()).backward()
+    torch.testing.assert_close(logp[3:], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy[3:], want_entropy, rtol=0, atol=1e-5)
+    for name, p in hf.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputation_changes_nothing(problems):
+    batch = pack(sequences(problems))
+    grads = []
+    for recompute in (False, True):
+        policy = load_policy(BASE, recompute=recompute)
+        logp, entropy = policy(batch)
+        (logp.sum() + entropy.sum()).backward()
+        grads.append([p.grad for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_temperature_divides_the_logits(problems):

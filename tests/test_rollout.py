@@ -187,6 +187,40 @@ def test_tied_head_follows_a_reload(byte_model, problems):
     engine.close()
 
 
+def test_order_of_waking_and_loading(policy, problems):
+    """Where vLLM can sleep: weights wake before they are loaded, the cache after, the prefix cache is reset."""
+    calls = []
+
+    class FakeLLM:
+        def wake_up(self, tags):
+            calls.append(f"wake {tags[0]}")
+
+        def sleep(self, level):
+            calls.append(f"sleep {level}")
+
+        def collective_rpc(self, method, kwargs):
+            names = [name for name, _ in kwargs["weights_iterator"]]
+            assert names == [name for name, _ in policy.hf.named_parameters()]
+            calls.append("reload")
+
+        def apply_model(self, function):
+            pass
+
+        def reset_prefix_cache(self):
+            calls.append("reset")
+            return True
+
+    engine = object.__new__(VLLMSampler)
+    engine.llm, engine.can_sleep, engine.asleep, engine.dtype = FakeLLM(), True, set(), torch.float32
+    engine.stamp, engine.shapes, engine.broken = None, None, None
+    engine.sleep()
+    engine.sleep()  # asleep already
+    engine.load(policy.hf, 1)
+    assert calls == ["sleep 1", "wake weights", "reload", "wake kv_cache", "reset"]
+    engine.load(policy.hf, 2)
+    assert calls[5:] == ["reload", "reset"]
+
+
 # ---------------------------------------------------------------- the group
 
 

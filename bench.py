@@ -1,0 +1,212 @@
+"""
+How fast, and how much memory: update, attention backends, weight sync, rollout, for a model shape with random weights.
+
+    python bench.py                                                    a tiny shape, on a CPU
+    python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
+
+MFU is model FLOPs (6 per weight and token, attention and head included, recomputation not) over the rate of a
+matrix product measured in the same run. HFU counts what is computed again in backward too.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+
+# ---------------------------------------------------------------- what to measure
+size = "tiny"  # a shape: tiny, toy, 0.5b, 1.5b or 7b (Qwen2.5's)
+tokens = 2048  # packed tokens of an update
+shortest = 64  # of its sequences
+longest = 256  # of its sequences
+recompute = True  # activation checkpointing
+repeats = 5  # timed updates, after one that is not
+syncs = 5  # weight reloads into the engine; 0 leaves the engine out
+rollout_prompts = 32  # samples to generate
+rollout_tokens = 64  # of each
+sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
+gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
+out = ""  # a file to append the result to, as a line of JSON
+
+from configurator import UserError, configure, provenance, repo_path, run
+
+if __name__ == "__main__":
+    config = run(lambda: configure(globals(), sys.argv[1:], __file__))
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from data import Rollout, pack
+from loss import batch_loss
+from model import Policy, attention_backends
+from plan import count_parameters, show, training_memory
+from rollout import TorchSampler, VLLMSampler, wants_vllm
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head
+SHAPES = {
+    "tiny": (256, 1024, 4, 4, 2, 4096, False),
+    "toy": (64, 128, 3, 2, 2, 32, False),
+    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def model_config():
+    if size not in SHAPES:
+        raise UserError(f"size={size!r}: choose one of {', '.join(SHAPES)}")
+    d, f, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+    return Qwen2Config(
+        hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+
+
+def sequences(vocabulary):
+    """Random sequences of `tokens` in all, lengths evenly from shortest to longest; a sixteenth of each is prompt."""
+    lengths, g = [], torch.Generator().manual_seed(0)
+    while sum(lengths) < tokens:
+        lengths.append(int(torch.randint(shortest, longest + 1, (), generator=g)))
+    lengths[-1] -= sum(lengths) - tokens
+    if lengths[-1] < 32:  # too short to be a sequence: give it to the one before
+        lengths[-2:] = [sum(lengths[-2:])] if len(lengths) > 1 else lengths
+    pairs = []
+    for n in lengths:
+        ids = torch.randint(2, vocabulary, (n,), generator=g).tolist()
+        prompt = max(1, n // 16)
+        pairs.append((ids[:prompt], Rollout(0, ids[prompt:], 0, [0.0] * (n - prompt), "stop", advantage=0.5)))
+    return pairs
+
+
+def flops(c, lengths, n_response, again):
+    """FLOPs of forward and backward over packed sequences, with what is computed again in backward if `again`."""
+    n, n_embedding, _ = count_parameters(c)
+    body = n - n_embedding * (1 if c.tie_word_embeddings else 2)  # looking up an embedding is no product
+    attention = sum(4 * (length / 2) * length * c.hidden_size for length in lengths) * c.num_hidden_layers  # forward, causal
+    forward = 2 * body * sum(lengths) + attention
+    head = 2 * c.vocab_size * c.hidden_size * n_response
+    return 3 * (forward + head) + (forward * recompute + head) * again
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device, n):
+    """Median seconds of n calls, after one that is not counted."""
+    times = []
+    for _ in range(n + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[n // 2]
+
+
+def resident():
+    """This process's memory now, in bytes."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_matrix_product(c, device, dtype):
+    """FLOP/s of (tokens, d) x (d, 4d), forward only, in the dtype the update runs in."""
+    a = torch.randn(tokens, c.hidden_size, device=device, dtype=dtype)
+    b = torch.randn(c.hidden_size, 4 * c.hidden_size, device=device, dtype=dtype)
+    calls = 20
+    t = seconds(lambda: [a @ b for _ in range(calls)], device, repeats) / calls
+    return 2 * tokens * c.hidden_size * 4 * c.hidden_size / t, [tokens, c.hidden_size, 4 * c.hidden_size]
+
+
+def measure_update(c, hf, backend, device, dtype):
+    """Seconds and peak bytes of one optimizer step: forward, backward, clip, AdamW."""
+    hf.set_attn_implementation(backend)
+    policy = Policy(hf, 1.0, dtype)
+    if recompute:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train()
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+    pairs = sequences(c.vocab_size)
+    batch = pack(pairs).to(device)
+    n = batch.loss_mask.sum().item()
+
+    def step():
+        optimizer.zero_grad()
+        logp, entropy = policy(batch)
+        batch_loss(logp, entropy, batch, n, 0, entropy_coef=0.005, loss_constant=65536.0).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    t = seconds(step, device, repeats)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return t, peak, [len(p) + len(r.response_ids) for p, r in pairs], n
+
+
+def measure_engine(c, hf, dtype):
+    """Weight syncs into the engine and a rollout through it."""
+    prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
+    with tempfile.TemporaryDirectory() as folder:
+        if wants_vllm(sampler):
+            hf.save_pretrained(folder)
+            name = "bfloat16" if dtype == torch.bfloat16 else "float32"
+            engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory)
+        else:
+            engine = TorchSampler(hf, 1, 16 + rollout_tokens)
+    engine.load(hf, 0)  # the first allocates what later ones reuse
+    before, times = resident(), []
+    for i in range(1, syncs + 1):
+        start = time.perf_counter()
+        engine.load(hf, i)
+        times.append(time.perf_counter() - start)
+    growth, total = resident() - before, 0
+    engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs)
+    start = time.perf_counter()
+    total = sum(len(s.ids) for s in engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs))
+    rate = total / (time.perf_counter() - start)
+    engine.close()
+    return {"engine": type(engine).__name__, "sync_s": sorted(times)[len(times) // 2], "syncs": syncs,
+            "sync_growth_mib": growth / 2**20, "rollout_tokens_per_s": rate}  # fmt: skip
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    c = model_config()
+    torch.manual_seed(0)
+    with torch.device(device):
+        hf = AutoModelForCausalLM.from_config(c, attn_implementation="packed_sdpa", dtype=torch.float32)
+    rate, shape = measure_matrix_product(c, device, dtype)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    product = " x ".join(map(str, shape))
+    print(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s")
+    result = {"size": size, "tokens": tokens, "machine": machine, "matrix_flops": rate, "recompute": recompute, "update": {}}
+    forecast = sum(training_memory(c, tokens, 1, False, dtype.itemsize, recompute).values())
+    print(f"{size}: {count_parameters(c)[0] / 1e6:.1f} M parameters; the plan forecasts {show(forecast)} at the update's peak")
+    for backend in attention_backends(device, dtype):
+        t, peak, lengths, n = measure_update(c, hf, backend, device, dtype)
+        mfu, hfu = (flops(c, lengths, n, again) / t / rate for again in (False, True))
+        row = {"tokens_per_s": tokens / t, "mfu": mfu, "hfu": hfu, "seconds": t, "peak_bytes": peak, "sequences": len(lengths)}
+        result["update"][backend] = row
+        memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
+        print(f"update, {backend}: {t:.3f} s, {tokens / t:.0f} tokens/s, MFU {mfu:.1%}, HFU {hfu:.1%}, peak memory {memory}")
+    if syncs:
+        hf.zero_grad()
+        result |= measure_engine(c, hf, dtype)
+        growth, rate = result["sync_growth_mib"], result["rollout_tokens_per_s"]
+        print(
+            f"{result['engine']}: weight sync {result['sync_s']:.3f} s (median of {syncs}, resident memory {growth:+.1f} MiB"
+            f" over them), rollout {rate:.0f} tokens/s"
+        )
+    if out:
+        with open(repo_path(out), "a") as f:
+            f.write(json.dumps({**result, **provenance()}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

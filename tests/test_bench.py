@@ -1,0 +1,47 @@
+import json
+import subprocess
+import sys
+
+import torch
+from transformers import Qwen2Config
+
+import bench
+from configurator import ROOT
+
+
+def test_flops_by_hand():
+    """One sequence through one layer, every product counted: 2 m n k forward, three times that with backward."""
+    c = Qwen2Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                    vocab_size=50, tie_word_embeddings=False)  # fmt: skip
+    n, response = 10, 9
+    products = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * 8 * 12  # q, k and v, out, the MLP's three
+    vectors = 8 + 2 * 4 + 3 * 8  # biases and norms, which 6 N counts too
+    attention = 2 * (2 * n * n * 8) / 2  # scores and values, half of them masked
+    forward = 2 * n * (products + vectors) + attention
+    head = 2 * response * 50 * 8
+    assert bench.flops(c, [n], response, False) == 3 * (forward + head)
+    assert bench.flops(c, [n], response, True) == 3 * (forward + head) + forward + head  # recompute is on by default
+
+
+def test_sequences_fill_the_budget():
+    pairs = bench.sequences(100)
+    lengths = [len(p) + len(r.response_ids) for p, r in pairs]
+    assert sum(lengths) == bench.tokens and min(lengths) >= 32
+    assert torch.tensor(pairs[0][0]).max() < 100
+
+
+def test_the_command(tmp_path):
+    argv = [
+        "bench.py",
+        "--size=toy",
+        "--tokens=512",
+        "--repeats=1",
+        "--syncs=2",
+        "--sampler=torch",
+        f"--out={tmp_path / 'r.jsonl'}",
+    ]
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "MFU" in done.stdout and "not measured on a CPU" in done.stdout
+    row = json.loads((tmp_path / "r.jsonl").read_text())
+    assert row["matrix_flops"] > 0 and row["update"]["packed_sdpa"]["tokens_per_s"] > 0 and row["torch"]

@@ -1,0 +1,55 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import Qwen2Config
+
+from configurator import ROOT
+from plan import GIB, count_parameters, kv_cache, training_memory
+
+QWEN_7B = Qwen2Config(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    vocab_size=152064, max_position_embeddings=16384, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def test_parameters_of_the_released_7b():
+    n, n_embedding, n_layer = count_parameters(QWEN_7B)
+    assert n == 7_615_616_512  # what Qwen2.5-7B has
+    assert n_embedding == 152064 * 3584 and n_layer * 28 + 2 * n_embedding + 3584 == n
+
+
+def test_sharding_divides_what_persists():
+    whole = training_memory(QWEN_7B, 32768, 8, False, 2, True)
+    shard = training_memory(QWEN_7B, 32768, 8, True, 2, True)
+    key = "weights, gradients, Adam (fp32)"
+    assert whole[key] == 16 * 7_615_616_512 and shard[key] == whole[key] // 8
+    assert sum(whole.values()) > 80 * GIB > sum(shard.values())
+    without = training_memory(QWEN_7B, 32768, 8, True, 2, False)
+    assert without["activations"] > 10 * shard["activations"]  # 28 layers kept instead of one
+    assert shard["logits of one chunk"] < 32768 * 152064 * 4 / 2  # the logits of all tokens would be 18.6 GiB
+
+
+def test_cache_of_the_7b():
+    left, tokens = kv_cache(QWEN_7B, 24 * GIB, 1, 2)
+    assert tokens == int((24 * GIB - 2 * 7_615_616_512 - 2 * GIB) / (2 * 28 * 4 * 128 * 2))
+    assert kv_cache(QWEN_7B, 10 * GIB, 1, 2)[1] == 0
+
+
+@pytest.mark.parametrize("shard,answer", [("fsdp", "yes"), ("ddp", "NO")])
+def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
+    """No weights, no tokenizer, no data: the plan of the 7B run, in seconds."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B.to_dict()))
+    argv = [
+        "train.py",
+        "config/luffy_7b.py",
+        "--dry_run=True",
+        f"--model={tmp_path}",
+        f"--shard={shard}",
+        "--out_dir=/nowhere/at/all",
+    ]
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 update(s) of 512, 8 rank(s)" in done.stdout
+    assert f"fits in 80 GiB: {answer}" in done.stdout and "not a measurement" in done.stdout
