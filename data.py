@@ -67,7 +67,7 @@ def load_tokenizer(model):
 
     if os.path.isdir(model):
         found = {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(os.listdir(model))
-        if not found:  # transformers would make up an empty one
+        if not found or not os.path.isfile(os.path.join(model, "tokenizer_config.json")):  # transformers would make it up
             raise UserError(f"model {model} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -111,12 +111,15 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                f"traces over {max_teacher_tokens} tokens": 0}  # fmt: skip
     no_content, long_prompt, long_trace = dropped
     for index, row in read_rows(path):
-        answer = (row["reward_model"] or {}).get("ground_truth")
+        answer = ((row["reward_model"] or {}).get("ground_truth") or "").strip()
         messages = [m for m in row["prompt"] or [] if m and m.get("content")]
-        if answer in (None, "") or not messages:
+        if not answer or not messages:
             dropped[no_content] += 1
             continue
-        text = render_prompt(tokenizer, messages)
+        try:
+            text = render_prompt(tokenizer, messages)
+        except Exception as e:
+            raise UserError(f"{path} row {index}: the model's chat template fails on it: {first_line(e)}") from None
         thinks = text.endswith(THINK)
         if require_think and not thinks:
             raise UserError(
@@ -138,12 +141,31 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                 dropped[long_trace] += 1
             else:
                 teacher.append(ids)
-        problems.append(Problem(index, prompt_ids, str(answer), teacher, row.get("data_source") or "unknown"))
+        problems.append(Problem(index, prompt_ids, answer, teacher, row.get("data_source") or "unknown"))
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
     log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
     return problems
+
+
+def text_type(t):
+    return pa.types.is_string(t) or pa.types.is_large_string(t)
+
+
+def messages_type(t):
+    """A list of {role, content}."""
+    if not (pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)):
+        return False
+    return pa.types.is_struct(t.value_type) and has_text(t.value_type, "content")
+
+
+def answer_type(t):
+    return pa.types.is_struct(t) and has_text(t, "ground_truth")
+
+
+def has_text(struct, name):
+    return struct.get_field_index(name) >= 0 and text_type(struct.field(name).type)
 
 
 def read_rows(path):
@@ -152,24 +174,24 @@ def read_rows(path):
         raise UserError(f"there is no data file {path}")
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
     names = file.schema_arrow.names
     missing = [c for c in ("prompt", "reward_model") if c not in names]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]!r}, it has {names}: see 'Data' in README for the schema")
-    types = {"prompt": pa.types.is_list, "target": pa.types.is_list, "reward_model": pa.types.is_struct}
-    for column, is_type in types.items():
-        if column in names and not (is_type(t := file.schema_arrow.field(column).type) or pa.types.is_null(t)):
+    columns = {"prompt": messages_type, "target": messages_type, "reward_model": answer_type, "data_source": text_type}
+    columns = {name: fits for name, fits in columns.items() if name in names}
+    for column, fits in columns.items():
+        if not fits(t := file.schema_arrow.field(column).type) and not pa.types.is_null(t):
             raise UserError(f"{path}: column {column!r} is {t}, not LUFFY's: see 'Data' in README for the schema")
-    columns = [c for c in ("prompt", "target", "reward_model", "data_source") if c in names]
     index = 0
     try:
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
             for row in batch.to_pylist():
                 yield index, row
                 index += 1
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is damaged after row {index} ({first_line(e)}): copy it again") from None
 
 

@@ -31,7 +31,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take
 reward_workers = 2  # verifier processes
 reward_timeout = 5.0  # seconds of grading per answer
 
-from configurator import UserError, configure, provenance, repo_path, run
+from configurator import UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
@@ -96,8 +96,10 @@ def summarize(rows, k):
 
 
 def main():
-    if min(k, max_tokens, reward_workers) < 1 or temperature < 0:
-        raise UserError("k, max_tokens and reward_workers must be at least 1, temperature at least 0")
+    require(globals(), "k max_tokens reward_workers reward_timeout gpu_memory", "temperature max_problems")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
+    wants_vllm(sampler)
     name = model_path(model)
     tokenizer = load_tokenizer(name)
     context = load_config(name).max_position_embeddings
@@ -105,6 +107,7 @@ def main():
     longest = max(len(p.prompt_ids) for p in problems)
     if longest + max_tokens > context:
         print(f"note: responses are cut where the model's context of {context} tokens ends; the longest prompt has {longest}")
+    folder = make_folder(repo_path(out_dir))
     on_gpu = torch.cuda.is_available()
     kind = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
     if wants_vllm(sampler):
@@ -116,8 +119,6 @@ def main():
         rows = evaluate(problems, engine, verifier, tokenizer, name, k, temperature, max_tokens, seed)
     engine.close()
     table = summarize(rows, k)
-    folder = repo_path(out_dir)
-    os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "samples.jsonl"), "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in rows)
     write_json(os.path.join(folder, "config.json"), {**config, **provenance()})
@@ -125,6 +126,15 @@ def main():
     print(f"{'source':<20}{'n':>6}{f'avg@{k}':>10}{f'pass@{k}':>10}")
     for source, row in table.items():
         print(f"{source:<20}{row['n']:>6}{row['avg@k']:>10.3f}{row['pass@k']:>10.3f}")
+
+
+def make_folder(folder):
+    """Make an output folder before there is anything to lose. Raises UserError if it cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
+    return folder
 
 
 def write_json(path, value):

@@ -189,8 +189,13 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
         if shard:
             policy = load_sharded(model, temperature, dtype, device, backend)
         else:
-            hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=backend)
+            hf, found = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, attn_implementation=backend, output_loading_info=True
+            )
+            if missing := sorted(found["missing_keys"]):  # transformers would make them up
+                raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
             policy = Policy(hf, temperature, dtype).to(device)
+        policy.hf.lm_head, policy.hf.get_decoder().layers
     except Exception as e:
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
     if recompute:
@@ -219,6 +224,8 @@ def load_sharded(model, temperature, dtype, device, backend):
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
     files = tensor_files(model)
     for name, p in hf.named_parameters():
+        if name not in files:
+            raise OSError(f"its weights lack {name}")
         with safe_open(files[name], "pt") as f:
             rows, local = f.get_slice(name), p.to_local()
             size = -(-p.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does

@@ -70,12 +70,12 @@ def draw(methods, path):
 
 
 def table(methods):
-    """The last evaluation of each method, a number per seed."""
-    lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'seconds':>8}"]
+    """The last evaluation of each method, a number per seed; seconds are those of the steps, not of starting up."""
+    lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]
     for name, runs in methods.items():
-        last = [next(m for m in reversed(r) if "eval/greedy" in m) for r in runs]
+        last = [next((m for m in reversed(r) if "eval/greedy" in m), r[-1]) for r in runs]
         seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
-        show = lambda key: " ".join(f"{m[key]:.3f}" for m in last)  # noqa: B023
+        show = lambda key: " ".join(f"{m[key]:.3f}" if key in m else "-" for m in last)  # noqa: B023
         lines.append(f"{name:<14}{last[0]['step']:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ signals, so a worker has a soft time limit inside and a hard one outside, after 
 replaced, and nothing but that one answer is lost.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -19,6 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from configurator import UserError
+
+START = 120.0  # seconds a worker may take to import math-verify
 GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one outside
 MEMORY = 4 << 30  # a worker's address space, bytes
 
@@ -48,7 +52,8 @@ class Verifier:
     """A context manager around `workers` processes; `timeout` seconds of grading per answer.
 
     score(responses, answers) keeps the order and never raises for what a response contains. A worker starts
-    with the first answer that needs it and takes a second or two to import math-verify.
+    with the first answer that needs it and takes a second or two to import math-verify; if it cannot, that is
+    a UserError.
     """
 
     def __init__(self, workers=2, timeout=5.0, require_think=True):
@@ -122,14 +127,19 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
-        self.process.stdout.readline()  # "ready": its imports do not count against the first answer's time
+        # "ready", or why not: its imports do not count against the first answer's time.
+        line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], START)[0] else b"no answer"
+        if line != b"ready\n":
+            self.kill()
+            raise UserError(f"the verifier's worker does not start: {line.decode(errors='replace').strip() or 'it died'}")
 
     def kill(self):
         if self.process:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(OSError):  # closing flushes, into a pipe that may be broken
+                    pipe.close()
             self.process = None
 
 
@@ -166,10 +176,13 @@ def work(timeout):
     import ctypes
     import resource
 
-    import math_verify  # noqa: F401  imported before the limit on memory and before "ready"
-
     if sys.platform == "linux":  # if the trainer is killed in the middle of an answer that never returns
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    try:
+        import math_verify  # noqa: F401  before the limit on memory
+    except Exception as e:
+        print(f"{type(e).__name__}: {e}".splitlines()[0], flush=True)
+        return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
     print("ready", file=replies, flush=True)

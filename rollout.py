@@ -123,7 +123,6 @@ class VLLMSampler:
                 max_num_seqs=max_num_seqs,
                 enforce_eager=cpu,
                 use_tqdm_on_load=False,
-                generation_config="vllm",  # nothing from the model's own: our parameters are all there is
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
                 **options,

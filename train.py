@@ -81,12 +81,12 @@ tensor_parallel = 1  # consecutive ranks that share one engine
 micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
 canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's
-canary_limit = 0.1  # mean |difference| that stops the run
+canary_limit = 0.001  # mean |difference| that stops the run; in bfloat16 it takes about 0.1
 dry_run = False  # print the plan and stop; needs no more than the model's config.json
 plan_gpus = 8  # GPUs a dry run plans for
 plan_gib = 80.0  # and the memory of each
 
-from configurator import UserError, configure, provenance, repo_path, run
+from configurator import UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
@@ -97,7 +97,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
-from eval import evaluate, load_benchmark, summarize, write_json
+from eval import evaluate, load_benchmark, make_folder, summarize, write_json
 from loss import batch_loss, group_advantages, shape
 from model import attention_backends, load_config, load_policy, model_path, save_policy
 from plan import print_plan
@@ -156,10 +156,14 @@ def start_processes(device):
 
 
 def check_knobs(n_ranks):
-    for name in ("n_rollouts", "temperature", "max_tokens", "max_steps", "prompts_per_step", "update_batches",
-                 "learning_rate", "grad_clip", "reward_workers", "reward_timeout"):  # fmt: skip
-        if globals()[name] <= 0:
-            raise UserError(f"{name}={globals()[name]} must be above zero")
+    require(
+        globals(),
+        "n_rollouts temperature max_tokens max_prompt_tokens max_teacher_tokens gamma max_steps prompts_per_step update_batches"
+        " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit",
+        "n_teacher loss_constant sft_coef clip_high warmup_steps weight_decay preflight_traces eval_interval eval_k"
+        " eval_temperature eval_max_problems save_interval rollout_interval canary_interval",
+        "clip_low beta1 beta2 min_teacher_pass",
+    )
     if prompts_per_step % update_batches or prompts_per_step % (n_ranks // max(1, tensor_parallel)):
         raise UserError(
             f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates and over the engines of"
@@ -247,8 +251,11 @@ def update(policy, optimizer, micro_batches):
             sums[name] = old[0] + total, old[1] + count
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}: nothing was updated; lower learning_rate or look at the data")
     optimizer.step()
-    return sums, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return sums, norm
 
 
 def token_metrics(logp, entropy, batch):
@@ -295,7 +302,7 @@ def main():
     if eval_data:
         held_out = load_benchmark(repo_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think, print0)
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
-        if n_teacher:
+        if n_teacher or any(p.teacher for p in problems):  # on-policy runs learn from it, too, that the verifier works
             problems = check_teachers(problems, tokenizer, verifier)
         if prompts_per_step > len(problems):
             raise UserError(
@@ -429,10 +436,7 @@ def open_folder():
                 n += 1
             os.rename(folder, f"{folder}.{n}")
             print0(f"{folder} holds an earlier run: moved to {folder}.{n}")
-        try:
-            os.makedirs(os.path.join(folder, "rollouts"), exist_ok=True)
-        except OSError as e:
-            raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
+        make_folder(os.path.join(folder, "rollouts"))
         write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
     if WORLD > 1:
         dist.barrier()
@@ -471,6 +475,7 @@ def rollout_metrics(rollouts):
         "own/truncated": [r.finish_reason == "length" for r in own],
         "own/no_think": [r.reason == "no_think" for r in own],
         "own/timeout": [r.reason == "timeout" for r in own],
+        "own/error": [r.reason == "error" for r in own],
     }
     return {name: sum(column) / len(column) for name, column in columns.items() if column}
 

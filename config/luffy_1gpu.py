@@ -48,5 +48,6 @@ shard = "ddp"
 recompute = True
 save_interval = 50
 rollout_interval = 10
+canary_limit = 0.1  # bfloat16
 micro_tokens = 16384
 gpu_memory = 0.35

@@ -39,7 +39,7 @@ def policy():
 def engine(tokenizer):
     """The real engine, fp32, on this machine's CPU. Its start takes seconds, so all tests share it."""
     pytest.importorskip("vllm")
-    return VLLMSampler(BASE, tokenizer.eos_token_id, max_model_len=128)
+    return VLLMSampler(BASE, tokenizer.eos_token_id, max_model_len=256)
 
 
 def load_script(name, argv):

@@ -40,7 +40,7 @@ def config_file(tmp_path, text, name="c.py"):
 
 def test_left_to_right(knobs, tmp_path, capsys):
     a = config_file(tmp_path, "rate = 1\nsteps = 20\n", "a.py")
-    b = config_file(tmp_path, "_half = steps // 2\nsteps = _half\n", "b.py")
+    b = config_file(tmp_path, "import math\n_half = math.ceil(steps / 2)\nsteps = _half\n", "b.py")
     got = knobs(a, b, "--flag=True", "--data=x=y=z")
     assert got == {"data": "x=y=z", "rate": 1.0, "steps": 10, "flag": True}
     assert type(got["rate"]) is float  # an int where a float is meant
@@ -62,6 +62,8 @@ def test_left_to_right(knobs, tmp_path, capsys):
         ("--flag", "--flag=VALUE"),
         ("nowhere.py", "no config file"),
         ("--rate=nan", "must be float, not str"),
+        ("--rate=1e999", "must be float and finite, not float inf"),
+        ("--steps=" + "9" * 5000, "must be int"),
     ],
 )
 def test_mistakes_on_the_command_line(knobs, argument, words):
@@ -77,6 +79,10 @@ def test_mistakes_on_the_command_line(knobs, argument, words):
         ("steps = = 3", "c.py, line 1: SyntaxError"),
         ("steps = 1 / 0", "c.py: ZeroDivisionError"),
         ("steps = 3.0", "must be int, not float"),
+        ("rate = float('nan')", "must be float and finite"),
+        ("raise SystemExit", "c.py: SystemExit"),
+        ("raise ValueError('one\\ntwo')", "c.py: ValueError: one"),
+        ("half = 5", "a file's own names start with _"),
     ],
 )
 def test_mistakes_in_a_file(knobs, tmp_path, text, words):

@@ -83,6 +83,16 @@ def test_bad_files(tmp_path, tokenizer):
         with pytest.raises(UserError, match=words) as e:
             load(str(tmp_path / name), tokenizer)
         assert name in str(e.value)
+    for column, value in {
+        "prompt": ["What?"],
+        "target": ["</think>1"],
+        "reward_model": {"ground_truth": 3},
+        "data_source": 7,
+    }.items():
+        table = pa.Table.from_pylist([{**a_row(), column: value}])
+        pq.write_table(table, tmp_path / "odd.parquet")
+        with pytest.raises(UserError, match=f"odd.parquet: column '{column}' is .*, not LUFFY's"):
+            load(str(tmp_path / "odd.parquet"), tokenizer)
     write(tmp_path / "none.parquet", [])
     with pytest.raises(UserError, match="no usable row"):
         load(str(tmp_path / "none.parquet"), tokenizer)
@@ -96,6 +106,13 @@ def test_the_prompt_must_open_a_thought(tmp_path):
         load(path, tokenizer)
     problems, _ = load(path, tokenizer, require_think=False)
     assert tokenizer.decode(problems[0].teacher[0]).startswith("<think>\n")  # nothing is stripped then
+
+
+def test_a_failing_template_names_the_row(tmp_path):
+    tokenizer = build.build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(UserError, match=r"a.parquet row 0: the model's chat template fails on it: no such role"):
+        load(write(tmp_path / "a.parquet", [a_row()]), tokenizer)
 
 
 def test_model_without_tokenizer(tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_data import a_row, write
 
-from configurator import ROOT
+from configurator import ROOT, UserError
 from eval import summarize
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
@@ -51,18 +51,32 @@ def test_the_command(sampler, tmp_path, byte_model):
     assert all(row["n"] == 2 and row["k"] == 3 and 0 <= row["avg@k"] <= row["pass@k"] <= 1 for row in table.values())
     samples = [json.loads(line) for line in open(out / "samples.jsonl")]
     assert len(samples) == 12 and all(len(s["response"]) == 3 == len(s["reason"]) for s in samples)
+    assert all(len(set(s["response"])) == 3 for s in samples)  # each sample has its own seed
     assert json.load(open(out / "config.json"))["max_tokens"] == 12
 
 
-def test_bad_input(tmp_path):
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        ("--model={tmp}/model", "has no tokenizer"),
+        ("--data=nowhere.parquet", "there is no data file"),
+        ("--k=0", "k=0 must be above zero"),
+        ("--reward_timeout=-1", "reward_timeout=-1.0 must be above zero"),
+        ("--max_problems=-1", "max_problems=-1 must be zero or more"),
+        ("--dtype=foo", "dtype='foo'"),
+        ("--sampler=foo", "sampler='foo'"),
+        ("--seed=-1", "seed=-1 must lie between"),
+    ],
+)
+def test_bad_input(script, tmp_path, argv, words):
     os.makedirs(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
-    for argv, words in (
-        ([f"--model={tmp_path / 'model'}"], "has no tokenizer"),
-        (["--data=nowhere.parquet"], "there is no data file"),
-        (["--k=0"], "must be at least 1"),
-    ):
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "eval.py"), *argv, f"--out_dir={tmp_path / 'out'}"],
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    with pytest.raises(UserError, match=words):
+        script("eval", [argv.format(tmp=tmp_path), f"--out_dir={tmp_path / 'out'}"]).main()
     assert not (tmp_path / "out").exists()
+
+
+def test_exit_code(tmp_path):
+    argv = ["--data=nowhere.parquet", f"--out_dir={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "eval.py"), *argv], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no data file") and done.stderr.count("\n") == 1

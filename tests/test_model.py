@@ -1,6 +1,10 @@
+import os
+import shutil
+
 import pytest
 import torch
 from conftest import BASE
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model
@@ -107,6 +111,17 @@ def test_temperature_divides_the_logits(problems):
     torch.testing.assert_close(hot[len(prompt) : ids.size(1)], want[len(prompt) - 1 :], rtol=0, atol=2e-5)
 
 
+def test_bfloat16_is_what_it_says(policy, problems):
+    """Products in bfloat16: near the fp32 result, and not it; log-probs and weights stay fp32."""
+    batch = pack(sequences(problems))
+    half = load_policy(BASE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        (a, _), (b, _) = policy(batch), half(batch)
+    assert b.dtype == torch.float32 and all(p.dtype == torch.float32 for p in half.parameters())
+    gap = (a - b).abs()[batch.loss_mask]
+    assert 1e-4 < gap.mean() < 0.1
+
+
 def test_saved_policy_loads_again(policy, tokenizer, tmp_path):
     with torch.no_grad():
         policy.hf.lm_head.weight.mul_(1.5)
@@ -120,6 +135,12 @@ def test_saved_policy_loads_again(policy, tokenizer, tmp_path):
 def test_bad_models(tmp_path):
     with pytest.raises(UserError, match="no causal LM"):
         load_policy(str(tmp_path / "nowhere"))
+    tensors = load_file(os.path.join(BASE, "model.safetensors"))
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    shutil.copytree(BASE, tmp_path / "short")
+    save_file(tensors, tmp_path / "short" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 tensor.*layers.1.mlp.up_proj"):  # transformers would draw it at random
+        load_policy(str(tmp_path / "short"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no causal LM"):
         load_policy(str(tmp_path))

@@ -32,7 +32,7 @@ def test_sharding_divides_what_persists():
 
 
 def test_cache_of_the_7b():
-    left, tokens = kv_cache(QWEN_7B, 24 * GIB, 1, 2)
+    _, tokens = kv_cache(QWEN_7B, 24 * GIB, 1, 2)
     assert tokens == int((24 * GIB - 2 * 7_615_616_512 - 2 * GIB) / (2 * 28 * 4 * 128 * 2))
     assert kv_cache(QWEN_7B, 10 * GIB, 1, 2)[1] == 0
 

@@ -1,10 +1,13 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+from configurator import ROOT, UserError
 from reward import Verifier, fast_verdict, grade, graded_text
 
 
@@ -113,6 +116,41 @@ def test_odd_text_is_data(verifier):
     ]
     verdicts = verifier.score(odd, ["2"] * len(odd))
     assert [v.reward for v in verdicts[:-1]] == [0.0] * (len(odd) - 1)
+
+
+def test_workers_are_limited(verifier):
+    verifier.score(["</think>$x^2$"] * 4, ["x^2"] * 4)
+    limits = open(f"/proc/{next(w.process.pid for w in verifier.workers if w.process)}/limits").read()
+    assert f"Max address space         {4 << 30}" in limits
+
+
+def test_a_worker_dies_with_its_trainer(tmp_path):
+    """Killed outright in the middle of an answer that would take a minute, the trainer leaves no worker behind."""
+    code = (
+        "import threading, time, reward\n"
+        "v = reward.Verifier(workers=1, timeout=60.0)\n"
+        "v.score(['</think>$x$'], ['x'])\n"
+        "threading.Thread(target=v.score, args=(['</think>$9^{9^{9^9}}$'], ['1']), daemon=True).start()\n"
+        "print(v.workers[0].process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert os.path.exists(f"/proc/{pid}")
+    parent.kill()
+    parent.wait()
+    for _ in range(50):
+        time.sleep(0.1)
+        if not os.path.exists(f"/proc/{pid}") or " Z " in open(f"/proc/{pid}/stat").read():
+            return
+    pytest.fail("the worker lives on")
+
+
+def test_a_verifier_that_cannot_start_says_why(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Verifier(workers=1) as v, pytest.raises(UserError, match="does not start: ImportError: no antlr here"):
+        v.score(["</think>$x$"], ["x"])
 
 
 def test_no_process_is_left_behind():

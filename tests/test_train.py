@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data import a_row, write
+from transformers import AutoModelForCausalLM
 
 from configurator import ROOT, UserError
+from data import load_tokenizer
 
 
 def metrics(folder):
@@ -76,6 +78,116 @@ def test_the_token_budget_does_not_matter(script, tmp_path, argv):
             assert abs(a[key] - b[key]) <= 1e-4 * abs(a[key]) + 1e-7, key
     x, y = (load_file(tmp_path / n / "ckpt_3" / "model.safetensors") for n in ("whole", "cut"))
     assert all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
+
+
+def by_hand(rows, k):
+    """The first step's loss and gradient norm from its dumped rollouts, by the equations alone."""
+    hf = AutoModelForCausalLM.from_pretrained("toy/base", dtype=torch.float32)
+    tokenizer = load_tokenizer("toy/base")
+    policy = entropy_sum = nll = n = n_teacher = 0
+    for start in range(0, len(rows), k["n_rollouts"]):
+        group = rows[start : start + k["n_rollouts"]]
+        rewards = torch.tensor([r["reward"] for r in group])
+        advantages = rewards - rewards.mean() if len(group) > 1 else rewards
+        if k["use_std"] and rewards.std() > 0:
+            advantages = advantages / (rewards.std() + 1e-6)
+        for r, advantage in zip(group, advantages, strict=True):
+            prompt = tokenizer.encode(r["prompt"])
+            ids = torch.tensor([prompt + r["response_ids"]])
+            logprobs = (hf(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / k["temperature"]).log_softmax(-1)
+            logp = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+            entropy_sum, n = entropy_sum - (logprobs.exp() * logprobs).sum(), n + len(logp)
+            if not r["teacher_tokens"]:
+                policy = policy - (advantage * (logp - logp.detach()).exp()).sum()
+            elif k["sft_coef"]:
+                nll, n_teacher = nll - logp.sum(), n_teacher + len(logp)
+            else:
+                p = logp.exp()
+                policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
+    loss = policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n + k["sft_coef"] * nll / max(n_teacher, 1)
+    loss.backward()
+    return loss.item(), torch.stack([p.grad.norm() for p in hf.parameters()]).norm().item()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--temperature=1.7"],
+        ["--use_std=True"],
+        ["--shaping=none"],
+        ["--shaping=sqrt"],
+        ["--gamma=0.5"],
+        ["--loss_constant=77.0"],
+        ["--loss_constant=0.0"],
+        ["--entropy_coef=0.3"],
+        ["--sft_coef=0.7"],
+        ["--n_teacher=0", "--entropy_coef=0.1"],
+        ["--n_rollouts=4", "--seed=3"],
+    ],
+)
+def test_each_knob_reaches_the_loss(script, tmp_path, argv):
+    rows = run(script, tmp_path, "x", "--max_steps=1", "--prompts_per_step=4", *argv)
+    dumped = [json.loads(line) for line in open(tmp_path / "x" / "rollouts" / "step_1.jsonl")]
+    loss, norm = by_hand(dumped, json.load(open(tmp_path / "x" / "config.json")))
+    assert rows[1]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert rows[1]["grad_norm"] == pytest.approx(norm, rel=1e-3, abs=1e-6)
+
+
+def test_the_clip_acts_where_the_policy_has_moved(script, tmp_path):
+    """Two updates at a large learning rate: the second finds ratios outside the clip. Every own sample fails here
+    (A < 0), so the lower side changes the loss and the upper one, which acts where A > 0, does not."""
+    argv = ["--update_batches=2", "--learning_rate=0.01", "--warmup_steps=0", "--max_steps=1"]
+    clips = ("", "--clip_low=0.2", "--clip_high=0.2")
+    free, low, high = (run(script, tmp_path, f"x{clip}", *argv, *clip.split()) for clip in clips)
+    assert free[1]["reward/own"] == 0 == free[1]["ratio/outside_clip"]
+    for clipped in (low, high):
+        assert clipped[1]["ratio/outside_clip"] > 0.01 and clipped[1]["ratio/own"] == pytest.approx(free[1]["ratio/own"])
+    assert low[1]["loss"] > free[1]["loss"] * (1 + 1e-3) and high[1]["loss"] == pytest.approx(free[1]["loss"])
+
+
+def test_the_optimizer_gets_its_knobs(script, tmp_path, monkeypatch):
+    seen = {}
+    adamw, clip = torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, betas, weight_decay: seen.update(betas=betas, decay=weight_decay)
+                        or adamw(p, lr, betas, weight_decay=weight_decay))  # fmt: skip
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: seen.update(clip=norm) or clip(p, norm))
+    rows = run(script, tmp_path, "x", "--beta1=0.5", "--beta2=0.6", "--weight_decay=0.7", "--grad_clip=0.8",
+               "--learning_rate=0.001", "--warmup_steps=4", "--canary_interval=2", "--save_interval=2")  # fmt: skip
+    assert seen == {"betas": (0.5, 0.6), "decay": 0.7, "clip": 0.8}
+    assert [r["lr"] for r in rows[1:]] == pytest.approx([0.00025, 0.0005, 0.00075])
+    assert ["mismatch/canary" in r for r in rows] == [True, False, True, False]
+    assert {"ckpt_2", "ckpt_3"} <= set(os.listdir(tmp_path / "x"))
+
+
+def test_seeds_choose_problems_and_samples(script, tmp_path):
+    def first(name, *argv):
+        run(script, tmp_path, name, "--max_steps=1", *argv)
+        rows = [json.loads(line) for line in open(tmp_path / name / "rollouts" / "step_1.jsonl")]
+        return [r["problem"] for r in rows], [r["response"] for r in rows if not r["teacher_tokens"]]
+
+    (problems, samples), again, other = first("a"), first("b"), first("c", "--seed=1")
+    assert (problems, samples) == again
+    assert problems != other[0] and samples != other[1]
+    assert len(set(samples)) > len(samples) / 3  # neighbours do not repeat each other
+
+
+def test_evaluation_knobs(script, tmp_path):
+    out = tmp_path / "x"
+    module = script("train", ["--sampler=torch", f"--out_dir={out}", "--max_steps=1", "--reward_workers=1",
+                              "--eval_max_problems=30", "--eval_k=3", "--eval_temperature=1.5"])  # fmt: skip
+    calls = []
+    real = module.evaluate
+    module.evaluate = lambda *a: calls.append((len(a[0]), a[5], a[6])) or real(*a)
+    module.main()
+    assert calls == [(30, 1, 0.0), (30, 3, 1.5)] * 2
+    assert json.load(open(out / "eval_1.json"))["toy"]["n"] == 30
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(script, tmp_path):
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        run(script, tmp_path, "x", "--entropy_coef=1e40")
+    assert not [f for f in os.listdir(tmp_path / "x") if f.startswith("ckpt")]
 
 
 def test_two_updates_make_the_second_off_policy(script, tmp_path):

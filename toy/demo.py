@@ -66,7 +66,9 @@ def judge(methods):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to N-1 (default 1)")
     parser.add_argument(
         "--out", default=os.path.join(ROOT, "out", "demo"), help="folder for runs and picture (default out/demo)"
