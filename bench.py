@@ -3,6 +3,7 @@ How fast, and how much memory: update, attention backends, weight sync, rollout,
 
     python bench.py                                                    a tiny shape, on a CPU
     python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
+    torchrun --nproc_per_node=8 bench.py --size=7b --shard=fsdp --tokens=32768 --shortest=2048 --longest=8192
 
 MFU is model FLOPs (6 per weight and token, attention and head included, recomputation not) over the rate of a
 matrix product measured in the same run. HFU counts what is computed again in backward too.
@@ -10,6 +11,8 @@ matrix product measured in the same run. HFU counts what is computed again in ba
 
 import json
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +25,7 @@ tokens = 2048  # packed tokens of an update
 shortest = 64  # of its sequences
 longest = 256  # of its sequences
 recompute = True  # activation checkpointing
+shard = "none"  # fsdp: FSDP2 over torchrun's processes (each with its own tokens), or with this one alone
 repeats = 5  # timed updates, after one that is not
 syncs = 5  # weight reloads into the engine; 0 leaves the engine out
 rollout_prompts = 32  # samples to generate
@@ -36,13 +40,16 @@ if __name__ == "__main__":
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
 from loss import batch_loss
-from model import Policy, attention_backends
-from plan import count_parameters, show, training_memory
+from model import Policy, attention_backends, shard_policy
+from plan import count_parameters, measured_memory, show, training_memory
 from rollout import TorchSampler, VLLMSampler, wants_vllm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head
 SHAPES = {
@@ -107,12 +114,6 @@ def seconds(function, device, n):
     return sorted(times[1:])[n // 2]
 
 
-def resident():
-    """This process's memory now, in bytes."""
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure_matrix_product(c, device, dtype):
     """FLOP/s of (tokens, d) x (d, 4d), forward only, in the dtype the update runs in."""
     a = torch.randn(tokens, c.hidden_size, device=device, dtype=dtype)
@@ -122,13 +123,9 @@ def measure_matrix_product(c, device, dtype):
     return 2 * tokens * c.hidden_size * 4 * c.hidden_size / t, [tokens, c.hidden_size, 4 * c.hidden_size]
 
 
-def measure_update(c, hf, backend, device, dtype):
+def measure_update(c, policy, backend, device):
     """Seconds and peak bytes of one optimizer step: forward, backward, clip, AdamW."""
-    hf.set_attn_implementation(backend)
-    policy = Policy(hf, 1.0, dtype)
-    if recompute:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.train()
+    policy.hf.set_attn_implementation(backend)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
     pairs = sequences(c.vocab_size)
     batch = pack(pairs).to(device)
@@ -141,69 +138,107 @@ def measure_update(c, hf, backend, device, dtype):
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    measured_memory()
     t = seconds(step, device, repeats)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    peak = measured_memory()[0] if device == "cuda" else None  # a CPU process holds much besides
     return t, peak, [len(p) + len(r.response_ids) for p, r in pairs], n
 
 
-def measure_engine(c, hf, dtype):
-    """Weight syncs into the engine and a rollout through it."""
+def measure_engine(c, policy, dtype):
+    """Weight syncs into the engine, what memory they take in passing and for good, and a rollout through it."""
     prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
-    with tempfile.TemporaryDirectory() as folder:
-        if wants_vllm(sampler):
-            hf.save_pretrained(folder)
-            name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-            engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory)
-        else:
-            engine = TorchSampler(hf, 1, 16 + rollout_tokens)
-    engine.load(hf, 0)  # the first allocates what later ones reuse
-    before, times = resident(), []
+    folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
+    with torch.device(policy.hf.device):
+        copy = AutoModelForCausalLM.from_config(c, dtype=dtype)
+    if wants_vllm(sampler):
+        if RANK == 0:
+            copy.save_pretrained(folder)
+        del copy
+        if WORLD > 1:
+            dist.barrier()
+        name = str(dtype).removeprefix("torch.")
+        engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory, seed=RANK)
+    else:
+        engine = TorchSampler(copy, 1, 16 + rollout_tokens)
+    engine.load(policy.hf, 0)  # the first allocates what later ones reuse
+    times, after, passing = [], [], 0
     for i in range(1, syncs + 1):
+        allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_memory()[1]
         start = time.perf_counter()
-        engine.load(hf, i)
+        engine.load(policy.hf, i)
         times.append(time.perf_counter() - start)
-    growth, total = resident() - before, 0
+        peak, now = measured_memory()
+        passing, after = max(passing, peak - allocated), [*after, now]
+    # Single readings of resident memory go up and down by an allocator's whims: compare the halves' medians.
+    growth = statistics.median(after[len(after) // 2 :]) - statistics.median(after[: max(1, len(after) // 2)])
     engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs)
     start = time.perf_counter()
     total = sum(len(s.ids) for s in engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs))
     rate = total / (time.perf_counter() - start)
     engine.close()
-    return {"engine": type(engine).__name__, "sync_s": sorted(times)[len(times) // 2], "syncs": syncs,
-            "sync_growth_mib": growth / 2**20, "rollout_tokens_per_s": rate}  # fmt: skip
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    _, n_embedding, n_layer = count_parameters(c)
+    return {"engine": type(engine).__name__, "sync_s": statistics.median(times), "syncs": syncs,
+            "sync_growth_mib": growth / 2**20, "sync_passing_mib": passing / 2**20,
+            "largest_module_mib": max(n_embedding, n_layer) * dtype.itemsize / 2**20, "rollout_tokens_per_s": rate}  # fmt: skip
+
+
+def print0(line):
+    if RANK == 0:
+        print(line, flush=True)
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     c = model_config()
+    if shard not in ("none", "fsdp") or (WORLD > 1 and shard == "none"):
+        raise UserError(f"shard={shard!r} with {WORLD} process(es): choose fsdp, or none for one process")
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    elif shard == "fsdp":
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     torch.manual_seed(0)
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(c, attn_implementation="packed_sdpa", dtype=torch.float32)
+    policy = shard_policy(Policy(hf), dtype) if shard == "fsdp" else Policy(hf, 1.0, dtype)
+    if recompute:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.train()
     rate, shape = measure_matrix_product(c, device, dtype)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     product = " x ".join(map(str, shape))
-    print(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s")
-    result = {"size": size, "tokens": tokens, "machine": machine, "matrix_flops": rate, "recompute": recompute, "update": {}}
-    forecast = sum(training_memory(c, tokens, 1, False, dtype.itemsize, recompute).values())
-    print(f"{size}: {count_parameters(c)[0] / 1e6:.1f} M parameters; the plan forecasts {show(forecast)} at the update's peak")
+    print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s")
+    result = {"size": size, "tokens": tokens, "machine": machine, "ranks": WORLD, "shard": shard, "recompute": recompute,
+              "matrix_flops": rate, "update": {}}  # fmt: skip
+    forecast = sum(training_memory(c, tokens, WORLD, shard == "fsdp", dtype.itemsize, recompute).values())
+    print0(
+        f"{size}: {count_parameters(c)[0] / 1e6:.1f} M parameters, {WORLD} rank(s), shard={shard}; the plan forecasts"
+        f" {show(forecast)} a rank at the update's peak"
+    )
     for backend in attention_backends(device, dtype):
-        t, peak, lengths, n = measure_update(c, hf, backend, device, dtype)
+        t, peak, lengths, n = measure_update(c, policy, backend, device)
         mfu, hfu = (flops(c, lengths, n, again) / t / rate for again in (False, True))
         row = {"tokens_per_s": tokens / t, "mfu": mfu, "hfu": hfu, "seconds": t, "peak_bytes": peak, "sequences": len(lengths)}
         result["update"][backend] = row
         memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
-        print(f"update, {backend}: {t:.3f} s, {tokens / t:.0f} tokens/s, MFU {mfu:.1%}, HFU {hfu:.1%}, peak memory {memory}")
+        print0(f"update, {backend}: {t:.3f} s, {tokens / t:.0f} tokens/s a rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}")
     if syncs:
-        hf.zero_grad()
-        result |= measure_engine(c, hf, dtype)
-        growth, rate = result["sync_growth_mib"], result["rollout_tokens_per_s"]
-        print(
-            f"{result['engine']}: weight sync {result['sync_s']:.3f} s (median of {syncs}, resident memory {growth:+.1f} MiB"
-            f" over them), rollout {rate:.0f} tokens/s"
+        policy.zero_grad()
+        r = measure_engine(c, policy, dtype)
+        result |= r
+        share = r["sync_passing_mib"] / r["largest_module_mib"]
+        print0(f"{r['engine']}: rollout {r['rollout_tokens_per_s']:.0f} tokens/s; weight sync {r['sync_s']:.3f} s")
+        print0(
+            f"memory of a sync: {r['sync_passing_mib']:.1f} MiB in passing, {share:.2f} of the largest module's;"
+            f" {r['sync_growth_mib']:+.1f} MiB between the first and the last half of {syncs}"
         )
-    if out:
+    if out and RANK == 0:
         with open(repo_path(out), "a") as f:
             f.write(json.dumps({**result, **provenance()}) + "\n")
 

@@ -149,6 +149,11 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     return problems
 
 
+def count_rows(path):
+    """Rows of a parquet file, by its footer; 0 if there is no such file."""
+    return pq.read_metadata(path).num_rows if os.path.isfile(path) else 0
+
+
 def text_type(t):
     return pa.types.is_string(t) or pa.types.is_large_string(t)
 

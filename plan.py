@@ -1,7 +1,10 @@
 """
 The arithmetic before a run: parameters, memory per GPU item by item, KV cache, micro-batches. From a config
-alone, so it runs on a laptop; bench.py holds the forecast against what is measured.
+alone, so it runs on a laptop. And what a run then really takes: train.py prints it after its first step.
 """
+
+import contextlib
+import re
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -62,6 +65,24 @@ def show(n_bytes):
     return f"{n_bytes / GIB:.1f} GiB" if n_bytes > GIB else f"{n_bytes / 2**20:.1f} MiB"
 
 
+def measured_memory():
+    """(peak, now) in bytes. On a GPU: the most that torch allocated since the last call, and what the whole device has
+    in use, the engine included. On a CPU: the same of this process's resident memory; NaN where /proc is missing."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak, total - free
+    try:
+        with open("/proc/self/status") as f:
+            kib = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", f.read()))
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # sets the high-water mark to what is resident now
+        return int(kib["VmHWM"]) * 1024, int(kib["VmRSS"]) * 1024
+    except OSError:
+        return float("nan"), float("nan")
+
+
 def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
     """Print a run's arithmetic. k: its knobs (a dict); config: the model's; n_problems: 0 if unknown; gpu_gib: the
     memory of one GPU. On a GPU the last line says whether it fits, and so does the return value."""
@@ -70,9 +91,13 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
         f"batch: {k['prompts_per_step']} prompts x ({own} own + {k['n_teacher']} teacher) = {size} sequences a step,"
         f" {k['update_batches']} update(s) of {size // k['update_batches']}, {world} rank(s)"
     )
-    if n_problems:
-        log(f"length: {k['max_steps']} steps, {n_problems // k['prompts_per_step']} an epoch of {n_problems} problems")
-    rows = size // k["update_batches"] // world
+    epoch = (
+        f"{n_problems // k['prompts_per_step']} an epoch of {n_problems} problems"
+        if n_problems
+        else "an epoch has an unknown number: no data file"
+    )
+    log(f"length: {k['max_steps']} steps, {epoch}")
+    rows = -(-size // k["update_batches"] // world)
     longest = k["max_prompt_tokens"] + max(k["max_tokens"], k["max_teacher_tokens"])
     n_micro = [-(-rows * longest // share // k["micro_tokens"]) for share in (1, 4)]
     log(
@@ -94,7 +119,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
         f" {tokens / length:.1f} sequences of {length} at once"
     )
-    rollout = items["weights, gradients, Adam (fp32)"] + share
+    rollout = items["weights, gradients, Adam (fp32)"] * 3 // 4 + share  # the gradients are freed before it
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
         f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"

@@ -96,11 +96,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
+from data import Order, Rollout, bins_needed, count_rows, load_problems, load_tokenizer, pack, partition, response_text
 from eval import evaluate, load_benchmark, make_folder, summarize, write_json
 from loss import batch_loss, group_advantages, shape
 from model import attention_backends, load_config, load_policy, model_path, save_policy
-from plan import print_plan
+from plan import measured_memory, print_plan
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
 
@@ -237,7 +237,6 @@ def update(policy, optimizer, micro_batches):
          sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
     )  # fmt: skip
     sums = {}
-    optimizer.zero_grad()
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
@@ -255,6 +254,7 @@ def update(policy, optimizer, micro_batches):
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}: nothing was updated; lower learning_rate or look at the data")
     optimizer.step()
+    optimizer.zero_grad()  # now, so that the engine finds their memory free
     return sums, norm
 
 
@@ -286,7 +286,7 @@ def main():
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     base = model_path(model)
     if dry_run:
-        print_plan(config, load_config(base), 0, plan_gpus, True, plan_gib, print0)
+        print_plan(config, load_config(base), count_rows(repo_path(data)), plan_gpus, True, plan_gib, print0)
         return
     start_processes(device)
     tokenizer = load_tokenizer(base)
@@ -324,6 +324,8 @@ def main():
         train(policy, engine, verifier, tokenizer, problems, held_out)
     engine.close()
     if dist.is_initialized() and (WORLD > 1 or shard == "fsdp"):
+        if WORLD > 1:
+            dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
 
 
@@ -361,14 +363,14 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
     log(folder, {"step": 0, "mismatch/canary": gap, **(evaluation(0) if held_out else {})})
     start = time.time()
     for step in range(1, max_steps + 1):
-        clock = Clock()
+        phases = Phases()
         # 1. The engine takes over the policy's weights.
         sync()
-        clock.lap("sync")
+        phases.end("sync")
         # 2. Roll out: own samples from the engine, teacher traces beside them. Each engine has its own prompts.
         batch = [problems[i] for i in order.take(prompts_per_step)]
         rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
-        clock.lap("rollout")
+        phases.end("rollout")
         engine.sleep()
         # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
         texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
@@ -376,7 +378,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
             r.reward, r.reason = v
         place = {p.id: i for i, p in enumerate(batch)}
         rollouts = sorted(gather(rollouts), key=lambda r: place[r.problem])
-        clock.lap("reward")
+        phases.end("reward")
         # 4. Advantage: reward minus the mean of the group, teacher included.
         rewards, groups = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.problem for r in rollouts])
         for r, a in zip(rollouts, group_advantages(rewards, groups, use_std).tolist(), strict=True):
@@ -403,14 +405,16 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         for micro_batches in updates:
             results.append(update(wrapped, optimizer, micro_batches))
             n_updates += 1
-        clock.lap("update")
+        phases.end("update")
         # 8. Log.
         record = {"step": step, **rollout_metrics(rollouts), **means(merge([s for s, _ in results]))}
         record["micro_batches"] = sum(map(len, updates))
-        record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **clock.times}
+        record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **phases.record}
         if rollout_interval and step % rollout_interval == 0:
             dump(folder, step, [row(by_id[r.problem], r, tokenizer) for r in rollouts])
         print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
+        if step == 1:
+            print0(phases.ledger())
         # 9. Canary, evaluation, checkpoint.
         if canary_interval and step % canary_interval == 0:
             sync()
@@ -443,15 +447,24 @@ def open_folder():
     return folder
 
 
-class Clock:
-    """Seconds between laps, as time/NAME."""
+class Phases:
+    """What each phase of a step takes: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
+    memory/NAME_after what is in use at its end (plan.measured_memory says of what)."""
 
     def __init__(self):
-        self.times, self.last = {}, time.time()
+        self.record, self.last = {}, time.time()
+        measured_memory()
 
-    def lap(self, name):
+    def end(self, name):
         now = time.time()
-        self.times[f"time/{name}"], self.last = now - self.last, now
+        peak, in_use = measured_memory()
+        self.record[f"time/{name}"], self.last = now - self.last, now
+        self.record |= {f"memory/{name}": peak / 2**30, f"memory/{name}_after": in_use / 2**30}
+
+    def ledger(self):
+        names = [key.removeprefix("time/") for key in self.record if key.startswith("time/")]
+        show = lambda n: f"{n} {self.record[f'memory/{n}']:.2f} / {self.record[f'memory/{n}_after']:.2f}"
+        return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
 
 
 def merge(results):
@@ -524,3 +537,6 @@ def dump(folder, step, rows):
 
 if __name__ == "__main__":
     run(main)
+    if WORLD > 1:  # gloo's threads may still hold tensors, and then abort a process whose interpreter is shutting down
+        sys.stdout.flush()
+        os._exit(0)

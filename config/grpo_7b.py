@@ -55,4 +55,4 @@ save_interval = 50
 rollout_interval = 10
 canary_limit = 0.1  # bfloat16
 micro_tokens = 32768
-gpu_memory = 0.3
+gpu_memory = 0.5

@@ -5,7 +5,7 @@
 #
 # 32 prompts x (7 own + 1 teacher) = 256 sequences a step, 2 updates of 128 each. 7473 prompts / 32 = 233 steps an epoch.
 
-data = "data/gsm8k.parquet"  # 7,473 problems, their worked solutions as traces
+data = "data/gsm8k.parquet"  # 7,473 problems; a trace is a worked solution, then </think> and the boxed answer
 model = "models/Qwen2.5-0.5B-think"  # prompt ends in "<think>\n"
 out_dir = "out/luffy_1gpu"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks

@@ -3,14 +3,24 @@ import subprocess
 import sys
 
 import pytest
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
 from configurator import ROOT
-from plan import GIB, count_parameters, kv_cache, training_memory
+from plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
 
 QWEN_7B = Qwen2Config(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
     vocab_size=152064, max_position_embeddings=16384, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+QWEN_05B = Qwen2Config(
+    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+    vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
+)  # fmt: skip
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
 )  # fmt: skip
 
 
@@ -53,3 +63,31 @@ def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
     assert done.returncode == 0, done.stderr
     assert "128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 update(s) of 512, 8 rank(s)" in done.stdout
     assert f"fits in 80 GiB: {answer}" in done.stdout and "not a measurement" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name,model,n_gpus,gib",
+    [
+        ("luffy_7b", QWEN_7B, 8, 80),
+        ("grpo_7b", QWEN_7B, 8, 80),
+        ("luffy_llama8b", LLAMA_8B, 8, 80),
+        ("luffy_1gpu", QWEN_05B, 1, 24),
+    ],
+)
+def test_every_config_fits_where_it_says(script, name, model, n_gpus, gib):
+    lines = []
+    knobs = script("train", [f"config/{name}.py"]).config
+    assert print_plan(knobs, model, 0, n_gpus, True, gib, lines.append)
+    assert not print_plan(knobs, model, 0, n_gpus, True, gib / 4, lines.append)
+    assert any(f"fits in {gib} GiB: yes" in line for line in lines) and f"fits in {gib // 4} GiB: NO" in lines[-1]
+
+
+def test_memory_is_measured():
+    measured_memory()
+    block = bytearray(200 << 20)
+    peak, now = measured_memory()
+    assert now >= 200 << 20 and peak >= now
+    del block
+    measured_memory()
+    peak, later = measured_memory()
+    assert later < now - (150 << 20) and peak < now - (100 << 20)  # the mark was reset
