@@ -38,6 +38,24 @@ def test_packed_equals_unpacked(policy, problems):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels want a GPU")
+@pytest.mark.parametrize("backend", ["packed_varlen", "packed_flash"])
+def test_kernels_equal_sdpa(problems, backend):
+    """Each kernel that is installed gives packed_sdpa's log-probs and gradients, to bfloat16's precision."""
+    if backend not in model.attention_backends("cuda", torch.bfloat16):
+        pytest.skip(f"{backend} is not installed")
+    batch, results = pack(sequences(problems)).to("cuda"), []
+    for name in ("packed_sdpa", backend):
+        policy = load_policy(BASE, dtype=torch.bfloat16, device="cuda")
+        policy.hf.set_attn_implementation(name)
+        logp, _ = policy(batch)
+        logp.sum().backward()
+        results.append((logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    (logp, grad), (want_logp, want_grad) = results[1], results[0]
+    assert (logp - want_logp).abs().mean() < 0.05
+    assert torch.nn.functional.cosine_similarity(grad, want_grad, dim=0) > 0.99
+
+
 def test_packed_sequences_do_not_see_each_other(policy, problems):
     pairs = sequences(problems, 3)
     with torch.no_grad():
