@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 
 # ---------------------------------------------------------------- what to measure
 size = "tiny"  # a shape: tiny, toy, 0.5b, 1.5b or 7b (Qwen2.5's)
-tokens = 2048  # packed tokens of an update
+tokens = 2048  # packed tokens of a micro-batch; an update has two, so that gradients are there when activations peak
 shortest = 64  # of its sequences
 longest = 256  # of its sequences
 recompute = True  # activation checkpointing
@@ -34,7 +34,7 @@ sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
 out = ""  # a file to append the result to, as a line of JSON
 
-from configurator import UserError, configure, provenance, repo_path, run
+from configurator import UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
@@ -44,6 +44,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
+from eval import make_folder
 from loss import batch_loss
 from model import Policy, attention_backends, shard_policy
 from plan import count_parameters, measured_memory, show, training_memory
@@ -69,6 +70,17 @@ def model_config():
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
+
+
+def check_knobs():
+    require(globals(), "tokens shortest longest repeats rollout_prompts rollout_tokens gpu_memory", "syncs")
+    if shortest > longest or min(shortest, tokens) < 32:
+        raise UserError(f"shortest={shortest}, longest={longest}, tokens={tokens}: take 32 or more, and shortest <= longest")
+    if shard not in ("none", "fsdp") or (WORLD > 1 and shard == "none"):
+        raise UserError(f"shard={shard!r} with {WORLD} process(es): choose fsdp, or none for one process")
+    wants_vllm(sampler)
+    if out:
+        make_folder(os.path.dirname(repo_path(out)))
 
 
 def sequences(vocabulary):
@@ -133,8 +145,9 @@ def measure_update(c, policy, backend, device):
 
     def step():
         optimizer.zero_grad()
-        logp, entropy = policy(batch)
-        batch_loss(logp, entropy, batch, n, 0, entropy_coef=0.005, loss_constant=65536.0).backward()
+        for _ in range(2):
+            logp, entropy = policy(batch)
+            batch_loss(logp, entropy, batch, 2 * n, 0, entropy_coef=0.005, loss_constant=65536.0).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
@@ -148,24 +161,28 @@ def measure_engine(c, policy, dtype):
     """Weight syncs into the engine, what memory they take in passing and for good, and a rollout through it."""
     prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
     folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
-    with torch.device(policy.hf.device):
-        copy = AutoModelForCausalLM.from_config(c, dtype=dtype)
     if wants_vllm(sampler):
-        if RANK == 0:
-            copy.save_pretrained(folder)
-        del copy
-        if WORLD > 1:
-            dist.barrier()
-        name = str(dtype).removeprefix("torch.")
-        engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory, seed=RANK)
+        try:
+            if RANK == 0:
+                AutoModelForCausalLM.from_config(c, dtype=dtype).save_pretrained(folder)
+            if WORLD > 1:
+                dist.barrier()
+            name = str(dtype).removeprefix("torch.")
+            engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory, seed=RANK)
+        finally:
+            if RANK == 0:
+                shutil.rmtree(folder, ignore_errors=True)
     else:
-        engine = TorchSampler(copy, 1, 16 + rollout_tokens)
+        with torch.device(policy.hf.device):
+            engine = TorchSampler(AutoModelForCausalLM.from_config(c, dtype=dtype), 1, 16 + rollout_tokens)
     engine.load(policy.hf, 0)  # the first allocates what later ones reuse
     times, after, passing = [], [], 0
     for i in range(1, syncs + 1):
-        allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else measured_memory()[1]
+        _, now = measured_memory()
+        allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else now
         start = time.perf_counter()
         engine.load(policy.hf, i)
+        synchronize(policy.hf.device.type)
         times.append(time.perf_counter() - start)
         peak, now = measured_memory()
         passing, after = max(passing, peak - allocated), [*after, now]
@@ -176,8 +193,6 @@ def measure_engine(c, policy, dtype):
     total = sum(len(s.ids) for s in engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs))
     rate = total / (time.perf_counter() - start)
     engine.close()
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
     _, n_embedding, n_layer = count_parameters(c)
     return {"engine": type(engine).__name__, "sync_s": statistics.median(times), "syncs": syncs,
             "sync_growth_mib": growth / 2**20, "sync_passing_mib": passing / 2**20,
@@ -193,8 +208,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     c = model_config()
-    if shard not in ("none", "fsdp") or (WORLD > 1 and shard == "none"):
-        raise UserError(f"shard={shard!r} with {WORLD} process(es): choose fsdp, or none for one process")
+    check_knobs()
     if "RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -223,11 +237,20 @@ def main():
     )
     for backend in attention_backends(device, dtype):
         t, peak, lengths, n = measure_update(c, policy, backend, device)
-        mfu, hfu = (flops(c, lengths, n, again) / t / rate for again in (False, True))
-        row = {"tokens_per_s": tokens / t, "mfu": mfu, "hfu": hfu, "seconds": t, "peak_bytes": peak, "sequences": len(lengths)}
+        mfu, hfu = (2 * flops(c, lengths, n, again) / t / rate for again in (False, True))
+        row = {
+            "tokens_per_s": 2 * tokens / t,
+            "mfu": mfu,
+            "hfu": hfu,
+            "seconds": t,
+            "peak_bytes": peak,
+            "sequences": len(lengths),
+        }
         result["update"][backend] = row
         memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
-        print0(f"update, {backend}: {t:.3f} s, {tokens / t:.0f} tokens/s a rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}")
+        print0(
+            f"update, {backend}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s a rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}"
+        )
     if syncs:
         policy.zero_grad()
         r = measure_engine(c, policy, dtype)

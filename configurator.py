@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import types
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -34,12 +35,14 @@ def repo_path(path):
 
 
 def run(main):
-    """Return main(); a UserError becomes a message on stderr, rank 0's alone, and exit code 2."""
+    """Return main(); a UserError becomes a message on stderr and exit code 2. Where all ranks have the same one, rank
+    0's ends the others before they speak."""
     try:
         return main()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(2 * (rank > 0))
+        print(f"error: rank {rank}: {e}" if rank else f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -51,7 +54,7 @@ def require(scope, above_zero=(), not_negative=(), below_one=()):
         for name in names.split() if names else ():
             if not holds(scope[name]):
                 raise UserError(f"{name}={scope[name]!r} must be {words}")
-    if not 0 <= scope["seed"] < 2**32:
+    if not 0 <= scope.get("seed", 0) < 2**32:
         raise UserError(f"seed={scope['seed']} must lie between 0 and 2**32 - 1")
 
 

@@ -151,7 +151,16 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
 
 def count_rows(path):
     """Rows of a parquet file, by its footer; 0 if there is no such file."""
-    return pq.read_metadata(path).num_rows if os.path.isfile(path) else 0
+    return open_parquet(path).metadata.num_rows if os.path.isfile(path) else 0
+
+
+def open_parquet(path):
+    if not os.path.isfile(path):
+        raise UserError(f"there is no data file {path}")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
 
 
 def text_type(t):
@@ -175,12 +184,7 @@ def has_text(struct, name):
 
 def read_rows(path):
     """Yield (index, row dict) of a parquet file, a batch in memory at a time."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
+    file = open_parquet(path)
     names = file.schema_arrow.names
     missing = [c for c in ("prompt", "reward_model") if c not in names]
     if missing:

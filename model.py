@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from configurator import UserError, repo_path
 from data import first_line
 
-CHUNK = 2048  # tokens whose logits exist together; 2048 x 152,064 in fp32 is 1.2 GiB
+CHUNK = 2048  # tokens whose logits exist together; 2048 x 152,064 in fp32 is 1.2 GiB, and backward holds five such
 
 disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
 
@@ -209,7 +209,8 @@ def shard_policy(policy, dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
     for layer in policy.hf.get_decoder().layers:
         fully_shard(layer, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
+    # The root, too: left gathered after a forward without backward, its weights would be read in compute precision.
+    fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
     return policy
 
 

@@ -9,6 +9,7 @@ import re
 import torch
 from transformers import AutoModelForCausalLM
 
+from configurator import UserError
 from model import CHUNK
 
 GIB = 2**30
@@ -16,47 +17,54 @@ GIB = 2**30
 
 def count_parameters(config):
     """Of the model a transformers config describes: all, the embedding's, the largest decoder layer's."""
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config)
+        layers = hf.get_decoder().layers
+    except (AttributeError, ValueError):
+        raise UserError(f"{config.model_type} is no decoder of the kind of Llama or Qwen2, which this code trains") from None
     size = lambda module: sum(p.numel() for p in module.parameters())
-    return size(hf), size(hf.get_input_embeddings()), max(size(layer) for layer in hf.get_decoder().layers)
+    return size(hf), size(hf.get_input_embeddings()), max(map(size, layers))
 
 
 def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):
-    """{item: bytes} of one rank's optimizer step at its peak, the engine asleep.
+    """{item: bytes} of one rank's optimizer step at its peak, the engine asleep: in the backward pass of a later
+    micro-batch, when gradients are there already.
 
     Persistent: fp32 weights, gradients and two Adam moments (16 bytes a parameter), cut n_gpus ways if sharded.
-    Passing: weights gathered in compute precision, activations, and the logits of one chunk.
+    Passing: weights gathered in compute precision, activations, and then either the head's chunk of logits or a layer.
     """
     n, n_embedding, n_layer = count_parameters(config)
     layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads
-    n_head = 0 if config.tie_word_embeddings else n_embedding
-    if shard:
-        # The root's weights (embedding, head) stay gathered through the step, two layers' at a time come and go; a
-        # gradient is whole in compute precision, and in fp32 while it is reduced.
-        gathered = (n_embedding + n_head) * compute_bytes * 2 + 2 * n_layer * compute_bytes + max(n_layer, n_embedding) * 4
-    else:
-        gathered = n * compute_bytes if compute_bytes < 4 else 0  # autocast's cast weights
+    n_head = n_embedding if config.tie_word_embeddings else 2 * n_embedding  # the embedding's and the head's together
+    share = n_gpus if shard else 1
     # Per token and layer: norms, q, k, v, attention out, gate, up, their product, and the residual stream twice.
-    layer_activations = micro_tokens * (6 * d + 3 * heads * head_dim + 4 * f) * compute_bytes
-    kept = micro_tokens * d * compute_bytes * layers
-    activations = kept + layer_activations if recompute else layer_activations * layers
-    return {
-        "weights, gradients, Adam (fp32)": 16 * n // (n_gpus if shard else 1),
+    layer = micro_tokens * (6 * d + 3 * heads * head_dim + 4 * f) * compute_bytes
+    residual = micro_tokens * d * layers * (compute_bytes if shard else 4)  # autocast leaves the stream between layers in fp32
+    if shard:  # the root's weights and two layers'; a gradient is whole, in fp32, while it is reduced
+        gathered, reduced = (n_head + 2 * n_layer) * compute_bytes, max(n_layer, n_head) * 4
+    else:  # autocast's copies, of which recomputation keeps the current module's alone
+        gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
+    chunk = 5 * min(CHUNK, micro_tokens) * config.vocab_size * 4  # logits, log-softmax, their product and two gradients
+    items = {
+        "weights, gradients, Adam (fp32)": 16 * n // share,
         "weights in compute precision": gathered,
-        "activations": activations,
+        "activations kept for backward": residual if recompute else layer * layers,
         "hidden states around the head": 4 * micro_tokens * d * 4,
-        "logits of one chunk": 3 * min(CHUNK, micro_tokens) * config.vocab_size * 4,
+        "one chunk of logits, or one layer": max(chunk, (layer if recompute else 0) + reduced),
     }
+    passing = sum(items.values()) - items["weights, gradients, Adam (fp32)"]
+    return items | {"beyond that, in AdamW's step": max(0, 4 * n // share - passing)}
 
 
 def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):
     """Tokens an engine's cache holds when the engine may take engine_bytes a GPU, weights and 2 GiB of its own off."""
     n, _, _ = count_parameters(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype_bytes / tensor_parallel
+    kv_heads = max(1, config.num_key_value_heads // tensor_parallel)  # a GPU has one at least
+    per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype_bytes
     left = engine_bytes - n * dtype_bytes / tensor_parallel - 2 * GIB
     return left, max(0, int(left / per_token))
 
@@ -67,7 +75,8 @@ def show(n_bytes):
 
 def measured_memory():
     """(peak, now) in bytes. On a GPU: the most that torch allocated since the last call, and what the whole device has
-    in use, the engine included. On a CPU: the same of this process's resident memory; NaN where /proc is missing."""
+    in use, the engine included; torch may count a sleeping engine in the peak, the device does not. On a CPU: the same
+    of this process's resident memory; NaN where /proc is missing."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak = torch.cuda.max_memory_allocated()
@@ -117,7 +126,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
     left, tokens = kv_cache(config, share, k["tensor_parallel"], dtype_bytes)
     log(
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
-        f" {tokens / length:.1f} sequences of {length} at once"
+        f" {min(256, tokens / length):.1f} sequences of {length} at once"
     )
     rollout = items["weights, gradients, Adam (fp32)"] * 3 // 4 + share  # the gradients are freed before it
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself

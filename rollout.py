@@ -111,7 +111,10 @@ class VLLMSampler:
             self.can_sleep, self.asleep = current_platform.is_sleep_mode_available(), set()
             allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
             if self.can_sleep and "expandable_segments:True" in allocator:
-                raise UserError("vLLM's sleep mode does not work with expandable_segments: unset PYTORCH_CUDA_ALLOC_CONF")
+                raise UserError(
+                    "vLLM's sleep mode does not work with expandable_segments: unset PYTORCH_ALLOC_CONF and"
+                    " PYTORCH_CUDA_ALLOC_CONF"
+                )
             self.llm = LLM(
                 model=model,
                 skip_tokenizer_init=True,

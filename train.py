@@ -159,20 +159,21 @@ def check_knobs(n_ranks):
     require(
         globals(),
         "n_rollouts temperature max_tokens max_prompt_tokens max_teacher_tokens gamma max_steps prompts_per_step update_batches"
-        " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit",
+        " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit plan_gpus"
+        " plan_gib",
         "n_teacher loss_constant sft_coef clip_high warmup_steps weight_decay preflight_traces eval_interval eval_k"
         " eval_temperature eval_max_problems save_interval rollout_interval canary_interval",
         "clip_low beta1 beta2 min_teacher_pass",
     )
-    if prompts_per_step % update_batches or prompts_per_step % (n_ranks // max(1, tensor_parallel)):
+    if n_ranks % tensor_parallel:
+        raise UserError(f"tensor_parallel={tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
+    if prompts_per_step % update_batches or prompts_per_step % (n_ranks // tensor_parallel):
         raise UserError(
             f"prompts_per_step={prompts_per_step} must divide into {update_batches} updates and over the engines of"
             f" {n_ranks} ranks"
         )
     if shard not in ("none", "ddp", "fsdp") or (shard == "none" and n_ranks > 1):
         raise UserError(f"shard={shard!r} with {n_ranks} process(es): choose ddp or fsdp, or none for one process")
-    if tensor_parallel < 1 or n_ranks % tensor_parallel:
-        raise UserError(f"tensor_parallel={tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
     if not 0 <= n_teacher <= n_rollouts:
         raise UserError(f"n_teacher={n_teacher} must lie between 0 and n_rollouts={n_rollouts}")
     if max_prompt_tokens + max(max_tokens, max_teacher_tokens) > micro_tokens:
@@ -297,6 +298,8 @@ def main():
             f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
             "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
         )
+    if shape_config.num_attention_heads % tensor_parallel:
+        raise UserError(f"tensor_parallel={tensor_parallel} must divide the model's {shape_config.num_attention_heads} heads")
     problems = load_problems(repo_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, print0)
     held_out = []
     if eval_data:
@@ -310,6 +313,7 @@ def main():
             )
         gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
         print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0)
+        make_folder(repo_path(out_dir))  # before the time is spent
         policy = load_policy(base, temperature, getattr(torch, kind), device, shard == "fsdp", recompute)
         print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, getattr(torch, kind))}")
         length = max_prompt_tokens + max_tokens
@@ -434,12 +438,12 @@ def open_folder():
     """Make out_dir, moving a run found there aside, and write config.json."""
     folder = repo_path(out_dir)
     if RANK == 0:
-        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+        if os.path.isdir(folder) and os.listdir(folder):
             n = 1
             while os.path.exists(f"{folder}.{n}"):
                 n += 1
             os.rename(folder, f"{folder}.{n}")
-            print0(f"{folder} holds an earlier run: moved to {folder}.{n}")
+            print0(f"{folder} is not empty: moved to {folder}.{n}")
         make_folder(os.path.join(folder, "rollouts"))
         write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
     if WORLD > 1:
@@ -537,6 +541,8 @@ def dump(folder, step, rows):
 
 if __name__ == "__main__":
     run(main)
-    if WORLD > 1:  # gloo's threads may still hold tensors, and then abort a process whose interpreter is shutting down
+    # gloo's threads may still hold tensors, and then abort a process whose interpreter is shutting down. With a tensor
+    # parallel engine on CPUs the lesser evil is to let it: vLLM's shared memory is only removed on the way.
+    if WORLD > 1 and tensor_parallel == 1:
         sys.stdout.flush()
         os._exit(0)

@@ -2,11 +2,12 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import Qwen2Config
 
 import bench
-from configurator import ROOT
+from configurator import ROOT, UserError
 
 
 def test_flops_by_hand():
@@ -45,3 +46,23 @@ def test_the_command(tmp_path):
     assert "MFU" in done.stdout and "not measured on a CPU" in done.stdout
     row = json.loads((tmp_path / "r.jsonl").read_text())
     assert row["matrix_flops"] > 0 and row["update"]["packed_sdpa"]["tokens_per_s"] > 0 and row["torch"]
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        ("--tokens=0", "tokens=0 must be above zero"),
+        ("--repeats=0", "repeats=0 must be above zero"),
+        ("--syncs=-1", "syncs=-1 must be zero or more"),
+        ("--rollout_tokens=0", "rollout_tokens=0 must be above zero"),
+        ("--shortest=300", "take 32 or more, and shortest <= longest"),
+        ("--tokens=1", "take 32 or more"),
+        ("--size=9b", "size='9b': choose one of tiny"),
+        ("--shard=ddp", "choose fsdp, or none"),
+        ("--sampler=foo", "sampler='foo'"),
+        ("--out=/proc/nope/x.json", "cannot be written"),
+    ],
+)
+def test_bad_knobs(script, argv, words):
+    with pytest.raises(UserError, match=words):
+        script("bench", [argv]).main()

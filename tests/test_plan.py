@@ -5,7 +5,7 @@ import sys
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from configurator import ROOT
+from configurator import ROOT, UserError
 from plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
 
 QWEN_7B = Qwen2Config(
@@ -37,14 +37,46 @@ def test_sharding_divides_what_persists():
     assert whole[key] == 16 * 7_615_616_512 and shard[key] == whole[key] // 8
     assert sum(whole.values()) > 80 * GIB > sum(shard.values())
     without = training_memory(QWEN_7B, 32768, 8, True, 2, False)
-    assert without["activations"] > 10 * shard["activations"]  # 28 layers kept instead of one
-    assert shard["logits of one chunk"] < 32768 * 152064 * 4 / 2  # the logits of all tokens would be 18.6 GiB
+    kept = "activations kept for backward"
+    assert without[kept] > 10 * shard[kept]  # whole layers instead of what flows between them
+    assert shard["one chunk of logits, or one layer"] < 32768 * 152064 * 4  # the logits of all tokens: 18.6 GiB
+
+
+def test_forecast_against_a_simulation():
+    """Peaks that a storage tracker found in the real forward and backward at these shapes, under fake tensors: two
+    micro-batches of 1.5B and 32,768 tokens, 36.1 GiB; of 0.5B and 16,384 tokens, 15.5 GiB."""
+    qwen_15b = Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                           num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
+    for config, tokens, tracked in ((qwen_15b, 32768, 36.1), (QWEN_05B, 16384, 15.5)):
+        assert sum(training_memory(config, tokens, 1, False, 2, True).values()) == pytest.approx(tracked * GIB, rel=0.05)
 
 
 def test_cache_of_the_7b():
     _, tokens = kv_cache(QWEN_7B, 24 * GIB, 1, 2)
     assert tokens == int((24 * GIB - 2 * 7_615_616_512 - 2 * GIB) / (2 * 28 * 4 * 128 * 2))
     assert kv_cache(QWEN_7B, 10 * GIB, 1, 2)[1] == 0
+    # Four key-value heads: the fifth to eighth rank hold copies.
+    assert kv_cache(QWEN_7B, 64 * GIB, 8, 2)[1] < 1.2 * kv_cache(QWEN_7B, 64 * GIB, 4, 2)[1]
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--plan_gpus=0"], "plan_gpus=0 must be above zero"),
+        (["--plan_gpus=-8"], "plan_gpus=-8 must be above zero"),
+        (["--plan_gib=0"], "plan_gib=0.0 must be above zero"),
+        (["--plan_gpus=2", "--tensor_parallel=4"], "tensor_parallel=4 must divide the 2 process"),
+        (["--data={cut}"], "is not a whole parquet file"),
+        (["--model={gpt2}"], "gpt2 is no decoder of the kind of Llama"),
+    ],
+)
+def test_bad_dry_runs(script, tmp_path, argv, words):
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    argv = [a.format(cut=tmp_path / "cut.parquet", gpt2=tmp_path / "gpt2") for a in argv]
+    with pytest.raises(UserError, match=words):
+        script("train", ["--dry_run=True", *argv]).main()
 
 
 @pytest.mark.parametrize("shard,answer", [("fsdp", "yes"), ("ddp", "NO")])

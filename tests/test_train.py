@@ -236,6 +236,7 @@ def bad(tmp_path, name):
         (["--max_tokens=300", "--max_teacher_tokens=10"], "the context of .* is 256"),
         (["--micro_tokens=64"], "micro_tokens=64 cannot hold"),
         (["--max_prompt_tokens=5"], "no usable row"),
+        (["--tensor_parallel=2"], "tensor_parallel=2 must divide the 1 process"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(script, tmp_path, argv, words):
@@ -243,6 +244,12 @@ def test_bad_input_is_named_and_nothing_is_written(script, tmp_path, argv, words
     with pytest.raises(UserError, match=words):
         run(script, tmp_path, "bad", *argv)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_folder_that_cannot_be_written(script):
+    module = script("train", ["--sampler=torch", "--out_dir=/proc/nope", "--reward_workers=1", "--eval_data="])
+    with pytest.raises(UserError, match="out_dir /proc/nope cannot be written"):
+        module.main()
 
 
 def test_failing_teachers_are_shown(script, tmp_path):
@@ -323,6 +330,16 @@ def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
 
 
 @pytest.mark.slow
+def test_bfloat16_shards_are_saved_in_full(tmp_path):
+    """FSDP2 in bfloat16: a checkpoint right after the canary's forward pass holds the fp32 weights all the same."""
+    argv = ["--max_steps=1", "--sampler=torch", "--eval_data=", "--dtype=bfloat16", "--canary_limit=1.0", "--shard=fsdp"]
+    runs = [launch(tmp_path, f"canary{n}", 2, *argv, f"--canary_interval={n}") for n in (0, 1)]
+    assert "mismatch/canary" in runs[1][1]
+    x, y = (load_file(tmp_path / f"canary{n}" / "ckpt_1" / "model.safetensors") for n in (0, 1))
+    assert all(v.dtype == torch.float32 for v in y.values()) and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.slow
 def test_a_rank_with_nothing_to_do_does_not_hang(tmp_path):
     """One sequence an update on two ranks: the other runs a dummy, in DDP and FSDP alike, and the step is the same."""
     argv = [
@@ -344,6 +361,8 @@ def test_sharded_training_with_a_tensor_parallel_engine(tmp_path):
     rows = launch(tmp_path, "tp", 2, "--shard=fsdp", "--tensor_parallel=2", "--sampler=vllm", "--max_steps=22", "--eval_k=0")
     assert max(r["mismatch/abs"] for r in rows[1:]) < 1e-4
     assert rows[0]["eval/greedy"] <= 0.05 and rows[-1]["eval/greedy"] >= 0.6
+    # vLLM's shared memory has a fixed name: a run that left it would bar the next.
+    launch(tmp_path, "again", 2, "--shard=fsdp", "--tensor_parallel=2", "--sampler=vllm", "--max_steps=1", "--eval_data=")
 
 
 @pytest.mark.slow
