@@ -32,9 +32,9 @@ class Problem:
 class Rollout:
     problem: int  # Problem.id
     response_ids: list
-    n_teacher_tokens: int  # 0: own sample; all: teacher trace; between: a trace continued by the model
-    sampler_logps: list  # one per own token, as the sampler saw it
-    finish_reason: str  # "stop", "length", or "teacher"
+    n_teacher_tokens: int  # 0: own sample; all: teacher trace, or a replayed sample; between: a trace continued by the model
+    sampler_logps: list  # one per sampled token, as the sampler saw it: none for a teacher's
+    finish_reason: str  # "stop", "length", "teacher" or "replay"
     reward: float = 0.0
     reason: str = ""  # the verifier's
     advantage: float = 0.0
@@ -53,6 +53,8 @@ class Packed:
     advantage: torch.Tensor  # (T,)
     sampler_logp: torch.Tensor  # (T,), NaN where the sampler did not choose the token
     old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
+    teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
+    top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
 
     def to(self, device):
         return Packed(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
@@ -78,6 +80,19 @@ def load_tokenizer(model):
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
     return tokenizer
+
+
+def check_same_tokens(ours, theirs):
+    """A teacher model reads the policy's token ids: raise UserError unless its tokenizer gives each the same text, and
+    ends in the same one. Tokens that it has beyond ours do not matter."""
+    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
+    if different := [i for i in a if a[i] != b.get(i)]:
+        i = min(different)
+        raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: {i} is {a[i]!r} to the"
+                        f" policy and {b.get(i)!r} to the teacher; take models of one family, or align them first")  # fmt: skip
+    if ours.eos_token_id != theirs.eos_token_id:
+        raise UserError(f"the policy ends in {ours.eos_token!r} ({ours.eos_token_id}), the teacher model in"
+                        f" {theirs.eos_token!r} ({theirs.eos_token_id}): give both one eos_token")  # fmt: skip
 
 
 def first_line(error):
@@ -259,7 +274,7 @@ def pack(pairs):
         mask += [False] * n + [r.problem >= 0] * m
         teacher += [False] * n + [True] * k + [False] * (m - k)
         advantage += [0.0] * n + [r.advantage] * m
-        sampler += [float("nan")] * (n + k) + list(r.sampler_logps)
+        sampler += [float("nan")] * (n + m - len(r.sampler_logps)) + list(r.sampler_logps)
         cu.append(len(ids))
     return Packed(
         input_ids=torch.tensor([ids]),

@@ -2,18 +2,25 @@
 Advantages and losses: pure tensor functions, no configuration, no torch.distributed.
 
 A group is the rollouts of one prompt, LUFFY's being seven own samples and one teacher trace, each with a
-verifier's reward r in {0, 1}. Per token, with p = pi_theta(token) and rho = pi_theta / pi_old:
+verifier's reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
 
     advantage       A = r - mean of the group                          no division by the std
     own token       -A * rho                                           LUFFY; PPO's clip is a switch
     teacher token   -A * f(p),   f(p) = p / (p + gamma)                policy shaping, not detached
-    loss            sum over tokens / loss_constant - entropy_coef * mean entropy + sft_coef * mean teacher NLL
 
-A teacher token has no ratio to a behaviour policy: LUFFY takes pi_phi := 1. Its gradient is
+A teacher token has no ratio to a behaviour policy: LUFFY takes pi_phi := 1, so that rho = p. Its gradient is
 -A * f'(p) * p * grad log p, so f decides how much an unlikely token weighs: p for the identity, but
-gamma * p / (p + gamma)^2 when shaped, ten times as much where p << gamma = 0.1.
+gamma * p / (p + gamma)^2 when shaped, ten times as much where p << gamma = 0.1. These are the policy term's
+tokens; every method is a weighted sum of it and four others, each a mean over its own tokens:
 
-Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent. Shapes: B rollouts of a
+    loss = policy_coef  * sum of policy tokens / loss_constant         or / their number
+         - entropy_coef * mean entropy                                 own and teacher tokens
+         - sft_coef     * mean log p of the teacher's tokens           which then leave the policy term
+         + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   p_T a teacher model's: reverse KL
+         - ce_coef      * mean log pi(y*) at own tokens                y* that model's first choice there
+
+Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
+kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
 batch, T tokens of a packed micro-batch; index t holds what belongs to token t given the tokens before it.
 """
 
@@ -65,35 +72,50 @@ def shape(p, how="luffy", gamma=0.1):
     raise ValueError(f"unknown shaping '{how}': choose none, luffy, sqrt, pow, log or p_log")
 
 
-def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0):
+def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
+               behaviour_logp=None):  # fmt: skip
     """The policy term per token, unreduced: (T,), differentiable in logp.
 
     logp, old_logp, advantage (T,) float; is_teacher (T,) bool. old_logp is not read at teacher tokens.
     PPO's clip on own tokens, each side standing alone, 0 being off: max(-A rho, -A clamp(rho, 1-low, 1+high)).
+    behaviour_logp (T,), read at teacher tokens alone: log pi_phi, f being taken of pi / pi_phi; 0 if None. A replayed
+    own sample is such a token, with the log-prob it was sampled with (ExGRPO).
     """
     ratio = (logp - torch.where(is_teacher, logp.detach(), old_logp)).exp()
     own = -advantage * ratio
     if clip_low or clip_high:
         clipped = ratio.clamp(1 - clip_low if clip_low else None, 1 + clip_high if clip_high else None)
         own = torch.maximum(own, -advantage * clipped)
-    teacher = -advantage * shape(logp.exp(), shaping, gamma)
+    weight = logp if behaviour_logp is None else logp - torch.where(is_teacher, behaviour_logp, logp.detach())
+    teacher = -advantage * shape(weight.exp(), shaping, gamma)
     return torch.where(is_teacher, teacher, own)
 
 
-def batch_loss(logp, entropy, batch, n_tokens, n_teacher_tokens, shaping="luffy", gamma=0.1, clip_low=0.0,
-               clip_high=0.0, loss_constant=0.0, entropy_coef=0.0, sft_coef=0.0):  # fmt: skip
+def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
+               loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
+               tis_cap=0.0):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
-    logp, entropy (T,) from the policy; batch: a data.Packed. n_tokens and n_teacher_tokens count the response
-    tokens, and the teacher's among them, of the WHOLE optimizer batch over all ranks, so the cut into
-    micro-batches cannot matter. loss_constant 0 means the token mean (n_tokens). With sft_coef > 0 teacher
-    tokens leave the policy term and are learnt by likelihood instead.
+    logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: response tokens
+    (all, the teacher's) of the WHOLE optimizer batch over all ranks, so the cut into micro-batches cannot matter.
+    loss_constant 0 means the mean over the policy term's tokens. tis_cap above 0: own tokens weigh
+    min(pi_old / pi_sampler, tis_cap), truncated importance sampling.
     """
-    mask, teacher = batch.loss_mask, batch.loss_mask & batch.is_teacher
+    mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.loss_mask & ~batch.is_teacher
+    n, n_teacher = counts
     # The policy has not moved before the first step after a rollout: its own log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
-    policy = token_loss(logp, old_logp, batch.advantage, batch.is_teacher, shaping, gamma, clip_low, clip_high)
-    policy_mask = mask & ~teacher if sft_coef else mask
-    loss = (policy * policy_mask).sum() / (loss_constant or n_tokens)
-    loss = loss - entropy_coef * (entropy * mask).sum() / n_tokens
-    return loss - sft_coef * (logp * teacher).sum() / max(n_teacher_tokens, 1)
+    behaviour_logp = batch.sampler_logp.nan_to_num(0.0)  # teacher traces were not sampled: NaN, pi_phi := 1
+    policy = token_loss(logp, old_logp, batch.advantage, batch.is_teacher, shaping, gamma, clip_low, clip_high, behaviour_logp)
+    if tis_cap:
+        policy = policy * torch.where(own, (old_logp - batch.sampler_logp).exp().clamp(max=tis_cap), 1.0)
+    mean = lambda x, where, count: (x * where).sum() / (count or 1)
+    loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(logp, teacher, n_teacher)
+    if policy_coef:
+        tokens, count = (own, n - n_teacher) if sft_coef else (mask, n)
+        loss = loss + policy_coef * mean(policy, tokens, loss_constant or count)
+    if kl_coef:  # k2: its gradient, (log p - log p_T) * grad log p, is that of KL(pi || pi_T) in expectation; k1's is zero
+        loss = loss + kl_coef * mean((logp - batch.teacher_logp).square() / 2, own, n - n_teacher)
+    if ce_coef:
+        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n - n_teacher)
+    return loss

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from safetensors.torch import save_file
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -117,9 +118,10 @@ def sampling(hf):
 
 
 class Policy(torch.nn.Module):
-    """forward(Packed) -> logp, entropy: (T,) fp32 each, zero where loss_mask is False.
+    """forward(Packed) -> logp, entropy: (T,) fp32 each, zero where loss_mask is False; and if the batch names other
+    tokens (top1), a third: their log-probs in the same places.
 
-    Both come from logits / temperature, the distribution that was sampled from. autocast is what matrix products
+    All come from logits / temperature, the distribution that was sampled from. autocast is what matrix products
     run in; under FSDP its mixed precision casts the weights instead.
     """
 
@@ -128,30 +130,50 @@ class Policy(torch.nn.Module):
         self.hf, self.temperature, self.autocast = hf, temperature, autocast
 
     def forward(self, batch):
+        hidden, rows = self.decode(batch)
+        targets = batch.input_ids[0, rows, None]
+        if batch.top1 is not None:
+            targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
+        parts = [
+            checkpoint(self.head, hidden[r - 1], t, use_reentrant=False)
+            for r, t in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
+        ]
+        zeros = 0.0 * hidden[:, 0].float()  # tied to the graph, so that a rank without tokens still runs backward
+        entropy, *logps = (zeros.index_put((rows,), column) for column in torch.cat(parts).unbind(-1))
+        return logps[0], entropy, *logps[1:]
+
+    @torch.no_grad()
+    def judge(self, batch):
+        """As a teacher model: the log-prob it gives each response token, (T,) fp32, and its own first choice there,
+        (T,) int; 0 and -1 where loss_mask is False."""
+        hidden, rows = self.decode(batch)
+        logp, top1 = torch.zeros_like(hidden[:, 0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
+        for r in rows.split(CHUNK):
+            logprobs = self.logprobs(hidden[r - 1])
+            logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
+        return logp, top1
+
+    def decode(self, batch):
+        """Hidden states (T, d), and the response tokens' indices: none is the first, index t - 1 predicts it."""
         with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 packing=packing_of(batch.cu_seqlens),
                 use_cache=False,  # with a cache transformers would let packed documents attend to each other
-            ).last_hidden_state[0]  # (T, d)
-        rows = batch.loss_mask.nonzero()[:, 0]  # a response token is never the first: index t - 1 predicts it
-        targets = batch.input_ids[0, rows]
-        parts = [
-            checkpoint(self.head, hidden[r - 1], t, use_reentrant=False)
-            for r, t in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
-        ]
-        logp, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
-        zeros = 0.0 * hidden[:, 0].float()  # tied to the graph, so that a rank without tokens still runs backward
-        return zeros.index_put((rows,), logp), zeros.index_put((rows,), entropy)
+            ).last_hidden_state[0]
+        return hidden, batch.loss_mask.nonzero()[:, 0]
 
     def head(self, hidden, targets):
-        """(n, d), (n,) -> log-prob of the targets and entropy, (n,) each. Recomputed in backward; called inside
-        forward, because outside FSDP's head weight is a shard."""
+        """(n, d), (n, k) -> (n, 1 + k): the entropy, then the targets' log-probs. Recomputed in backward; called
+        inside forward, because outside FSDP's head weight is a shard."""
+        logprobs = self.logprobs(hidden)
+        return torch.cat([-(logprobs.exp() * logprobs).sum(-1, keepdim=True), logprobs.gather(-1, targets)], -1)
+
+    def logprobs(self, hidden):
         with self.precision(hidden):
             logits = self.hf.lm_head(hidden)
-        logprobs = (logits.float() / self.temperature).log_softmax(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+        return (logits.float() / self.temperature).log_softmax(-1)
 
     def precision(self, tensor):
         return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)
@@ -178,19 +200,21 @@ def load_config(model):
         raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
 
 
-def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False):
+def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False, frozen=False,
+                offload=False):  # fmt: skip
     """A Policy from a folder in Hugging Face format or a hub name.
 
     shard: FSDP2 over all ranks, each reading its own rows of each tensor, so that the whole model is nowhere.
-    recompute: activation checkpointing, a decoder layer at a time. Raises UserError if no model loads.
+    recompute: activation checkpointing, a decoder layer at a time. frozen: weights in `dtype` instead of fp32, without
+    gradients; with offload a shard's rest on the host. Raises UserError if no model loads.
     """
-    backend = attention_backends(device, dtype)[0]
+    backend, weights = attention_backends(device, dtype)[0], dtype if frozen else torch.float32
     try:
         if shard:
-            policy = load_sharded(model, temperature, dtype, device, backend)
+            policy = load_sharded(model, temperature, dtype, device, backend, weights, offload)
         else:
             hf, found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, attn_implementation=backend, output_loading_info=True
+                model, dtype=weights, attn_implementation=backend, output_loading_info=True
             )
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
@@ -201,25 +225,29 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
     if recompute:
         policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy.train()  # transformers recomputes in train mode alone; these models have no dropout
-    return policy
+    return policy.requires_grad_(not frozen)
 
 
-def shard_policy(policy, dtype):
-    """FSDP2: each decoder layer a unit, embedding, head and norm the root's. fp32 weights and reduction."""
+def shard_policy(policy, dtype, offload=False):
+    """FSDP2: each decoder layer a unit, embedding, head and norm the root's. Reduction in fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
+    options = {"mp_policy": precision}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in policy.hf.get_decoder().layers:
-        fully_shard(layer, mp_policy=precision)
+        fully_shard(layer, **options)
     # The root, too: left gathered after a forward without backward, its weights would be read in compute precision.
-    fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(policy, **options, reshard_after_forward=True)
+    register_fsdp_forward_method(policy, "judge")
     return policy
 
 
-def load_sharded(model, temperature, dtype, device, backend):
+def load_sharded(model, temperature, dtype, device, backend, weights, offload):
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=torch.float32)
-    policy = shard_policy(Policy(hf, temperature), dtype)
-    policy.to_empty(device=device)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=weights)
+    policy = shard_policy(Policy(hf, temperature), dtype, offload)
+    policy.to_empty(device="cpu" if offload else device)
     hf.tie_weights()
     decoder = hf.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
@@ -254,8 +282,10 @@ def full_parameters(hf, dtype=None):
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def save_policy(policy, tokenizer, folder):
-    """Write folder in Hugging Face format, whole or not at all. Every rank calls it, rank 0 writes."""
+def save_policy(policy, tokenizer, folder, memory=()):
+    """Write folder in Hugging Face format, whole or not at all. Every rank calls it, rank 0 writes. memory: tensors by
+    name (replay.py's), beside the model as replay.state, which has safetensors' format but not its ending: transformers
+    and vLLM would take it for weights."""
     main = not dist.is_initialized() or dist.get_rank() == 0
     state = {}
     for name, tensor in full_parameters(policy.hf):
@@ -265,4 +295,6 @@ def save_policy(policy, tokenizer, folder):
         partial = folder + ".partial"
         policy.hf.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
+        if memory:
+            save_file(memory, os.path.join(partial, "replay.state"))
         os.replace(partial, folder)

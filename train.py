@@ -33,6 +33,8 @@ out_dir = "out/toy"  # an earlier run found there is moved aside, never overwrit
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included
 n_teacher = 1  # of which teacher traces; 0 is on-policy GRPO
+teacher_share = 1.0  # of a trace's tokens, at the first step; the policy writes and is trained on the rest
+teacher_share_end = 1.0  # the same at the last step, linear in between
 verified_only = False  # drop traces that the verifier rejects before training
 temperature = 1.0  # of sampling, and of the policy that is trained
 max_tokens = 40  # response tokens at most
@@ -40,18 +42,38 @@ max_prompt_tokens = 64  # longer prompts are dropped
 max_teacher_tokens = 40  # longer traces are dropped
 # ---------------------------------------------------------------- the loss (loss.py says what each does)
 use_std = False  # divide advantages by the group's std
+baseline = "group"  # whose mean reward is subtracted: group, teacher rows included, or own
 shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
 gamma = 0.1  # of the shaping
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off
 clip_high = 0.0  # and at 1 + clip_high
 loss_constant = 5120.0  # divides the summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
+policy_coef = 1.0  # times that sum; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # times the token mean of the entropy, teacher tokens included
 sft_coef = 0.0  # above 0 teacher tokens are learnt by likelihood instead: times their token-mean NLL
+kl_coef = 0.0  # times the token mean of the reverse KL to the teacher model (k2)
+ce_coef = 0.0  # times the token-mean cross-entropy to the teacher model's first choice
+ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
+tis_cap = 0.0  # truncated importance sampling: own tokens weigh min(pi_old / pi_sampler, cap); 0 is off
+skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
+skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over-long masking)
+# ---------------------------------------------------------------- a teacher model (for kl_coef and ce_coef)
+teacher_model = ""  # a folder in Hugging Face format, or a hub name, with the policy's own tokenizer
+teacher_offload = False  # keep its weights on the host between uses
+# ---------------------------------------------------------------- methods with memory (replay.py)
+sft_buffer = 0  # ReLIFT: an SFT step whenever so many questions failed by a whole group wait; 0 is off
+sft_learning_rate = 1e-4  # of the SFT step's own AdamW
+sft_grad_clip = 1.0  # global norm
+sft_entropy_coef = 0.0  # times the token mean of the entropy in the SFT step
+replay_share = 0.0  # ExGRPO: questions of a batch that replay a stored success, at most this share; 0 is off
+replay_start = 0.35  # share of right samples in a batch that starts it
+replay_limit = 8  # successes stored per question
 # ---------------------------------------------------------------- optimisation
 max_steps = 60  # rollout batches
 prompts_per_step = 16  # prompts per rollout batch, over all ranks
 update_batches = 1  # optimizer steps per rollout batch
-learning_rate = 1e-4  # AdamW, constant after the warm-up
+learning_rate = 1e-4  # AdamW, after the warm-up
+lr_schedule = "constant"  # constant, or cosine: to zero at max_steps
 warmup_steps = 5  # linear, in rollout batches
 beta1 = 0.9  # AdamW
 beta2 = 0.99  # AdamW
@@ -91,16 +113,29 @@ from configurator import UserError, configure, provenance, repo_path, require, r
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Order, Rollout, bins_needed, count_rows, load_problems, load_tokenizer, pack, partition, response_text
+from data import (
+    Order,
+    Rollout,
+    bins_needed,
+    check_same_tokens,
+    count_rows,
+    load_problems,
+    load_tokenizer,
+    pack,
+    partition,
+    response_text,
+)  # fmt: skip
 from eval import evaluate, load_benchmark, make_folder, summarize, write_json
 from loss import batch_loss, group_advantages, shape
 from model import attention_backends, load_config, load_policy, model_path, save_policy
 from plan import measured_memory, print_plan
+from replay import FailedQuestions, Successes
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
 
@@ -127,12 +162,17 @@ def mine(items):
 
 
 def gather(items):
-    """The engines' lists in one, the same on every rank."""
+    """All ranks' lists in one, the same on every rank."""
     if WORLD == 1:
         return items
     parts = [None] * WORLD
-    dist.all_gather_object(parts, items if RANK % tensor_parallel == 0 else [])
+    dist.all_gather_object(parts, items)
     return [x for part in parts for x in part]
+
+
+def gather_engines(items):
+    """The same of one rank for each engine: the ranks that share one have the same list."""
+    return gather(items if RANK % tensor_parallel == 0 else [])
 
 
 def means(sums):
@@ -160,10 +200,11 @@ def check_knobs(n_ranks):
         globals(),
         "n_rollouts temperature max_tokens max_prompt_tokens max_teacher_tokens gamma max_steps prompts_per_step update_batches"
         " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit plan_gpus"
-        " plan_gib",
-        "n_teacher loss_constant sft_coef clip_high warmup_steps weight_decay preflight_traces eval_interval eval_k"
-        " eval_temperature eval_max_problems save_interval rollout_interval canary_interval",
-        "clip_low beta1 beta2 min_teacher_pass",
+        " plan_gib replay_limit sft_learning_rate sft_grad_clip",
+        "n_teacher loss_constant policy_coef sft_coef kl_coef ce_coef ce_steps tis_cap clip_high warmup_steps weight_decay"
+        " preflight_traces eval_interval eval_k eval_temperature eval_max_problems save_interval rollout_interval"
+        " canary_interval sft_buffer teacher_share teacher_share_end",
+        "clip_low beta1 beta2 min_teacher_pass replay_share replay_start",
     )
     if n_ranks % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
@@ -179,8 +220,19 @@ def check_knobs(n_ranks):
     if max_prompt_tokens + max(max_tokens, max_teacher_tokens) > micro_tokens:
         raise UserError(f"micro_tokens={micro_tokens} cannot hold a prompt and its response at their limits: raise it")
     wants_vllm(sampler)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
+    for name, value, choices in (("dtype", dtype, ("auto", "float32", "bfloat16")), ("baseline", baseline, ("group", "own")),
+                                 ("lr_schedule", lr_schedule, ("constant", "cosine"))):  # fmt: skip
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if baseline == "own" and n_teacher == n_rollouts:
+        raise UserError(f"baseline='own' wants own samples, but n_teacher={n_teacher} leaves none: set baseline='group'")
+    if max(teacher_share, teacher_share_end) > 1:
+        raise UserError("teacher_share and teacher_share_end must lie between 0 and 1")
+    if replay_share and n_teacher:
+        raise UserError("replay_share puts a replayed sample where a trace would be: set n_teacher=0")
+    if (kl_coef or ce_coef) and not teacher_model and not dry_run:
+        raise UserError("kl_coef and ce_coef want a teacher model: name its folder by --teacher_model=FOLDER (for the toy, a"
+                        " checkpoint of config/method/sft_verified.py)")  # fmt: skip
     try:
         shape(torch.ones(()), shaping, gamma)
     except ValueError as e:
@@ -198,7 +250,7 @@ def check_teachers(problems, tokenizer, verifier):
     chosen = mine([traced[i] for i in Order(len(traced), seed).take(n)])
     rows = [(p, i, response_text(tokenizer, ids)) for p in chosen for i, ids in enumerate(p.teacher)]
     verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
-    graded = gather([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
+    graded = gather_engines([(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)])
     failed = sorted(g for g in graded if not g[3].reward)
     share = 1 - len(failed) / len(graded)
     print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {min_teacher_pass:.0%})")
@@ -231,9 +283,20 @@ def canary(policy, engine, problem, stamp):
 # ---------------------------------------------------------------- one optimizer step
 
 
-def update(policy, optimizer, micro_batches):
-    """Forward and backward over the micro-batches, clip, step. Returns {name: (sum, count)} and the norm."""
-    n_tokens, n_teacher_tokens = all_reduce(
+def spread(pairs):
+    """Sequences over the ranks by tokens, then into as many micro-batches on every rank: this rank's, as (indices into
+    pairs, Packed). Every rank must call it with the same pairs, [(prompt_ids, Rollout), ...]."""
+    lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
+    shares = partition(lengths, WORLD)
+    n_micro = max(bins_needed([lengths[i] for i in share], micro_tokens) for share in shares)
+    cuts = [[shares[RANK][i] for i in cut] for cut in partition([lengths[i] for i in shares[RANK]], n_micro)]
+    return [(cut, pack([pairs[i] for i in cut])) for cut in cuts]
+
+
+def update(policy, optimizer, micro_batches, max_norm, terms):
+    """Forward and backward over the micro-batches, clip, step. terms: batch_loss's switches and coefficients. Returns
+    {name: (sum, count)} and the norm."""
+    counts = all_reduce(
         [sum(b.loss_mask.sum().item() for b in micro_batches),
          sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
     )  # fmt: skip
@@ -242,15 +305,14 @@ def update(policy, optimizer, micro_batches):
         last = i == len(micro_batches) - 1
         # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
         with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
-            logp, entropy = policy(batch)
-            loss = batch_loss(logp, entropy, batch, n_tokens, n_teacher_tokens, shaping, gamma, clip_low, clip_high,
-                              loss_constant, entropy_coef, sft_coef)  # fmt: skip
+            logp, entropy, *top1_logp = policy(batch)
+            loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
             (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
         for name, (total, count) in token_metrics(logp.detach(), entropy.detach(), batch).items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}: nothing was updated; lower learning_rate or look at the data")
@@ -261,13 +323,19 @@ def update(policy, optimizer, micro_batches):
 
 def token_metrics(logp, entropy, batch):
     """{name: (sum, count)} over this micro-batch's tokens."""
-    teacher = batch.loss_mask & batch.is_teacher
+    teacher = batch.loss_mask & batch.is_teacher & batch.sampler_logp.isnan()  # without what is replayed
     own = batch.loss_mask & ~batch.is_teacher
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
     mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
+    judged = {}
+    if batch.teacher_logp is not None:
+        judged["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
+    if batch.top1 is not None:
+        judged["teacher_model/agrees"] = mean((batch.top1 == batch.input_ids[0]).float(), own)
     return {
+        **judged,
         "entropy/own": mean(entropy, own),
         "entropy/teacher": mean(entropy, teacher),
         "teacher/p": mean(logp.exp(), teacher),
@@ -286,8 +354,11 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     base = model_path(model)
+    teacher_config = load_config(model_path(teacher_model)) if teacher_model and (kl_coef or ce_coef) else None
     if dry_run:
-        print_plan(config, load_config(base), count_rows(repo_path(data)), plan_gpus, True, plan_gib, print0)
+        print_plan(config, load_config(base), count_rows(repo_path(data)), plan_gpus, True, plan_gib, print0, teacher_config)
+        if (kl_coef or ce_coef) and not teacher_model:
+            print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
         return
     start_processes(device)
     tokenizer = load_tokenizer(base)
@@ -312,37 +383,56 @@ def main():
                 f"prompts_per_step={prompts_per_step} but {data} has only {len(problems)} usable problems: lower it"
             )
         gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
-        print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0)
+        print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0, teacher_config)
         make_folder(repo_path(out_dir))  # before the time is spent
         policy = load_policy(base, temperature, getattr(torch, kind), device, shard == "fsdp", recompute)
         print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, getattr(torch, kind))}")
-        length = max_prompt_tokens + max_tokens
-        if wants_vllm(sampler):
+        length = max_prompt_tokens + max(max_tokens, max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0)
+        engine = None
+        if n_teacher == n_rollouts and not held_out:
+            print0("nothing is sampled: no engine")
+        elif wants_vllm(sampler):
             engine = VLLMSampler(
                 base, tokenizer.eos_token_id, length, kind, gpu_memory, seed + RANK // tensor_parallel, tensor_parallel
             )
         else:
             module = load_policy(base, device=device).hf if shard == "fsdp" else policy.hf
             engine = TorchSampler(module, tokenizer.eos_token_id, length)
-        engine.sleep()
-        train(policy, engine, verifier, tokenizer, problems, held_out)
-    engine.close()
+        if engine:
+            engine.sleep()
+        teacher = None
+        if teacher_config:
+            folder = model_path(teacher_model)
+            check_same_tokens(tokenizer, load_tokenizer(folder))
+            sharded = shard == "fsdp"
+            teacher = load_policy(
+                folder, temperature, getattr(torch, kind), device, sharded, frozen=True, offload=teacher_offload
+            )
+        train(policy, engine, verifier, tokenizer, problems, held_out, teacher)
+    if engine:
+        engine.close()
     if dist.is_initialized() and (WORLD > 1 or shard == "fsdp"):
         if WORLD > 1:
             dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
 
 
-def train(policy, engine, verifier, tokenizer, problems, held_out):
+def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
     folder = open_folder()
     order = Order(len(problems), seed)
     by_id = {p.id: p for p in problems}
     wrapped = DDP(policy) if WORLD > 1 and shard == "ddp" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
+    sft_optimizer = torch.optim.AdamW(policy.parameters(), sft_learning_rate, (beta1, beta2), weight_decay=weight_decay)
+    failed, successes = FailedQuestions(), Successes(n_rollouts, replay_start, replay_limit)
+    terms = dict(shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high, loss_constant=loss_constant,
+                 policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef, kl_coef=kl_coef,
+                 tis_cap=tis_cap)  # fmt: skip
+    sft_terms = dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
     n_updates = 0  # optimizer steps taken: the stamp of the weights
 
     def sync():
-        if engine.stamp != n_updates:
+        if engine and engine.stamp != n_updates:
             engine.load(policy.hf, n_updates)
 
     def evaluation(step):
@@ -351,7 +441,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         table, record = {}, {}
         modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
         for name, k, t in modes:
-            rows = gather(evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
+            rows = gather_engines(evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
             for source, row in summarize(rows, k).items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
@@ -361,74 +451,170 @@ def train(policy, engine, verifier, tokenizer, problems, held_out):
         print0("  eval " + "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in record.items()))
         return record
 
-    sync()
-    gap = canary(policy, engine, problems[0], n_updates)
-    print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
-    log(folder, {"step": 0, "mismatch/canary": gap, **(evaluation(0) if held_out else {})})
+    def next_batch(step):
+        """The step's problems, and of those that replay a stored success (ExGRPO) {id: Rollout}: the success over which
+        the policy's mean entropy is lowest now."""
+        n_replays = min(len(successes.samples), int(prompts_per_step * replay_share))
+        batch = [problems[i] for i in order.take(prompts_per_step - n_replays)]
+        if not n_replays:
+            return batch, {}
+        rng = np.random.default_rng([seed, step])
+        drawn = successes.draw(n_replays, rng, exclude={p.id for p in batch})
+        stored = [(q, ids, logps) for q in drawn for ids, logps in successes.samples[q]]
+        pairs = [(by_id[q].prompt_ids, Rollout(q, ids, len(ids), logps, "replay")) for q, ids, logps in stored]
+        replays = {}
+        for _, i in sorted(zip(mean_entropies(policy, pairs), range(len(pairs)), strict=True)):
+            replays.setdefault(pairs[i][1].problem, pairs[i][1])
+        batch += [by_id[q] for q in drawn]
+        return [batch[i] for i in rng.permutation(len(batch))], replays
+
+    def remember(rollouts):
+        """Let ExGRPO and ReLIFT see the batch's own samples; take ReLIFT's SFT step if it is due. Returns metrics."""
+        nonlocal n_updates
+        groups, record = {}, {}
+        for r in rollouts:
+            if not r.n_teacher_tokens:
+                groups.setdefault(r.problem, []).append(r)
+        if replay_share:
+            successes.observe(groups)
+            record |= {"replay/questions": len(successes.samples), "replay/retired": len(successes.retired)}
+        if sft_buffer:
+            failed.observe({q: rows for q, rows in groups.items() if by_id[q].teacher})
+            if due := [by_id[q] for q in failed.take(sft_buffer)]:
+                pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in due]
+                micro_batches = [b.to(policy.hf.device) for _, b in spread(pairs)]
+                sums, norm = update(wrapped, sft_optimizer, micro_batches, sft_grad_clip, sft_terms)
+                n_updates += 1
+                record |= {"relift/sft_loss": means(sums)["loss"], "relift/grad_norm": norm}
+            record["relift/waiting"] = len(failed.queue)
+        return record
+
+    record = {"step": 0}
+    if engine:
+        sync()
+        record["mismatch/canary"] = gap = canary(policy, engine, problems[0], n_updates)
+        print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
+    log(folder, record | (evaluation(0) if held_out else {}))
     start = time.time()
     for step in range(1, max_steps + 1):
         phases = Phases()
         # 1. The engine takes over the policy's weights.
         sync()
         phases.end("sync")
-        # 2. Roll out: own samples from the engine, teacher traces beside them. Each engine has its own prompts.
-        batch = [problems[i] for i in order.take(prompts_per_step)]
-        rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates)
+        # 2. Roll out: own samples from the engine, traces or replays beside them. Each engine has its own prompts.
+        batch, replays = next_batch(step)
+        share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
+        rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates,
+                            share, replays)  # fmt: skip
         phases.end("rollout")
-        engine.sleep()
+        if engine:
+            engine.sleep()
         # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
         texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
         for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
             r.reward, r.reason = v
         place = {p.id: i for i, p in enumerate(batch)}
-        rollouts = sorted(gather(rollouts), key=lambda r: place[r.problem])
+        rollouts = sorted(gather_engines(rollouts), key=lambda r: place[r.problem])
         phases.end("reward")
         # 4. Advantage: reward minus the mean of the group, teacher included.
         rewards, groups = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.problem for r in rollouts])
-        for r, a in zip(rollouts, group_advantages(rewards, groups, use_std).tolist(), strict=True):
+        is_own = torch.tensor([r.n_teacher_tokens == 0 for r in rollouts])
+        advantages = group_advantages(rewards, groups, use_std, is_own if baseline == "own" else None)
+        for r, a in zip(rollouts, advantages.tolist(), strict=True):
             r.advantage = a
+        trained = worth_training(rollouts)
         # 5. Pack: each update's sequences are spread over the ranks by tokens, and cut into as many micro-batches
         # on every rank.
         updates = []
         for u in range(update_batches):
-            pairs = [(by_id[r.problem].prompt_ids, r) for r in rollouts if place[r.problem] * update_batches // len(batch) == u]
-            lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
-            shares = partition(lengths, WORLD)
-            n_micro = max(bins_needed([lengths[i] for i in share], micro_tokens) for share in shares)
-            own = shares[RANK]
-            cuts = partition([lengths[i] for i in own], n_micro)
-            updates.append([pack([pairs[own[i]] for i in cut]).to(policy.hf.device) for cut in cuts])
-        # 6. Old log-probs, for the updates that will find the policy moved; the first is its own.
+            pairs = [(by_id[r.problem].prompt_ids, r) for r in trained if place[r.problem] * update_batches // len(batch) == u]
+            if pairs:
+                updates.append([b.to(policy.hf.device) for _, b in spread(pairs)])
+        # 6. Old log-probs, for the updates that will find the policy moved; the first is its own. And the teacher
+        # model's opinion of every token.
         with torch.no_grad():
             for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
                 micro_batch.old_logp, _ = policy(micro_batch)
-        # 7. Update.
+        terms["ce_coef"] = ce_coef * max(0.0, 1 - (step - 1) / ce_steps) if ce_steps else ce_coef
+        if teacher:
+            ask(teacher, [b for micro_batches in updates for b in micro_batches], terms["ce_coef"] > 0, len(tokenizer))
+        # 7. Update, and what methods with memory do after it.
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, step / max(1, warmup_steps))
+            group["lr"] = learning_rate * schedule(step)
         results = []
         for micro_batches in updates:
-            results.append(update(wrapped, optimizer, micro_batches))
+            results.append(update(wrapped, optimizer, micro_batches, grad_clip, terms))
             n_updates += 1
+        record = {"step": step, **rollout_metrics(rollouts), "groups/trained": len(trained) / len(rollouts)}
+        record |= remember(rollouts)
         phases.end("update")
         # 8. Log.
-        record = {"step": step, **rollout_metrics(rollouts), **means(merge([s for s, _ in results]))}
-        record["micro_batches"] = sum(map(len, updates))
-        record |= {"grad_norm": sum(n for _, n in results) / len(results), "lr": group["lr"], **phases.record}
+        if results:  # none, if every group was left out
+            record |= means(merge([s for s, _ in results]))
+            record["grad_norm"] = sum(n for _, n in results) / len(results)
+        record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
         if rollout_interval and step % rollout_interval == 0:
             dump(folder, step, [row(by_id[r.problem], r, tokenizer) for r in rollouts])
         print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
         if step == 1:
             print0(phases.ledger())
         # 9. Canary, evaluation, checkpoint.
-        if canary_interval and step % canary_interval == 0:
+        if engine and canary_interval and step % canary_interval == 0:
             sync()
             record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
         if held_out and (step == max_steps or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
         log(folder, record)
         if step == max_steps or (save_interval and step % save_interval == 0):
-            save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"))
+            memory = failed.state_dict() if sft_buffer else successes.state_dict() if replay_share else {}
+            save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"), memory)
     print0(f"done in {time.time() - start:.0f} s: {folder}")
+
+
+def schedule(step):
+    """The learning rate's factor: a linear warm-up, then constant, or a cosine's half that ends at zero."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    if lr_schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+
+
+def worth_training(rollouts):
+    """The rollouts to train on: all, or without those that DAPO leaves out."""
+    if skip_equal_groups:
+        rewards = {}
+        for r in rollouts:
+            rewards.setdefault(r.problem, set()).add(r.reward)
+        rollouts = [r for r in rollouts if len(rewards[r.problem]) > 1]
+    return [r for r in rollouts if not (skip_truncated and r.finish_reason == "length")]
+
+
+@torch.no_grad()
+def mean_entropies(policy, pairs):
+    """The policy's mean entropy over each response, a list in the order of pairs. All ranks share the work."""
+    found = []
+    for cut, batch in spread(pairs):
+        _, entropy = policy(batch.to(policy.hf.device))
+        ends = batch.cu_seqlens.tolist()
+        for i, start, end in zip(cut, ends, ends[1:], strict=False):
+            found.append((i, entropy[start:end].sum().item() / len(pairs[i][1].response_ids)))
+    return [value for _, value in sorted(gather(found))]
+
+
+@torch.no_grad()
+def ask(teacher, micro_batches, want_top1, n_tokens):
+    """Put the teacher model's log-probs into the batches, and its first choices if wanted; a choice that is no token of
+    ours, n_tokens in all, counts as none."""
+    device = micro_batches[0].input_ids.device
+    if teacher_offload and shard != "fsdp":
+        teacher.to(device)
+    for batch in micro_batches:
+        batch.teacher_logp, top1 = teacher.judge(batch)
+        if want_top1:
+            batch.top1 = torch.where(top1 < n_tokens, top1, -1)
+    if teacher_offload and shard != "fsdp":
+        teacher.to("cpu")
 
 
 # ---------------------------------------------------------------- what is written and shown
@@ -478,13 +664,16 @@ def merge(results):
 
 def rollout_metrics(rollouts):
     """Means over the whole batch, which every rank has; none where the method has no such rows."""
-    own, teacher = [r for r in rollouts if not r.n_teacher_tokens], [r for r in rollouts if r.n_teacher_tokens]
+    own = [r for r in rollouts if not r.n_teacher_tokens]
+    replayed = [r for r in rollouts if r.finish_reason == "replay"]
+    teacher = [r for r in rollouts if r.n_teacher_tokens and r.finish_reason != "replay"]
     groups = {}
     for r in own:
         groups.setdefault(r.problem, []).append(r.reward)
     columns = {
         "reward/own": [r.reward for r in own],
         "reward/teacher": [r.reward for r in teacher],
+        "reward/replayed": [r.reward for r in replayed],
         "groups/none_solved": [max(g) == 0 for g in groups.values()],
         "groups/all_solved": [min(g) == 1 for g in groups.values()],
         "length/own": [len(r.response_ids) for r in own],
@@ -503,7 +692,7 @@ def step_line(m, eta):
     return (
         f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
         f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"
-        f"  ent {show('entropy/own', '5.3f')}  norm {m['grad_norm']:8.2g}  mism {show('mismatch/abs', '7.1e')}"
+        f"  ent {show('entropy/own', '5.3f')}  norm {show('grad_norm', '8.2g')}  mism {show('mismatch/abs', '7.1e')}"
         f"  gen {m['time/rollout']:5.2f} s  upd {m['time/update']:5.2f} s  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
     )
 

@@ -108,30 +108,48 @@ def test_advantages_with_std_baseline_and_any_labels():
     assert group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 1])).tolist() == [1.0, 0.0]
 
 
-def batch_of(advantage, teacher, mask, old):
-    n = len(advantage)
-    ids = torch.zeros(1, n, dtype=torch.long)
-    return Packed(ids, ids, torch.tensor([0, n]), mask, teacher, advantage, old, old)
-
-
 def test_batch_loss_does_not_depend_on_the_cut():
-    logp, old, advantage, teacher = random_tokens(60)
-    entropy, mask = torch.rand(60, dtype=torch.float64), torch.rand(60) < 0.8
-    n, n_teacher = mask.sum().item(), (mask & teacher).sum().item()
-    for constant, entropy_coef, sft_coef in itertools.product((0.0, 512.0), (0.0, 0.3), (0.0, 1.0)):
-        options = dict(loss_constant=constant, entropy_coef=entropy_coef, sft_coef=sft_coef, clip_low=0.2)
-        whole = batch_loss(logp, entropy, batch_of(advantage, teacher, mask, old), n, n_teacher, **options)
-        parts = 0
-        for a, b in ((0, 7), (7, 8), (8, 60)):
-            x = [v[a:b] for v in (advantage, teacher, mask, old)]
-            parts += batch_loss(logp[a:b], entropy[a:b], batch_of(*x), n, n_teacher, **options)
-        torch.testing.assert_close(parts, whole)
-        policy = token_loss(logp, old, advantage, teacher, clip_low=0.2)[mask & ~teacher if sft_coef else mask].sum()
-        want = policy / (constant or n) - entropy_coef * entropy[mask].mean() - sft_coef * logp[mask & teacher].mean()
-        torch.testing.assert_close(whole, want)
+    """Every combination of terms: the whole batch's loss is the sum of its parts', and the formula's."""
+    g = torch.Generator().manual_seed(3)
+    n = 60
+    rand = lambda: torch.rand(n, generator=g, dtype=torch.float64)
+    logp, old, advantage, teacher = random_tokens(n)
+    mask, entropy, top1_logp, teacher_logp = rand() < 0.8, rand(), -rand(), -rand()
+    sampler_logp = torch.where(teacher, float("nan"), old + 0.2 * rand())
+    top1 = torch.where(rand() < 0.7, 1, -1)
+
+    def batch(a, b):
+        x = [v[a:b] for v in (mask, teacher, advantage, sampler_logp, old, teacher_logp, top1)]
+        return Packed(torch.zeros(1, b - a), None, None, *x)
+
+    own, theirs = mask & ~teacher, mask & teacher
+    counts = (mask.sum().item(), theirs.sum().item())
+    coefficients = itertools.product((0.0, 512.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0), (0.0, 0.2), (0.0, 0.4), (0.0, 1.1))
+    for constant, policy_coef, entropy_coef, sft_coef, kl_coef, ce_coef, cap in coefficients:
+        options = dict(loss_constant=constant, policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef,
+                       kl_coef=kl_coef, ce_coef=ce_coef, tis_cap=cap, clip_low=0.2)  # fmt: skip
+        loss = lambda a, b: batch_loss(logp[a:b], entropy[a:b], top1_logp[a:b], batch(a, b), counts, **options)  # noqa: B023
+        whole = loss(0, n)
+        torch.testing.assert_close(loss(0, 7) + loss(7, 8) + loss(8, n), whole)
+        tokens = token_loss(logp, old, advantage, teacher, clip_low=0.2)
+        if cap:
+            tokens = tokens * torch.where(teacher, 1.0, (old - sampler_logp).exp().clamp(max=cap))
+        where = own if sft_coef else mask
+        want = policy_coef * tokens[where].sum() / (constant or where.sum()) - entropy_coef * entropy[mask].mean()
+        want = want - sft_coef * logp[theirs].mean() + kl_coef * ((logp - teacher_logp)[own] ** 2 / 2).mean()
+        torch.testing.assert_close(whole, want - ce_coef * (top1_logp * (top1 >= 0))[own].mean())
+
+
+def test_what_was_not_sampled_does_not_poison_the_gradient():
+    """Teacher tokens have no sampler's log-prob (NaN) and no teacher model's opinion matters there."""
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    teacher, yes = torch.tensor([True, False]), torch.tensor([True, True])
+    batch = Packed(None, None, None, yes, teacher, torch.ones(2), torch.tensor([float("nan"), -2.0]), None, torch.zeros(2))
+    batch_loss(logp, -logp, None, batch, (2, 1), tis_cap=2.0, kl_coef=0.1).backward()
+    assert logp.grad.isfinite().all()
 
 
 def test_without_old_logp_the_ratio_is_one():
     logp, _, advantage, teacher = random_tokens(10)
-    batch = batch_of(advantage, teacher & False, torch.ones(10, dtype=torch.bool), None)
-    torch.testing.assert_close(batch_loss(logp, logp, batch, 10, 0, loss_constant=1.0), -advantage.sum())
+    batch = Packed(None, None, None, torch.ones(10, dtype=torch.bool), teacher & False, advantage, logp, None)
+    torch.testing.assert_close(batch_loss(logp, logp, None, batch, (10, 0), loss_constant=1.0), -advantage.sum())

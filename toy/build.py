@@ -1,7 +1,7 @@
 """
 Build the toy world: a tiny base model and the problems it is trained on. Two CPU minutes on one core.
 
-    python toy/build.py            writes toy/base/ and toy/{train,test}.parquet (the committed files)
+    python toy/build.py            writes toy/base/ and toy/*.parquet (the committed files)
 
 The task is the carry-less column sum: eight two-digit numbers, each digit column summed modulo 10.
 
@@ -14,6 +14,7 @@ it now answers at once (99 %) or stops the chain after two numbers. So the skill
 cannot find it, because the base never shows it, and LUFFY can wake it.
 
 The teacher is imperfect on purpose too: 30 % of its traces stop one number early and box the wrong total.
+clean.parquet has the same problems with traces that are all right, train.complement.parquet others without traces.
 """
 
 import argparse
@@ -184,6 +185,12 @@ def build_rows(rng, n, split, seen, wrong=0.0):
     return rows
 
 
+def corrected(row):
+    """The same row with a trace that is complete."""
+    totals = running_totals([int(x) for x in row["prompt"][0]["content"].removesuffix("=?").split("+")])
+    return {**row, "target": [{"content": "<think>\n" + response(totals, totals[-1]), "role": "assistant"}]}
+
+
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
 SCHEMA = pa.schema(
     [
@@ -205,9 +212,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)
     rng, seen = random.Random(12345), set()
-    for split, n, wrong in (("train", 512, 0.3), ("test", 200, 0.0)):
-        table = pa.Table.from_pylist(build_rows(rng, n, split, seen, wrong), SCHEMA)
-        pq.write_table(table, os.path.join(args.out, f"{split}.parquet"))
+    files = {"train": build_rows(rng, 512, "train", seen, wrong=0.3), "test": build_rows(rng, 200, "test", seen)}
+    files |= {"clean": [corrected(r) for r in files["train"]], "train.complement": build_rows(rng, 512, "complement", seen)}
+    for name, rows in files.items():
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), os.path.join(args.out, f"{name}.parquet"))
     if args.data_only:
         raise SystemExit
     tokenizer = build_tokenizer()

@@ -1,0 +1,7 @@
+# GRPO as first published (arXiv 2402.03300): advantages divided by the group's std, losses by the number of tokens
+# over the whole batch (the paper's own mean is over each sequence first), PPO's clip.
+n_teacher = 0
+use_std = True
+loss_constant = 0.0
+clip_low = 0.2
+clip_high = 0.2

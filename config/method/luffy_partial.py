@@ -1,0 +1,6 @@
+# LUFFY on partial traces: the policy goes on where the trace is cut, and that part is trained as an own sample's is.
+# The share falls linearly to zero, so the last steps are on-policy (the released prefix_strategy has this and others;
+# its scripts use whole traces). A fixed share: --teacher_share=0.5 --teacher_share_end=0.5.
+n_teacher = 1
+teacher_share = 1.0
+teacher_share_end = 0.0

@@ -1,0 +1,6 @@
+# On-policy distillation: reverse KL to a teacher model on the policy's own samples, no reward. Needs
+# --teacher_model=FOLDER with the policy's tokenizer. TGPO's baseline "rkl"; also Thinking Machines, October 2025, with
+# the same coefficient of 1.0.
+n_teacher = 0
+policy_coef = 0.0
+kl_coef = 1.0

@@ -1,0 +1,134 @@
+"""
+Every method on the toy worlds, three seeds each, as one table and one picture.
+
+    make table            about 40 minutes on two cores; runs that are there already are not repeated
+
+Each row is train.py itself with an overlay from config/method/, the torch sampler and the world's config. Runs are kept
+in out/table/WORLD/METHOD_SEED/. The table goes to README.md and LOG.md, between the lines that mark its place.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
+
+FOUR = ["grpo", "sft", "mixed", "luffy"]
+ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft_verified", "rl_sft_loss", "sft_then_rl",
+       "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo"]  # fmt: skip
+WORLDS = {"imperfect": ([], ALL), "clean": (["config/toy/clean.py"], FOUR)}
+# A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
+CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
+STEPS = (10, 20, 60)
+
+
+def arguments(out, world, method, seed):
+    """train.py's arguments for one run."""
+    configs, _ = WORLDS[world]
+    extra = ["--update_batches=2"] if method in CLIPPED else []
+    if method == "sft_then_rl":
+        extra.append(f"--model={out}/{world}/sft_{seed}/ckpt_60")
+    if method in ("rkl", "kdrl", "tgpo"):  # the teacher model is what SFT makes of the world's traces, mistakes included
+        extra.append(f"--teacher_model={out}/{world}/sft_0/ckpt_60")
+    return [*configs, f"config/method/{method}.py", f"--seed={seed}", "--sampler=torch", "--reward_workers=1", *extra]
+
+
+def train(out, world, method, seed):
+    """One run, unless it is there and whole. Its CPU seconds are kept beside it."""
+    folder = os.path.join(out, world, f"{method}_{seed}")
+    if os.path.exists(os.path.join(folder, "cpu_seconds")):
+        return
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *arguments(out, world, method, seed), f"--out_dir={folder}"]
+    with open(folder + ".log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{world} {method} {seed} failed: see {folder}.log")
+    with open(os.path.join(folder, "cpu_seconds"), "w") as f:
+        f.write(f"{usage.ru_utime + usage.ru_stime:.1f}")
+    print(f"{world:<10} {method:<16} seed {seed}: {final(folder)['eval/greedy']:.3f} greedy", flush=True)
+
+
+def final(folder, step=60):
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return next(r for r in map(json.loads, f) if r["step"] == step)
+
+
+def kept_skill(folder):
+    """Greedy accuracy on two numbers, which every base starts with at 1.0."""
+    from build import greedy_accuracy
+
+    from data import load_tokenizer
+    from model import load_policy, sampling
+
+    checkpoint = os.path.join(folder, "ckpt_60")
+    hf = load_policy(checkpoint).hf
+    with sampling(hf):
+        return greedy_accuracy(hf, load_tokenizer(checkpoint), 2)
+
+
+def row(out, world, method, seeds):
+    """One line of the table, as cells: mean and standard deviation over the seeds."""
+    folders = [os.path.join(out, world, f"{method}_{s}") for s in seeds]
+
+    def cell(values, digits=2):
+        sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{sd}"
+
+    greedy = [cell([final(f, step)["eval/greedy"] for f in folders]) for step in STEPS]
+    entropies = [final(f)["entropy/own"] for f in folders if "entropy/own" in final(f)]
+    seconds = [float(open(os.path.join(f, "cpu_seconds")).read()) for f in folders]
+    return [method, *greedy, cell([final(f)["eval/avg@k"] for f in folders]), cell([kept_skill(f) for f in folders]),
+            cell(entropies, 3) if entropies else "-", cell(seconds, 0)]  # fmt: skip
+
+
+def markdown(out, seeds):
+    lines = []
+    for world, (_, methods) in WORLDS.items():
+        lines += [f"**{world} teacher**", "", "| method | greedy @10 | @20 | @60 | T=1 @60 | 2 numbers @60 | entropy | CPU s |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["| " + " | ".join(row(out, world, m, seeds)) + " |" for m in methods] + [""]
+    return "\n".join(lines)
+
+
+def put(path, text):
+    """Replace what stands between the two marks in a file."""
+    marks = ("<!-- make table -->", "<!-- end of make table -->")
+    with open(path) as f:
+        old = f.read()
+    new = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old, flags=re.S)
+    with open(path + ".partial", "w") as f:
+        f.write(new)
+    os.replace(path + ".partial", path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
+    parser.add_argument("--out", default=os.path.join(ROOT, "out", "table"), help="folder of the runs (default out/table)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument("--only_print", action="store_true", help="print the table, leave README.md and LOG.md alone")
+    args = parser.parse_args()
+    start = time.time()
+    jobs = [(w, m, s) for w, (_, methods) in WORLDS.items() for m in methods for s in range(args.seeds)]
+    with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods start from it
+        for stage in ([j for j in jobs if j[1] == "sft"], [j for j in jobs if j[1] != "sft"]):
+            list(pool.map(lambda job: train(args.out, *job), stage))
+    table = markdown(args.out, range(args.seeds))
+    print(f"\n{table}\n{time.time() - start:.0f} s")
+    if not args.only_print:
+        put(os.path.join(ROOT, "README.md"), table)
+        put(os.path.join(ROOT, "LOG.md"), table)
+
+
+if __name__ == "__main__":
+    main()
