@@ -6,10 +6,13 @@ TORCH_FROM ?=
 # Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
 SEEDS ?= 1
 
-.PHONY: demo test test-slow lint toy clean
+.PHONY: demo table test test-slow lint toy clean
 
 demo: .venv/ready
 	.venv/bin/python toy/demo.py --seeds=$(SEEDS)
+
+table: .venv/ready
+	.venv/bin/python toy/table.py
 
 test: .venv/ready
 	.venv/bin/python -m pytest

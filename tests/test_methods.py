@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import run
+from test_data import a_row, write
+from test_plan import QWEN_05B, QWEN_7B
+from test_train import launch, run
 
 from configurator import ROOT, UserError
 from data import Packed, check_same_tokens, load_tokenizer
@@ -319,3 +321,57 @@ def test_relift_interleaves(script, tmp_path):
     losses = [r["relift/sft_loss"] for r in rows[1:] if "relift/sft_loss" in r]
     assert losses[-1] < losses[0]
     assert load_file(tmp_path / "x" / "ckpt_4" / "replay.state")["queue"].numel() == waiting
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_method_plans_at_7b(script, tmp_path, name, capsys):
+    """Each overlay over luffy_7b says what it takes, from config.json files alone, a teacher model's included."""
+    for folder, model in (("student", QWEN_7B), ("teacher", QWEN_05B)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(model.to_dict()))
+    argv = ["config/luffy_7b.py", f"config/method/{name}.py", "--dry_run=True", f"--model={tmp_path / 'student'}"]
+    script("train", argv).main()
+    plain = capsys.readouterr().out
+    assert "fits in 80 GiB: yes" in plain
+    assert ("the teacher model is not counted" in plain) == (name in WITH_TEACHER)
+    if name in WITH_TEACHER:
+        script("train", [*argv, f"--teacher_model={tmp_path / 'teacher'}"]).main()
+        assert "teacher model's weights" in capsys.readouterr().out
+
+
+def test_several_traces_in_a_group(script, tmp_path):
+    """n_teacher = 2: six own samples, both traces of a problem that has two, and the only one of a problem that has one."""
+    one = {"content": "<think>\n49>36</think>\\boxed{36}", "role": "assistant"}
+    rows = [a_row(target=[one, {**one, "content": "<think>\n36</think>\\boxed{36}"}]), a_row(target=[one])]
+    data = write(tmp_path / "two.parquet", [{**r, "reward_model": {"ground_truth": "36", "style": "rule"}} for r in rows])
+    run(script, tmp_path, "x", f"--data={data}", "--prompts_per_step=2", "--n_teacher=2", "--max_steps=1")
+    dumped = [json.loads(line) for line in open(tmp_path / "x" / "rollouts" / "step_1.jsonl")]
+    by_problem = {p: [r["teacher_tokens"] > 0 for r in dumped if r["problem"] == p] for p in (0, 1)}
+    assert by_problem == {0: [False] * 6 + [True] * 2, 1: [False] * 7 + [True]}
+    group = [r for r in dumped if r["problem"] == 0]
+    mean = sum(r["reward"] for r in group) / 8
+    assert all(r["advantage"] == pytest.approx(r["reward"] - mean) for r in group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,more",
+    [
+        ("relift", []),
+        ("exgrpo", ["--data={easy}", "--temperature=1.6"]),
+        ("tgpo", ["--teacher_model={other}", "--teacher_offload=True", "--ce_coef=0.5"]),
+        ("kdrl", ["--teacher_model={other}", "--kl_coef=0.1"]),
+    ],
+)
+def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model):
+    """Buffers, pools and teacher models are the same on one process and on two FSDP2 ranks: so are four steps."""
+    argv = [f"config/method/{name}.py", "--max_steps=4", "--sampler=torch", "--eval_data=",
+            *(m.format(easy=easy_data, other=other_model) for m in more)]  # fmt: skip
+    one = launch(tmp_path, "one", 1, *argv)
+    two = launch(tmp_path, "two", 2, *argv, "--shard=fsdp")
+    kinds = ("loss", "grad_norm", "reward", "replay", "relift", "teacher_model", "entropy")
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.split("/")[0] in kinds:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), (a["step"], key)

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ WORLDS = {"imperfect": ([], ALL), "clean": (["config/toy/clean.py"], FOUR)}
 # A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
 CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
 STEPS = (10, 20, 60)
+DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "tgpo"]  # a picture of all would show none
 
 
 def arguments(out, world, method, seed):
@@ -123,9 +125,14 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods start from it
         for stage in ([j for j in jobs if j[1] == "sft"], [j for j in jobs if j[1] != "sft"]):
             list(pool.map(lambda job: train(args.out, *job), stage))
+    import plot
+
+    drawn = [os.path.join(args.out, "imperfect", f"{m}_{s}") for m in DRAWN for s in range(args.seeds)]
+    plot.draw(plot.by_method(drawn), os.path.join(args.out, "table.png"))
     table = markdown(args.out, range(args.seeds))
     print(f"\n{table}\n{time.time() - start:.0f} s")
     if not args.only_print:
+        shutil.copy(os.path.join(args.out, "table.png"), os.path.join(ROOT, "toy", "table.png"))
         put(os.path.join(ROOT, "README.md"), table)
         put(os.path.join(ROOT, "LOG.md"), table)
 
