@@ -285,3 +285,13 @@ def pack(pairs):
         advantage=torch.tensor(advantage),
         sampler_logp=torch.tensor(sampler),
     )
+
+
+def spread(pairs, budget, rank, world):
+    """Sequences over the ranks by tokens, then into micro-batches within the token budget, as many on every rank.
+    pairs: [(prompt_ids, Rollout), ...], the same on every rank. Returns this rank's [(indices into pairs, Packed), ...]."""
+    lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
+    shares = partition(lengths, world)
+    n_micro = max(bins_needed([lengths[i] for i in share], budget) for share in shares)
+    cuts = [[shares[rank][i] for i in cut] for cut in partition([lengths[i] for i in shares[rank]], n_micro)]
+    return [(cut, pack([pairs[i] for i in cut])) for cut in cuts]

@@ -16,7 +16,6 @@ Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, 
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -119,22 +118,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import (
-    Order,
-    Rollout,
-    bins_needed,
-    check_same_tokens,
-    count_rows,
-    load_problems,
-    load_tokenizer,
-    pack,
-    partition,
-    response_text,
-)  # fmt: skip
+from data import Order, Rollout, check_same_tokens, count_rows, load_problems, load_tokenizer, pack, response_text, spread
 from eval import evaluate, load_benchmark, make_folder, summarize, write_json
 from loss import batch_loss, group_advantages, shape
+from metrics import Phases, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
 from model import attention_backends, load_config, load_policy, model_path, save_policy
-from plan import measured_memory, print_plan
+from plan import print_plan
 from replay import FailedQuestions, Successes
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
@@ -173,6 +162,11 @@ def gather(items):
 def gather_engines(items):
     """The same of one rank for each engine: the ranks that share one have the same list."""
     return gather(items if RANK % tensor_parallel == 0 else [])
+
+
+def merge(results):
+    """[{name: (sum, count)}, ...] -> one."""
+    return {k: (sum(r[k][0] for r in results), sum(r[k][1] for r in results)) for k in results[0]}
 
 
 def means(sums):
@@ -283,16 +277,6 @@ def canary(policy, engine, problem, stamp):
 # ---------------------------------------------------------------- one optimizer step
 
 
-def spread(pairs):
-    """Sequences over the ranks by tokens, then into as many micro-batches on every rank: this rank's, as (indices into
-    pairs, Packed). Every rank must call it with the same pairs, [(prompt_ids, Rollout), ...]."""
-    lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
-    shares = partition(lengths, WORLD)
-    n_micro = max(bins_needed([lengths[i] for i in share], micro_tokens) for share in shares)
-    cuts = [[shares[RANK][i] for i in cut] for cut in partition([lengths[i] for i in shares[RANK]], n_micro)]
-    return [(cut, pack([pairs[i] for i in cut])) for cut in cuts]
-
-
 def update(policy, optimizer, micro_batches, max_norm, terms):
     """Forward and backward over the micro-batches, clip, step. terms: batch_loss's switches and coefficients. Returns
     {name: (sum, count)} and the norm."""
@@ -308,7 +292,9 @@ def update(policy, optimizer, micro_batches, max_norm, terms):
             logp, entropy, *top1_logp = policy(batch)
             loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
             (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
-        for name, (total, count) in token_metrics(logp.detach(), entropy.detach(), batch).items():
+        for name, (total, count) in token_metrics(
+            logp.detach(), entropy.detach(), batch, shaping, gamma, clip_low, clip_high
+        ).items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
@@ -319,31 +305,6 @@ def update(policy, optimizer, micro_batches, max_norm, terms):
     optimizer.step()
     optimizer.zero_grad()  # now, so that the engine finds their memory free
     return sums, norm
-
-
-def token_metrics(logp, entropy, batch):
-    """{name: (sum, count)} over this micro-batch's tokens."""
-    teacher = batch.loss_mask & batch.is_teacher & batch.sampler_logp.isnan()  # without what is replayed
-    own = batch.loss_mask & ~batch.is_teacher
-    old_logp = logp if batch.old_logp is None else batch.old_logp
-    ratio = (logp - old_logp).exp()
-    outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
-    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
-    judged = {}
-    if batch.teacher_logp is not None:
-        judged["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
-    if batch.top1 is not None:
-        judged["teacher_model/agrees"] = mean((batch.top1 == batch.input_ids[0]).float(), own)
-    return {
-        **judged,
-        "entropy/own": mean(entropy, own),
-        "entropy/teacher": mean(entropy, teacher),
-        "teacher/p": mean(logp.exp(), teacher),
-        "teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher),
-        "ratio/own": mean(ratio, own),
-        "ratio/outside_clip": mean(outside.float(), own),
-        "mismatch/abs": mean((old_logp - batch.sampler_logp).abs(), own),
-    }
 
 
 # ---------------------------------------------------------------- the run
@@ -482,7 +443,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             failed.observe({q: rows for q, rows in groups.items() if by_id[q].teacher})
             if due := [by_id[q] for q in failed.take(sft_buffer)]:
                 pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in due]
-                micro_batches = [b.to(policy.hf.device) for _, b in spread(pairs)]
+                micro_batches = [b.to(policy.hf.device) for _, b in spread(pairs, micro_tokens, RANK, WORLD)]
                 sums, norm = update(wrapped, sft_optimizer, micro_batches, sft_grad_clip, sft_terms)
                 n_updates += 1
                 record |= {"relift/sft_loss": means(sums)["loss"], "relift/grad_norm": norm}
@@ -494,7 +455,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         sync()
         record["mismatch/canary"] = gap = canary(policy, engine, problems[0], n_updates)
         print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
-    log(folder, record | (evaluation(0) if held_out else {}))
+    record |= evaluation(0) if held_out else {}
+    if RANK == 0:
+        write_metrics(folder, record)
     start = time.time()
     for step in range(1, max_steps + 1):
         phases = Phases()
@@ -529,7 +492,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         for u in range(update_batches):
             pairs = [(by_id[r.problem].prompt_ids, r) for r in trained if place[r.problem] * update_batches // len(batch) == u]
             if pairs:
-                updates.append([b.to(policy.hf.device) for _, b in spread(pairs)])
+                updates.append([b.to(policy.hf.device) for _, b in spread(pairs, micro_tokens, RANK, WORLD)])
         # 6. Old log-probs, for the updates that will find the policy moved; the first is its own. And the teacher
         # model's opinion of every token.
         with torch.no_grad():
@@ -553,9 +516,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             record |= means(merge([s for s, _ in results]))
             record["grad_norm"] = sum(n for _, n in results) / len(results)
         record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
-        if rollout_interval and step % rollout_interval == 0:
-            dump(folder, step, [row(by_id[r.problem], r, tokenizer) for r in rollouts])
-        print0(step_line(record, (time.time() - start) / step * (max_steps - step)))
+        if RANK == 0 and rollout_interval and step % rollout_interval == 0:
+            write_rollouts(folder, step, rollouts, by_id, tokenizer)
+        print0(step_line(record, max_steps, (time.time() - start) / step * (max_steps - step)))
         if step == 1:
             print0(phases.ledger())
         # 9. Canary, evaluation, checkpoint.
@@ -564,7 +527,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
         if held_out and (step == max_steps or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
-        log(folder, record)
+        if RANK == 0:
+            write_metrics(folder, record)
         if step == max_steps or (save_interval and step % save_interval == 0):
             memory = failed.state_dict() if sft_buffer else successes.state_dict() if replay_share else {}
             save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"), memory)
@@ -594,7 +558,7 @@ def worth_training(rollouts):
 def mean_entropies(policy, pairs):
     """The policy's mean entropy over each response, a list in the order of pairs. All ranks share the work."""
     found = []
-    for cut, batch in spread(pairs):
+    for cut, batch in spread(pairs, micro_tokens, RANK, WORLD):
         _, entropy = policy(batch.to(policy.hf.device))
         ends = batch.cu_seqlens.tolist()
         for i, start, end in zip(cut, ends, ends[1:], strict=False):
@@ -617,9 +581,6 @@ def ask(teacher, micro_batches, want_top1, n_tokens):
         teacher.to("cpu")
 
 
-# ---------------------------------------------------------------- what is written and shown
-
-
 def open_folder():
     """Make out_dir, moving a run found there aside, and write config.json."""
     folder = repo_path(out_dir)
@@ -635,97 +596,6 @@ def open_folder():
     if WORLD > 1:
         dist.barrier()
     return folder
-
-
-class Phases:
-    """What each phase of a step takes: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
-    memory/NAME_after what is in use at its end (plan.measured_memory says of what)."""
-
-    def __init__(self):
-        self.record, self.last = {}, time.time()
-        measured_memory()
-
-    def end(self, name):
-        now = time.time()
-        peak, in_use = measured_memory()
-        self.record[f"time/{name}"], self.last = now - self.last, now
-        self.record |= {f"memory/{name}": peak / 2**30, f"memory/{name}_after": in_use / 2**30}
-
-    def ledger(self):
-        names = [key.removeprefix("time/") for key in self.record if key.startswith("time/")]
-        show = lambda n: f"{n} {self.record[f'memory/{n}']:.2f} / {self.record[f'memory/{n}_after']:.2f}"
-        return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
-
-
-def merge(results):
-    """[{name: (sum, count)}, ...] -> one."""
-    return {k: (sum(r[k][0] for r in results), sum(r[k][1] for r in results)) for k in results[0]}
-
-
-def rollout_metrics(rollouts):
-    """Means over the whole batch, which every rank has; none where the method has no such rows."""
-    own = [r for r in rollouts if not r.n_teacher_tokens]
-    replayed = [r for r in rollouts if r.finish_reason == "replay"]
-    teacher = [r for r in rollouts if r.n_teacher_tokens and r.finish_reason != "replay"]
-    groups = {}
-    for r in own:
-        groups.setdefault(r.problem, []).append(r.reward)
-    columns = {
-        "reward/own": [r.reward for r in own],
-        "reward/teacher": [r.reward for r in teacher],
-        "reward/replayed": [r.reward for r in replayed],
-        "groups/none_solved": [max(g) == 0 for g in groups.values()],
-        "groups/all_solved": [min(g) == 1 for g in groups.values()],
-        "length/own": [len(r.response_ids) for r in own],
-        "length/teacher": [len(r.response_ids) for r in teacher],
-        "own/truncated": [r.finish_reason == "length" for r in own],
-        "own/no_think": [r.reason == "no_think" for r in own],
-        "own/timeout": [r.reason == "timeout" for r in own],
-        "own/error": [r.reason == "error" for r in own],
-    }
-    return {name: sum(column) / len(column) for name, column in columns.items() if column}
-
-
-def step_line(m, eta):
-    """One aligned line; a dash where the method has no such number."""
-    show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
-    return (
-        f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
-        f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"
-        f"  ent {show('entropy/own', '5.3f')}  norm {show('grad_norm', '8.2g')}  mism {show('mismatch/abs', '7.1e')}"
-        f"  gen {m['time/rollout']:5.2f} s  upd {m['time/update']:5.2f} s  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
-    )
-
-
-def log(folder, record):
-    if RANK == 0:
-        finite = {k: v for k, v in record.items() if math.isfinite(v)}
-        with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
-            f.write(json.dumps(finite) + "\n")
-
-
-def row(problem, r, tokenizer):
-    """One rollout as a line of rollouts/step_N.jsonl."""
-    return {
-        "problem": problem.id,
-        "source": problem.source,
-        "prompt": tokenizer.decode(problem.prompt_ids),
-        "answer": problem.answer,
-        "response": response_text(tokenizer, r.response_ids),
-        "teacher_tokens": r.n_teacher_tokens,
-        "reward": r.reward,
-        "reason": r.reason,
-        "advantage": r.advantage,
-        "finish_reason": r.finish_reason,
-        "response_ids": r.response_ids,
-        "sampler_logps": r.sampler_logps,
-    }
-
-
-def dump(folder, step, rows):
-    if RANK == 0:
-        with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl"), "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""
+What a run measures, writes and shows: the metrics of a batch, the phases of a step, the line per step, and the files
+metrics.jsonl and rollouts/step_N.jsonl.
+"""
+
+import json
+import math
+import os
+import time
+
+from data import response_text
+from loss import shape
+from plan import measured_memory
+
+
+def token_metrics(logp, entropy, batch, shaping, gamma, clip_low, clip_high):
+    """{name: (sum, count)} over this micro-batch's tokens."""
+    teacher = batch.loss_mask & batch.is_teacher & batch.sampler_logp.isnan()  # without what is replayed
+    own = batch.loss_mask & ~batch.is_teacher
+    old_logp = logp if batch.old_logp is None else batch.old_logp
+    ratio = (logp - old_logp).exp()
+    outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
+    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
+    judged = {}
+    if batch.teacher_logp is not None:
+        judged["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
+    if batch.top1 is not None:
+        judged["teacher_model/agrees"] = mean((batch.top1 == batch.input_ids[0]).float(), own)
+    return {
+        **judged,
+        "entropy/own": mean(entropy, own),
+        "entropy/teacher": mean(entropy, teacher),
+        "teacher/p": mean(logp.exp(), teacher),
+        "teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher),
+        "ratio/own": mean(ratio, own),
+        "ratio/outside_clip": mean(outside.float(), own),
+        "mismatch/abs": mean((old_logp - batch.sampler_logp).abs(), own),
+    }
+
+
+def rollout_metrics(rollouts):
+    """Means over the whole batch, which every rank has; none where the method has no such rows."""
+    own = [r for r in rollouts if not r.n_teacher_tokens]
+    replayed = [r for r in rollouts if r.finish_reason == "replay"]
+    teacher = [r for r in rollouts if r.n_teacher_tokens and r.finish_reason != "replay"]
+    groups = {}
+    for r in own:
+        groups.setdefault(r.problem, []).append(r.reward)
+    columns = {
+        "reward/own": [r.reward for r in own],
+        "reward/teacher": [r.reward for r in teacher],
+        "reward/replayed": [r.reward for r in replayed],
+        "groups/none_solved": [max(g) == 0 for g in groups.values()],
+        "groups/all_solved": [min(g) == 1 for g in groups.values()],
+        "length/own": [len(r.response_ids) for r in own],
+        "length/teacher": [len(r.response_ids) for r in teacher],
+        "own/truncated": [r.finish_reason == "length" for r in own],
+        "own/no_think": [r.reason == "no_think" for r in own],
+        "own/timeout": [r.reason == "timeout" for r in own],
+        "own/error": [r.reason == "error" for r in own],
+    }
+    return {name: sum(column) / len(column) for name, column in columns.items() if column}
+
+
+class Phases:
+    """What each phase of a step takes: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
+    memory/NAME_after what is in use at its end (plan.measured_memory says of what)."""
+
+    def __init__(self):
+        self.record, self.last = {}, time.time()
+        measured_memory()
+
+    def end(self, name):
+        now = time.time()
+        peak, in_use = measured_memory()
+        self.record[f"time/{name}"], self.last = now - self.last, now
+        self.record |= {f"memory/{name}": peak / 2**30, f"memory/{name}_after": in_use / 2**30}
+
+    def ledger(self):
+        names = [key.removeprefix("time/") for key in self.record if key.startswith("time/")]
+        show = lambda n: f"{n} {self.record[f'memory/{n}']:.2f} / {self.record[f'memory/{n}_after']:.2f}"
+        return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
+
+
+def step_line(m, max_steps, eta):
+    """One aligned line; a dash where the method has no such number."""
+    show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
+    return (
+        f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
+        f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"
+        f"  ent {show('entropy/own', '5.3f')}  norm {show('grad_norm', '8.2g')}  mism {show('mismatch/abs', '7.1e')}"
+        f"  gen {m['time/rollout']:5.2f} s  upd {m['time/update']:5.2f} s  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
+    )
+
+
+def write_metrics(folder, record):
+    """Append to metrics.jsonl, finite numbers only."""
+    finite = {k: v for k, v in record.items() if math.isfinite(v)}
+    with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps(finite) + "\n")
+
+
+def row(problem, r, tokenizer):
+    """One rollout as a line of rollouts/step_N.jsonl."""
+    return {
+        "problem": problem.id,
+        "source": problem.source,
+        "prompt": tokenizer.decode(problem.prompt_ids),
+        "answer": problem.answer,
+        "response": response_text(tokenizer, r.response_ids),
+        "teacher_tokens": r.n_teacher_tokens,
+        "reward": r.reward,
+        "reason": r.reason,
+        "advantage": r.advantage,
+        "finish_reason": r.finish_reason,
+        "response_ids": r.response_ids,
+        "sampler_logps": r.sampler_logps,
+    }
+
+
+def write_rollouts(folder, step, rollouts, by_id, tokenizer):
+    """rollouts/step_N.jsonl, a line per rollout."""
+    with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl"), "w") as f:
+        f.writelines(json.dumps(row(by_id[r.problem], r, tokenizer)) + "\n" for r in rollouts)
