@@ -292,9 +292,8 @@ def update(policy, optimizer, micro_batches, max_norm, terms):
             logp, entropy, *top1_logp = policy(batch)
             loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
             (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
-        for name, (total, count) in token_metrics(
-            logp.detach(), entropy.detach(), batch, shaping, gamma, clip_low, clip_high
-        ).items():
+        found = token_metrics(logp.detach(), entropy.detach(), batch, shaping, gamma, clip_low, clip_high)
+        for name, (total, count) in found.items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
@@ -499,7 +498,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
                 micro_batch.old_logp, _ = policy(micro_batch)
         terms["ce_coef"] = ce_coef * max(0.0, 1 - (step - 1) / ce_steps) if ce_steps else ce_coef
-        if teacher:
+        if teacher and updates:
             ask(teacher, [b for micro_batches in updates for b in micro_batches], terms["ce_coef"] > 0, len(tokenizer))
         # 7. Update, and what methods with memory do after it.
         for group in optimizer.param_groups:
