@@ -139,7 +139,7 @@ class Policy(torch.nn.Module):
             for r, t in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
         ]
         zeros = 0.0 * hidden[:, 0].float()  # tied to the graph, so that a rank without tokens still runs backward
-        entropy, *logps = (zeros.index_put((rows,), column) for column in torch.cat(parts).unbind(-1))
+        *logps, entropy = (zeros.index_put((rows,), column) for column in torch.cat(parts).unbind(-1))
         return logps[0], entropy, *logps[1:]
 
     @torch.no_grad()
@@ -165,10 +165,11 @@ class Policy(torch.nn.Module):
         return hidden, batch.loss_mask.nonzero()[:, 0]
 
     def head(self, hidden, targets):
-        """(n, d), (n, k) -> (n, 1 + k): the entropy, then the targets' log-probs. Recomputed in backward; called
-        inside forward, because outside FSDP's head weight is a shard."""
+        """(n, d), (n, k) -> (n, k + 1): the targets' log-probs, then the entropy; the other way round backward would hold
+        one more matrix of vocabulary width. Recomputed in backward; called inside forward, because outside FSDP's head
+        weight is a shard."""
         logprobs = self.logprobs(hidden)
-        return torch.cat([-(logprobs.exp() * logprobs).sum(-1, keepdim=True), logprobs.gather(-1, targets)], -1)
+        return torch.cat([logprobs.gather(-1, targets), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)], -1)
 
     def logprobs(self, hidden):
         with self.precision(hidden):

@@ -43,8 +43,7 @@ def test_sharding_divides_what_persists():
 
 
 def test_forecast_against_a_simulation():
-    """Peaks that a storage tracker found in the real forward and backward at these shapes, under fake tensors: two
-    micro-batches of 1.5B and 32,768 tokens, 36.1 GiB; of 0.5B and 16,384 tokens, 15.5 GiB."""
+    """Peaks that tests/track_memory.py found: 1.5B and 32,768 tokens, 36.1 GiB; 0.5B and 16,384 tokens, 15.5 GiB."""
     qwen_15b = Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
     for config, tokens, tracked in ((qwen_15b, 32768, 36.1), (QWEN_05B, 16384, 15.5)):

@@ -1,0 +1,85 @@
+"""
+The plan's forecast against the storage that the real forward and backward would hold, counted under fake tensors: any
+shape, on a laptop, in a minute. bfloat16 autocast, recomputation, no sharding, two micro-batches.
+
+    python tests/track_memory.py 1.5b 32768
+    python tests/track_memory.py 0.5b 16384
+
+A soak script, run by hand into LOG.md. Attention stands in for a kernel that keeps no scores.
+"""
+
+import os
+import sys
+import weakref
+from types import SimpleNamespace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+import bench
+import model
+from plan import count_parameters, show, training_memory
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_flatten(out)[0]:
+            if isinstance(x, torch.Tensor):
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if storage._cdata in self.alive:
+            return
+        self.alive.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+
+    def drop(self, key, n_bytes):
+        self.alive.discard(key)
+        self.now -= n_bytes
+
+
+def attention(module, q, k, v, mask, scaling=None, packing=None, **kwargs):
+    q, k, v = (x.to(v.dtype) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2), None
+
+
+bench.size, tokens = sys.argv[1], int(sys.argv[2])
+config = bench.model_config()
+AttentionInterface.register("counted", attention)
+model.packing_of = lambda cu_seqlens: None
+with FakeTensorMode(allow_non_fake_inputs=True):
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
+    policy = model.Policy(hf, 1.0, torch.bfloat16)
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    rows = torch.arange(1, tokens)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    batch = SimpleNamespace(input_ids=ids, position_ids=ids, cu_seqlens=None, top1=None,
+                            loss_mask=SimpleNamespace(nonzero=lambda: rows[:, None]))  # fmt: skip
+    with Storages() as storages:
+        for p in policy.parameters():
+            storages.add(p.untyped_storage())
+        storages.now += 8 * count_parameters(config)[0]  # Adam's two moments
+        for i in range(2):
+            logp, entropy = policy(batch)
+            (logp.sum() - entropy.sum()).backward()
+            del logp, entropy
+            print(f"{sys.argv[1]}, {tokens} tokens, micro-batch {i + 1}: peak {show(storages.peak)}", flush=True)
+forecast = sum(training_memory(config, tokens, 1, False, 2, True).values())
+print(f"the plan forecasts {show(forecast)}, {forecast / storages.peak:.3f} of it")
