@@ -24,9 +24,10 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Rebuild the committed toy world: the base model and the parquet files.
+# Rebuild the committed toy worlds: base models and parquet files.
 toy: .venv/ready
 	.venv/bin/python toy/build.py
+	.venv/bin/python toy/shaping.py
 
 .venv/ready: requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

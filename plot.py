@@ -54,15 +54,17 @@ def curve(runs, key):
     return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def draw(methods, path):
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout="constrained")
-    for axis, (key, title) in zip(axes, PANELS, strict=True):
+def draw(methods, path, panels=PANELS):
+    """One picture of the panels, (metric, title) each, of {method: [run, ...]}; a metric named p/... on a log scale."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axis, (key, title) in zip(axes, panels, strict=True):
         for i, (color, (name, runs)) in enumerate(zip(COLORS * len(methods), methods.items(), strict=False)):
             steps, mean, low, high = curve(runs, key)
             if steps:
                 axis.plot(steps, mean, color=color, label=name, linewidth=1.8, linestyle=LINES[i % len(LINES)])
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
+        axis.set(title=title, xlabel="step")
+        axis.set(yscale="log") if key.startswith("p/") else axis.set(ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)

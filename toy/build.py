@@ -75,14 +75,14 @@ def habit(rng, numbers, p_leap=0.99, p_continue=0.01):
     return response(totals[:n], totals[n - 1])
 
 
-def build_tokenizer():
+def build_tokenizer(tokens=TOKENS):
     """One token per character, and one for each of <think>, </think> and \\boxed{, laid out as Qwen's own is."""
     # Byte-level BPE without merges, because AutoTokenizer rebuilds some families' tokenizers as one.
-    vocab = {t.replace("\n", "Ċ"): i for i, t in enumerate(TOKENS)}
+    vocab = {t.replace("\n", "Ċ"): i for i, t in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in TOKENS[2:5]])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens[2:5]])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<pad>")
     fast.chat_template = TEMPLATE
     return fast
@@ -106,11 +106,10 @@ def greedy_accuracy(model, tokenizer, k, n=200):
     return sum(t.endswith(f"\\boxed{{{running_totals(p)[-1]:02d}}}") for t, p in zip(texts, problems, strict=True)) / n
 
 
-def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=48):
-    """Supervised training for a fixed number of steps, so the same seed gives the same model on one machine."""
+def build_model(tokenizer, seed):
+    """A random model of the toy worlds' shape."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    model = Qwen3ForCausalLM(
+    return Qwen3ForCausalLM(
         Qwen3Config(  # Qwen3 rather than Qwen2: four heads at this width, and vLLM on a CPU wants heads of 32
             vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -118,6 +117,12 @@ def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=4
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+
+
+def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=48):
+    """Supervised training for a fixed number of steps, so the same seed gives the same model on one machine."""
+    rng = random.Random(seed)
+    model = build_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     start = time.process_time()
     for step in range(steps):
@@ -158,6 +163,18 @@ def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=4
     return model.eval()
 
 
+def build_row(source, numbers, answer, trace, index, split):
+    """One row of LUFFY's parquet schema; only the training split shows its trace."""
+    return {
+        "data_source": source,
+        "prompt": [{"content": question(numbers), "role": "user"}],
+        "target": [{"content": "<think>\n" + trace, "role": "assistant"}] if split == "train" else None,
+        "ability": "math",
+        "reward_model": {"ground_truth": f"{answer:02d}", "style": "rule"},
+        "extra_info": {"index": index, "split": split},
+    }
+
+
 def build_rows(rng, n, split, seen, wrong=0.0):
     """n problems of eight numbers, none in `seen`, as rows of LUFFY's parquet schema; a share `wrong` of the
     traces stops one number early."""
@@ -172,16 +189,7 @@ def build_rows(rng, n, split, seen, wrong=0.0):
             continue  # the last number is 00: stopping early would happen to be right
         seen.add(tuple(numbers))
         trace = response(totals[:-1], totals[-2]) if stop_early else response(totals, totals[-1])
-        rows.append(
-            {
-                "data_source": "toy",
-                "prompt": [{"content": question(numbers), "role": "user"}],
-                "target": [{"content": "<think>\n" + trace, "role": "assistant"}] if split == "train" else None,
-                "ability": "math",
-                "reward_model": {"ground_truth": f"{totals[-1]:02d}", "style": "rule"},
-                "extra_info": {"index": len(rows), "split": split},
-            }
-        )
+        rows.append(build_row("toy", numbers, totals[-1], trace, len(rows), split))
     return rows
 
 

@@ -25,7 +25,11 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
 FOUR = ["grpo", "sft", "mixed", "luffy"]
 ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft_verified", "rl_sft_loss", "sft_then_rl",
        "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo"]  # fmt: skip
-WORLDS = {"imperfect": ([], ALL), "clean": (["config/toy/clean.py"], FOUR)}
+WORLDS = {
+    "imperfect": ([], ALL),
+    "clean": (["config/toy/clean.py"], FOUR),
+    "shaping": (["config/toy/shaping.py", "--save_interval=10"], FOUR),  # checkpoints, to ask each for the fork
+}
 # A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
 CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
 STEPS = (10, 20, 60)
@@ -78,6 +82,12 @@ def kept_skill(folder):
         return greedy_accuracy(hf, load_tokenizer(checkpoint), 2)
 
 
+def by_source(folder, step):
+    """Greedy accuracy by the problems' source."""
+    with open(os.path.join(folder, f"eval_{step}.json")) as f:
+        return {source: entry["greedy"] for source, entry in json.load(f).items()}
+
+
 def row(out, world, method, seeds):
     """One line of the table, as cells: mean and standard deviation over the seeds."""
     folders = [os.path.join(out, world, f"{method}_{s}") for s in seeds]
@@ -86,20 +96,62 @@ def row(out, world, method, seeds):
         sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{sd}"
 
-    greedy = [cell([final(f, step)["eval/greedy"] for f in folders]) for step in STEPS]
+    source, other = (
+        ("hard", lambda f: by_source(f, 60)["easy"]) if world == "shaping" else ("toy", lambda f: final(f)["eval/avg@k"])
+    )
+    greedy = [cell([by_source(f, step)[source] for f in folders]) for step in STEPS]
     entropies = [final(f)["entropy/own"] for f in folders if "entropy/own" in final(f)]
     seconds = [float(open(os.path.join(f, "cpu_seconds")).read()) for f in folders]
-    return [method, *greedy, cell([final(f)["eval/avg@k"] for f in folders]), cell([kept_skill(f) for f in folders]),
+    return [method, *greedy, cell([other(f) for f in folders]), cell([kept_skill(f) for f in folders]),
             cell(entropies, 3) if entropies else "-", cell(seconds, 0)]  # fmt: skip
 
 
 def markdown(out, seeds):
     lines = []
     for world, (_, methods) in WORLDS.items():
-        lines += [f"**{world} teacher**", "", "| method | greedy @10 | @20 | @60 | T=1 @60 | 2 numbers @60 | entropy | CPU s |",
+        columns = ("hard @10", "easy @60") if world == "shaping" else ("greedy @10", "T=1 @60")
+        lines += [f"**{world}**", "", f"| method | {columns[0]} | @20 | @60 | {columns[1]} | 2 numbers @60 | entropy | CPU s |",
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += ["| " + " | ".join(row(out, world, m, seeds)) + " |" for m in methods] + [""]
     return "\n".join(lines)
+
+
+def fork_probability(checkpoint):
+    """What a policy gives the fork token `*`, as a hard problem's first: the mean over the shaping world's held-out ones."""
+    import torch
+
+    from data import load_problems, load_tokenizer
+    from model import load_policy, sampling
+
+    tokenizer, hf = load_tokenizer(checkpoint), load_policy(checkpoint).hf
+    problems = load_problems(os.path.join(ROOT, "toy", "shaping", "test.parquet"), tokenizer, log=lambda line: None)
+    ids = torch.tensor([p.prompt_ids for p in problems if p.source == "hard"])
+    with sampling(hf), torch.no_grad():
+        return hf(ids).logits[:, -1].softmax(-1)[:, tokenizer.convert_tokens_to_ids("*")].mean().item()
+
+
+def draw(out, seeds):
+    """Two pictures: the curves of the imperfect world, and what happens at the shaping world's fork."""
+    import plot
+
+    folders = [os.path.join(out, "imperfect", f"{m}_{s}") for m in DRAWN for s in seeds]
+    plot.draw(plot.by_method(folders), os.path.join(out, "table.png"))
+    methods, base = {}, fork_probability(os.path.join(ROOT, "toy", "shaping", "base"))
+    for m in ("grpo", "mixed", "luffy"):
+        for s in seeds:
+            folder = os.path.join(out, "shaping", f"{m}_{s}")
+            run = plot.read_run(folder)
+            for r in run:
+                if os.path.exists(os.path.join(folder, f"eval_{r['step']}.json")):
+                    r["hard"] = by_source(folder, r["step"])["hard"]
+                    r["p/fork"] = fork_probability(os.path.join(folder, f"ckpt_{r['step']}")) if r["step"] else base
+            methods.setdefault(m, []).append(run)
+    panels = [
+        ("hard", "hard problems, greedy"),
+        ("entropy/own", "entropy of own samples"),
+        ("p/fork", "probability of the fork"),
+    ]
+    plot.draw(methods, os.path.join(out, "shaping.png"), panels)
 
 
 def put(path, text):
@@ -125,14 +177,12 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods start from it
         for stage in ([j for j in jobs if j[1] == "sft"], [j for j in jobs if j[1] != "sft"]):
             list(pool.map(lambda job: train(args.out, *job), stage))
-    import plot
-
-    drawn = [os.path.join(args.out, "imperfect", f"{m}_{s}") for m in DRAWN for s in range(args.seeds)]
-    plot.draw(plot.by_method(drawn), os.path.join(args.out, "table.png"))
+    draw(args.out, range(args.seeds))
     table = markdown(args.out, range(args.seeds))
     print(f"\n{table}\n{time.time() - start:.0f} s")
     if not args.only_print:
-        shutil.copy(os.path.join(args.out, "table.png"), os.path.join(ROOT, "toy", "table.png"))
+        for name in ("table.png", "shaping.png"):
+            shutil.copy(os.path.join(args.out, name), os.path.join(ROOT, "toy", name))
         put(os.path.join(ROOT, "README.md"), table)
         put(os.path.join(ROOT, "LOG.md"), table)
 
