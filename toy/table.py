@@ -96,9 +96,9 @@ def row(out, world, method, seeds):
         sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{sd}"
 
-    source, other = (
-        ("hard", lambda f: by_source(f, 60)["easy"]) if world == "shaping" else ("toy", lambda f: final(f)["eval/avg@k"])
-    )
+    source, other = "toy", lambda f: final(f)["eval/avg@k"]
+    if world == "shaping":
+        source, other = "hard", lambda f: by_source(f, 60)["easy"]
     greedy = [cell([by_source(f, step)[source] for f in folders]) for step in STEPS]
     entropies = [final(f)["entropy/own"] for f in folders if "entropy/own" in final(f)]
     seconds = [float(open(os.path.join(f, "cpu_seconds")).read()) for f in folders]
@@ -149,7 +149,7 @@ def draw(out, seeds):
     panels = [
         ("hard", "hard problems, greedy"),
         ("entropy/own", "entropy of own samples"),
-        ("p/fork", "probability of the fork"),
+        ("p/fork", "probability of `*`"),
     ]
     plot.draw(methods, os.path.join(out, "shaping.png"), panels)
 
