@@ -64,9 +64,12 @@ def draw(methods, path, panels=PANELS):
                 axis.plot(steps, mean, color=color, label=name, linewidth=1.8, linestyle=LINES[i % len(LINES)])
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="step")
-        axis.set(yscale="log") if key.startswith("p/") else axis.set(ylim=(-0.03, 1.03))
+        if key.startswith("p/"):
+            axis.set(yscale="log")
+        elif not key.startswith("entropy/"):
+            axis.set(ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

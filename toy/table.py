@@ -33,7 +33,7 @@ WORLDS = {
 # A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
 CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
 STEPS = (10, 20, 60)
-DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "tgpo"]  # a picture of all would show none
+DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "rkl"]  # a picture of all would show none
 
 
 def arguments(out, world, method, seed):
@@ -149,7 +149,7 @@ def draw(out, seeds):
     panels = [
         ("hard", "hard problems, greedy"),
         ("entropy/own", "entropy of own samples"),
-        ("p/fork", "probability of `*`"),
+        ("p/fork", "probability of the fork"),
     ]
     plot.draw(methods, os.path.join(out, "shaping.png"), panels)
 
