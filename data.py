@@ -91,8 +91,10 @@ def check_same_tokens(ours, theirs):
         raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: {i} is {a[i]!r} to the"
                         f" policy and {b.get(i)!r} to the teacher; take models of one family, or align them first")  # fmt: skip
     if ours.eos_token_id != theirs.eos_token_id:
-        raise UserError(f"the policy ends in {ours.eos_token!r} ({ours.eos_token_id}), the teacher model in"
-                        f" {theirs.eos_token!r} ({theirs.eos_token_id}): give both one eos_token")  # fmt: skip
+        ends = [f"{t.eos_token!r} ({t.eos_token_id})" for t in (ours, theirs)]
+        raise UserError(
+            f"the policy ends in {ends[0]}, the teacher model in {ends[1]}: take a teacher that was trained to end alike"
+        )
 
 
 def first_line(error):

@@ -207,7 +207,8 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
 
     shard: FSDP2 over all ranks, each reading its own rows of each tensor, so that the whole model is nowhere.
     recompute: activation checkpointing, a decoder layer at a time. frozen: weights in `dtype` instead of fp32, without
-    gradients; with offload a shard's rest on the host. Raises UserError if no model loads.
+    gradients; offload: they rest on the host, under FSDP moved as needed, else by the caller. Raises UserError if no
+    model loads.
     """
     backend, weights = attention_backends(device, dtype)[0], dtype if frozen else torch.float32
     try:
@@ -219,7 +220,7 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
             )
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
-            policy = Policy(hf, temperature, dtype).to(device)
+            policy = Policy(hf, temperature, dtype).to("cpu" if offload else device)
         policy.hf.lm_head, policy.hf.get_decoder().layers
     except Exception as e:
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None

@@ -40,9 +40,9 @@ class FailedQuestions:
 class Successes:
     """ExGRPO (arXiv 2510.02245): right answers by question, in buckets by how often the question was solved last.
 
-    Stored as token ids with the log-probs they were sampled with, the newest `limit` of a question. A question solved
-    by every sample is retired for good. Nothing is stored before a batch was solved to the share `start`: until then
-    a success says more about luck than about the policy.
+    Stored as token ids (int32) with the log-probs they were sampled with (float32), the newest `limit` of a question. A
+    question solved by every fresh sample is retired for good. Nothing is stored before a batch was solved to the share
+    `start`: until then a success says more about luck than about the policy.
     """
 
     def __init__(self, n_rollouts, start, limit):
@@ -63,19 +63,19 @@ class Successes:
                 # Of n_rollouts, also where a replay left room for fewer fresh samples.
                 k = round(len(solved) / len(rollouts) * self.n_rollouts)
                 self.bucket[question] = min(self.n_rollouts - 1, max(1, k))
-                kept = {tuple(ids): (ids, logps) for ids, logps in self.samples.get(question, [])}
+                kept = {ids.tobytes(): (ids, logps) for ids, logps in self.samples.get(question, [])}
                 for r in solved:  # an answer that is known already stays where it is
-                    kept.setdefault(tuple(r.response_ids), (r.response_ids, r.sampler_logps))
+                    ids = np.array(r.response_ids, np.int32)
+                    kept.setdefault(ids.tobytes(), (ids, np.array(r.sampler_logps, np.float32)))
                 self.samples[question] = list(kept.values())[-self.limit :]
         self.active = self.active or sum(rewards) / max(1, len(rewards)) > self.start
 
-    def draw(self, n, rng, exclude=()):
+    def draw(self, n, rng):
         """At most n different questions: a bucket k by weight N(k; n_rollouts / 2, 1) over those that have any left, in
-        units of solved samples, then one of its questions evenly."""
+        units of solved samples as the released code has it (the paper writes accuracy), then one of its questions evenly."""
         buckets = {}
         for question in sorted(self.samples):
-            if question not in exclude:
-                buckets.setdefault(self.bucket[question], []).append(question)
+            buckets.setdefault(self.bucket[question], []).append(question)
         drawn = []
         while len(drawn) < n and buckets:
             keys = sorted(buckets)
@@ -88,15 +88,15 @@ class Successes:
 
     def state_dict(self):
         rows = [(question, ids, logps) for question, kept in self.samples.items() for ids, logps in kept]
-        flat = lambda parts, dtype: torch.tensor([x for part in parts for x in part], dtype=dtype)
+        flat = lambda parts, dtype: torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]))
         return {
             "active": torch.tensor(self.active),
             "retired": torch.tensor(sorted(self.retired), dtype=torch.int64),
             "bucket": torch.tensor([[q, k] for q, k in self.bucket.items()], dtype=torch.int64).reshape(-1, 2),
             "question": torch.tensor([q for q, *_ in rows], dtype=torch.int64),
             "length": torch.tensor([len(ids) for _, ids, _ in rows], dtype=torch.int64),
-            "ids": flat([ids for _, ids, _ in rows], torch.int32),
-            "logps": flat([logps for *_, logps in rows], torch.float32),
+            "ids": flat([ids for _, ids, _ in rows], np.int32),
+            "logps": flat([logps for *_, logps in rows], np.float32),
         }
 
     def load_state_dict(self, state):
@@ -104,4 +104,4 @@ class Successes:
         self.retired, self.bucket, self.samples = set(state["retired"].tolist()), dict(state["bucket"].tolist()), {}
         parts = zip(*(state[key].split(state["length"].tolist()) for key in ("ids", "logps")), strict=True)
         for question, (ids, logps) in zip(state["question"].tolist(), parts, strict=True):
-            self.samples.setdefault(question, []).append((ids.tolist(), logps.tolist()))
+            self.samples.setdefault(question, []).append((ids.numpy(), logps.numpy()))

@@ -224,6 +224,14 @@ def check_knobs(n_ranks):
         raise UserError("teacher_share and teacher_share_end must lie between 0 and 1")
     if replay_share and n_teacher:
         raise UserError("replay_share puts a replayed sample where a trace would be: set n_teacher=0")
+    if n_teacher == n_rollouts and min(teacher_share, teacher_share_end) < 1:
+        raise UserError(
+            f"teacher_share below 1 wants the policy to go on, but n_teacher={n_teacher} is all of the group: lower it"
+        )
+    if sft_buffer and replay_share:
+        raise UserError("sft_buffer (ReLIFT) and replay_share (ExGRPO) are two methods: set one of them to 0")
+    if teacher_model and not (kl_coef or ce_coef):
+        raise UserError("teacher_model is of no use without kl_coef or ce_coef: set one, or leave it out")
     if (kl_coef or ce_coef) and not teacher_model and not dry_run:
         raise UserError("kl_coef and ce_coef want a teacher model: name its folder by --teacher_model=FOLDER (for the toy, a"
                         " checkpoint of config/method/sft_verified.py)")  # fmt: skip
@@ -329,6 +337,14 @@ def main():
             f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
             "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
         )
+    if teacher_config and teacher_config.max_position_embeddings < needed:
+        context = teacher_config.max_position_embeddings
+        raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: take another teacher")
+    if teacher_config and teacher_config.vocab_size < shape_config.vocab_size:
+        sizes = f"{teacher_config.vocab_size} embeddings, the policy {shape_config.vocab_size}"
+        raise UserError(
+            f"the teacher model has {sizes} and may sample any of them: pad the teacher's (resize_token_embeddings)"
+        )
     if shape_config.num_attention_heads % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the model's {shape_config.num_attention_heads} heads")
     problems = load_problems(repo_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, print0)
@@ -338,6 +354,10 @@ def main():
     with Verifier(reward_workers, reward_timeout, require_think) as verifier:
         if n_teacher or any(p.teacher for p in problems):  # on-policy runs learn from it, too, that the verifier works
             problems = check_teachers(problems, tokenizer, verifier)
+        if sft_buffer > (traced := sum(bool(p.teacher) for p in problems)):
+            raise UserError(
+                f"sft_buffer={sft_buffer} but {data} has only {traced} problems with a trace: ReLIFT would never act"
+            )
         if prompts_per_step > len(problems):
             raise UserError(
                 f"prompts_per_step={prompts_per_step} but {data} has only {len(problems)} usable problems: lower it"
@@ -414,13 +434,17 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
     def next_batch(step):
         """The step's problems, and of those that replay a stored success (ExGRPO) {id: Rollout}: the success over which
         the policy's mean entropy is lowest now."""
-        n_replays = min(len(successes.samples), int(prompts_per_step * replay_share))
-        batch = [problems[i] for i in order.take(prompts_per_step - n_replays)]
-        if not n_replays:
-            return batch, {}
         rng = np.random.default_rng([seed, step])
-        drawn = successes.draw(n_replays, rng, exclude={p.id for p in batch})
-        stored = [(q, ids, logps) for q in drawn for ids, logps in successes.samples[q]]
+        drawn = successes.draw(int(prompts_per_step * replay_share), rng)
+        n_fresh, skip, batch = prompts_per_step - len(drawn), successes.retired | set(drawn), []
+        if len(problems) - len(skip) < n_fresh:
+            skip = set(drawn)  # too few are left: retired questions serve again
+        while len(batch) < n_fresh:
+            fresh = [problems[i] for i in order.take(n_fresh - len(batch))]
+            batch += [p for p in fresh if p.id not in skip and p not in batch]
+        if not drawn:
+            return batch, {}
+        stored = [(q, ids.tolist(), logps.tolist()) for q in drawn for ids, logps in successes.samples[q]]
         pairs = [(by_id[q].prompt_ids, Rollout(q, ids, len(ids), logps, "replay")) for q, ids, logps in stored]
         replays = {}
         for _, i in sorted(zip(mean_entropies(policy, pairs), range(len(pairs)), strict=True)):
@@ -498,7 +522,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
                 micro_batch.old_logp, _ = policy(micro_batch)
         terms["ce_coef"] = ce_coef * max(0.0, 1 - (step - 1) / ce_steps) if ce_steps else ce_coef
-        if teacher and updates:
+        if updates and (kl_coef or terms["ce_coef"]):
             ask(teacher, [b for micro_batches in updates for b in micro_batches], terms["ce_coef"] > 0, len(tokenizer))
         # 7. Update, and what methods with memory do after it.
         for group in optimizer.param_groups:
@@ -529,7 +553,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         if RANK == 0:
             write_metrics(folder, record)
         if step == max_steps or (save_interval and step % save_interval == 0):
-            memory = failed.state_dict() if sft_buffer else successes.state_dict() if replay_share else {}
+            kept = failed if sft_buffer else successes if replay_share else None
+            memory = kept.state_dict() if kept and RANK == 0 else {}
             save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"), memory)
     print0(f"done in {time.time() - start:.0f} s: {folder}")
 

@@ -14,7 +14,7 @@ eval_data = ""  # the released valid.parquet asks the questions of the test file
 
 n_rollouts = 1
 n_teacher = 1
-verified_only = False  # the set is verified already; a trace that fails here gets advantage <= 0
+verified_only = False  # the set is verified already; a trace that fails here is learnt all the same
 temperature = 1.0
 max_tokens = 8192
 max_prompt_tokens = 1024

@@ -236,6 +236,10 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--replay_share=0.5"], "set n_teacher=0"),
         (["--teacher_share=1.5"], "between 0 and 1"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
+        (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 wants the policy to go on"),
+        (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
+        (["config/method/exgrpo.py", "--sft_buffer=16"], "are two methods"),
+        (["--teacher_model=toy/base"], "of no use without kl_coef or ce_coef"),
     ],
 )
 def test_method_knobs_are_checked(script, tmp_path, argv, words):
@@ -321,6 +325,108 @@ def test_relift_interleaves(script, tmp_path):
     losses = [r["relift/sft_loss"] for r in rows[1:] if "relift/sft_loss" in r]
     assert losses[-1] < losses[0]
     assert load_file(tmp_path / "x" / "ckpt_4" / "replay.state")["queue"].numel() == waiting
+
+
+def spied(script, tmp_path, *argv):
+    """Run train.py's main and note what each update was called with, and each stamp that the engine took."""
+    out = tmp_path / "x"
+    module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", *argv])
+    calls, stamps, update, sampler = [], [], module.update, module.TorchSampler
+
+    def spy(policy, optimizer, micro_batches, max_norm, terms):
+        calls.append((id(optimizer), optimizer.param_groups[0]["lr"], max_norm, dict(terms), micro_batches))
+        return update(policy, optimizer, micro_batches, max_norm, terms)
+
+    class Spy(sampler):
+        def load(self, hf, stamp):
+            stamps.append(stamp)
+            super().load(hf, stamp)
+
+    module.update, module.TorchSampler = spy, Spy
+    return module, calls, stamps
+
+
+def test_relifts_step_is_its_own(script, tmp_path):
+    """ReLIFT's SFT step: another AdamW, its own rate, clip and terms; and the engine hears of it."""
+    argv = [
+        "config/method/relift.py",
+        "--max_steps=3",
+        "--sft_learning_rate=0.0005",
+        "--sft_grad_clip=0.9",
+        "--canary_interval=0",
+    ]
+    module, calls, stamps = spied(script, tmp_path, *argv)
+    module.main()
+    rl, sft = [c for c in calls if c[3]["policy_coef"]], [c for c in calls if not c[3]["policy_coef"]]
+    assert len(rl) == 3 and len(sft) >= 2
+    assert {c[0] for c in rl}.isdisjoint(c[0] for c in sft)
+    assert all(c[1:3] == (0.0005, 0.9) for c in sft) and all(c[2] == 0.7 for c in rl)
+    assert all(c[3] == {"policy_coef": 0.0, "sft_coef": 1.0, "entropy_coef": 1e-4} for c in sft)
+    assert all(b.is_teacher[b.loss_mask].all() for c in sft for b in c[4])
+    assert stamps[-1] >= 3  # two RL updates and at least one SFT step before the last rollout
+
+
+def test_tgpos_weight_falls_to_zero(script, tmp_path, other_model):
+    argv = ["config/method/tgpo.py", f"--teacher_model={other_model}", "--ce_coef=0.5", "--ce_steps=2", "--max_steps=3"]
+    module, calls, _ = spied(script, tmp_path, *argv)
+    module.main()
+    assert [c[3]["ce_coef"] for c in calls] == [0.5, 0.25, 0.0]
+    assert [c[4][0].top1 is None for c in calls] == [False, False, True]  # and then nobody asks the teacher
+
+
+def test_choices_that_are_no_tokens_count_as_none(script):
+    module = script("train", [])
+
+    class Teacher:
+        def judge(self, batch):
+            return torch.zeros(3), torch.tensor([2, 20, 21])
+
+    batch = packed((0, 1))
+    module.ask(Teacher(), [batch], True, 21)
+    assert batch.top1.tolist() == [2, 20, -1]
+    module.ask(Teacher(), [other := packed((0, 1))], False, 21)
+    assert other.top1 is None
+
+
+def test_mean_entropies(script, policy, problems):
+    """The mean, not the sum, over each response, in the order asked, however the pairs are cut."""
+    from data import Rollout, pack
+
+    pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0][: 5 + 4 * i], 0, [], "stop")) for i, p in enumerate(problems[:5])]
+    want = []
+    for pair in pairs:
+        with torch.no_grad():
+            _, entropy = policy(pack([pair]))
+        want.append(entropy.sum().item() / len(pair[1].response_ids))
+    assert script("train", ["--micro_tokens=110"]).mean_entropies(policy, pairs) == pytest.approx(want, abs=1e-5)
+
+
+def test_replays_are_the_surest_and_never_retired(script, tmp_path, easy_data):
+    """Of a question's stored successes the one with the lowest entropy goes into the group; whole batches of different
+    questions; replays do not count as successes; retired questions are not served while others are left."""
+    module, *_ = spied(script, tmp_path, "config/method/exgrpo.py", f"--data={easy_data}", "--temperature=2.0", "--max_steps=6",
+                       "--prompts_per_step=8")  # fmt: skip
+    asked, pools, successes = [], [], module.Successes
+    module.mean_entropies = lambda policy, pairs: asked.append(pairs) or [(i * 7) % 5 + i / 100 for i in range(len(pairs))]
+
+    class Spy(successes):
+        def observe(self, groups):
+            assert all(r.finish_reason != "replay" for rows in groups.values() for r in rows)
+            pools.append((set(self.retired), set(groups)))
+            super().observe(groups)
+
+    module.Successes = Spy
+    module.main()
+    assert len(asked) >= 3 and any(len(pairs) > 4 for pairs in asked)
+    steps = [[json.loads(line) for line in open(tmp_path / "x" / "rollouts" / f"step_{n}.jsonl")] for n in range(1, 7)]
+    assert all(len(rows) == 64 and len({r["problem"] for r in rows}) == 8 for rows in steps)
+    with_replays = [rows for rows in steps if any(r["finish_reason"] == "replay" for r in rows)]
+    for pairs, rows in zip(asked, with_replays, strict=True):
+        entropy = [(i * 7) % 5 + i / 100 for i in range(len(pairs))]
+        for r in (r for r in rows if r["finish_reason"] == "replay"):
+            mine = [i for i, (_, s) in enumerate(pairs) if s.problem == r["problem"]]
+            assert pairs[min(mine, key=entropy.__getitem__)][1].response_ids == r["response_ids"]
+    assert all(not retired & served for retired, served in pools)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -74,7 +74,7 @@ def test_buckets_and_retirement():
 def test_the_same_answer_is_stored_once():
     pool = active(q1=2)
     pool.observe({1: rows(3, q=1)})
-    assert [ids for ids, _ in pool.samples[1]] == [[1, 0, 9], [1, 1, 9], [1, 2, 9]]
+    assert [ids.tolist() for ids, _ in pool.samples[1]] == [[1, 0, 9], [1, 1, 9], [1, 2, 9]]
     more = [Rollout(1, [1, 40 + i, 9], 0, [0.0] * 3, "stop", reward=1.0) for i in range(3)]
     pool.observe({1: more + rows(0, q=1)})
     assert [ids[1] for ids, _ in pool.samples[1]] == [2, 40, 41, 42]  # the newest four
@@ -91,11 +91,11 @@ def test_sampling_weights():
     assert len({q % 10 for q in (pool.draw(1, rng)[0] for _ in range(100))}) == 3  # any of a bucket's
 
 
-def test_no_question_twice_and_none_excluded():
+def test_no_question_twice():
     pool = active(**{f"q{i}": 1 + i % 7 for i in range(1, 21)})
     for seed in range(20):
-        drawn = pool.draw(12, np.random.default_rng(seed), exclude={3, 4})
-        assert len(drawn) == len(set(drawn)) == 12 and not {3, 4} & set(drawn)
+        drawn = pool.draw(12, np.random.default_rng(seed))
+        assert len(drawn) == len(set(drawn)) == 12
     assert len(pool.draw(99, np.random.default_rng(0))) == 20  # all there are
     assert pool.draw(5, np.random.default_rng(1)) == pool.draw(5, np.random.default_rng(1))
 
@@ -112,7 +112,7 @@ def test_state_goes_through_a_file(tmp_path):
     assert pool.draw(3, np.random.default_rng(0)) == copy.draw(3, np.random.default_rng(0))
     for q in pool.samples:
         for (ids, logps), (ids2, logps2) in zip(pool.samples[q], copy.samples[q], strict=True):
-            assert ids == ids2 and logps == pytest.approx(logps2)
+            assert (ids == ids2).all() and (logps == logps2).all()
     empty = Successes(8, 0.35, 4)
     empty.load_state_dict(Successes(8, 0.35, 4).state_dict())
     assert not empty.samples and isinstance(empty.state_dict()["ids"], torch.Tensor)

@@ -233,7 +233,7 @@ class Scripted:
     """A sampler whose samples name their seed; it records what it was asked for."""
 
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
-        self.prompts, self.seeds = prompts, seeds
+        self.prompts, self.seeds, self.limits = prompts, seeds, max_tokens
         return [rollout.Sample([p[0], s % 7], [0.0, 0.0], "stop") for p, s in zip(prompts, seeds, strict=True)]
 
 
@@ -252,6 +252,17 @@ def test_groups_of_seven_and_one():
     assert [r.n_teacher_tokens for r in roll_out(sampler, problems, 8, 2, 1.0, 40, 0, 5, 5)] == [0] * 6 + [2, 2] + [0] * 8
     only_teacher = roll_out(None, problems, 1, 1, 1.0, 40, 0, 5, 5)
     assert [r.response_ids for r in only_teacher] == [[8, 1]]
+
+
+def test_partial_traces_leave_room_for_the_rest():
+    """A trace of six, cut to half: the engine goes on behind three of its tokens, with three tokens fewer to write."""
+    problems, sampler = [Problem(10, [3], "1", [[8, 7, 6, 5, 4, 1]], "")], Scripted()
+    rollouts = roll_out(sampler, problems, 3, 1, 1.0, 40, seed=0, step=5, stamp=5, teacher_share=0.5)
+    assert sampler.prompts == [[3], [3], [3, 8, 7, 6]] and sampler.limits == [40, 40, 37]
+    assert rollouts[2].response_ids[:3] == [8, 7, 6] and rollouts[2].n_teacher_tokens == 3
+    assert len(rollouts[2].sampler_logps) == 2 and len(set(sampler.seeds)) == 3
+    whole = roll_out(sampler, problems, 3, 1, 1.0, 40, 0, 5, 5, teacher_share=1.0)
+    assert whole[2].finish_reason == "teacher" and sampler.limits == [40, 40]
 
 
 def test_heartbeat_beats(capsys):

@@ -88,7 +88,8 @@ def by_hand(rows, k):
     for start in range(0, len(rows), k["n_rollouts"]):
         group = rows[start : start + k["n_rollouts"]]
         rewards = torch.tensor([r["reward"] for r in group])
-        advantages = rewards - rewards.mean() if len(group) > 1 else rewards
+        base = torch.tensor([r["reward"] for r in group if k["baseline"] == "group" or not r["teacher_tokens"]])
+        advantages = rewards - base.mean() if len(group) > 1 else rewards
         if k["use_std"] and rewards.std() > 0:
             advantages = advantages / (rewards.std() + 1e-6)
         for r, advantage in zip(group, advantages, strict=True):
@@ -104,7 +105,8 @@ def by_hand(rows, k):
             else:
                 p = logp.exp()
                 policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
-    loss = policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n + k["sft_coef"] * nll / max(n_teacher, 1)
+    loss = k["policy_coef"] * policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n
+    loss = loss + k["sft_coef"] * nll / max(n_teacher, 1)
     loss.backward()
     return loss.item(), torch.stack([p.grad.norm() for p in hf.parameters()]).norm().item()
 
@@ -122,6 +124,8 @@ def by_hand(rows, k):
         ["--loss_constant=0.0"],
         ["--entropy_coef=0.3"],
         ["--sft_coef=0.7"],
+        ["--baseline=own"],
+        ["--policy_coef=0.3"],
         ["--n_teacher=0", "--entropy_coef=0.1"],
         ["--n_rollouts=4", "--seed=3"],
     ],

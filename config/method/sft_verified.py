@@ -2,4 +2,5 @@
 n_rollouts = 1
 n_teacher = 1
 sft_coef = 1.0
+entropy_coef = 0.0
 verified_only = True
