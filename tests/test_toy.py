@@ -70,3 +70,16 @@ def test_rebuilt_data_is_the_committed_data(tmp_path):
     rng, seen = random.Random(12345), set()
     for split, n, wrong in (("train", 512, 0.3), ("test", 200, 0.0)):
         assert build.build_rows(rng, n, split, seen, wrong) == pq.read_table(f"{build.HERE}/{split}.parquet").to_pylist()
+
+
+def test_the_other_two_files():
+    """clean.parquet: the same problems, every trace right. train.complement.parquet: other problems, no traces."""
+    read = lambda name: pq.read_table(f"{build.HERE}/{name}.parquet").to_pylist()
+    train, clean, test, complement = (read(name) for name in ("train", "clean", "test", "train.complement"))
+    assert [r["prompt"] for r in clean] == [r["prompt"] for r in train]
+    assert sum(a["target"] != b["target"] for a, b in zip(clean, train, strict=True)) == round(0.3 * 512)
+    for r in clean:
+        assert r["target"][0]["content"].endswith(f"\\boxed{{{r['reward_model']['ground_truth']}}}")
+    questions = [r["prompt"][0]["content"] for r in [*train, *test, *complement]]
+    assert len(set(questions)) == len(questions) == 512 + 200 + 512
+    assert all(r["target"] is None for r in complement)
