@@ -46,7 +46,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from data import Rollout, pack
 from eval import make_folder
 from loss import batch_loss
-from model import Policy, attention_backends, shard_policy
+from model import Policy, attention_backends, shard_policy, start_processes
 from plan import count_parameters, measured_memory, show, training_memory
 from rollout import TorchSampler, VLLMSampler, wants_vllm
 
@@ -209,14 +209,7 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     c = model_config()
     check_knobs()
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    elif shard == "fsdp":
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+    start_processes(device, shard)
     torch.manual_seed(0)
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(c, attn_implementation="packed_sdpa", dtype=torch.float32)

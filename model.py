@@ -130,7 +130,7 @@ class Policy(torch.nn.Module):
         self.hf, self.temperature, self.autocast = hf, temperature, autocast
 
     def forward(self, batch):
-        hidden, rows = self.decode(batch)
+        hidden, rows = self.hidden_states(batch)
         targets = batch.input_ids[0, rows, None]
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
@@ -146,14 +146,14 @@ class Policy(torch.nn.Module):
     def judge(self, batch):
         """As a teacher model: the log-prob it gives each response token, (T,) fp32, and its own first choice there,
         (T,) int; 0 and -1 where loss_mask is False."""
-        hidden, rows = self.decode(batch)
+        hidden, rows = self.hidden_states(batch)
         logp, top1 = torch.zeros_like(hidden[:, 0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
         for r in rows.split(CHUNK):
             logprobs = self.logprobs(hidden[r - 1])
             logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
         return logp, top1
 
-    def decode(self, batch):
+    def hidden_states(self, batch):
         """Hidden states (T, d), and the response tokens' indices: none is the first, index t - 1 predicts it."""
         with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
@@ -180,7 +180,18 @@ class Policy(torch.nn.Module):
         return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
 
-# ---------------------------------------------------------------- load, gather, save
+# ---------------------------------------------------------------- processes; load, gather, save
+
+
+def start_processes(device, shard):
+    """Join torchrun's processes, before the engine would make a process group of its own."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    elif shard == "fsdp":  # FSDP wants a process group even for one process
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def model_path(model):

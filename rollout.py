@@ -337,15 +337,9 @@ def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, 
     """
     rollouts, open_rows, prompts, seeds, limits = [], [], [], [], []
     for p in problems:
-        given = [Rollout(p.id, ids, len(ids), [], "teacher") for ids in p.teacher[:n_teacher]]
-        if p.id in replays:
-            given = [replays[p.id]]
-        elif teacher_share < 1:
-            given = [
-                Rollout(p.id, ids, len(ids), [], "")
-                for g in given
-                if (ids := g.response_ids[: int(teacher_share * len(g.response_ids))])
-            ]
+        traces = [ids[: int(teacher_share * len(ids))] for ids in p.teacher[:n_teacher]]
+        whole = "teacher" if teacher_share == 1 else ""
+        given = [replays[p.id]] if p.id in replays else [Rollout(p.id, ids, len(ids), [], whole) for ids in traces if ids]
         n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
         group = [Rollout(p.id, [], 0, [], "") for _ in range(n_own)] + given
         for i, r in enumerate(group):

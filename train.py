@@ -122,7 +122,7 @@ from data import Order, Rollout, check_same_tokens, count_rows, load_problems, l
 from eval import evaluate, load_benchmark, make_folder, summarize, write_json
 from loss import batch_loss, group_advantages, shape
 from metrics import Phases, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
-from model import attention_backends, load_config, load_policy, model_path, save_policy
+from model import attention_backends, load_config, load_policy, model_path, save_policy, start_processes
 from plan import print_plan
 from replay import FailedQuestions, Successes
 from reward import Verifier
@@ -176,17 +176,6 @@ def means(sums):
 
 
 # ---------------------------------------------------------------- before step 1
-
-
-def start_processes(device):
-    """Join torchrun's processes, before the engine would make a process group of its own."""
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    elif shard == "fsdp":  # FSDP wants a process group even for one process
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def check_knobs(n_ranks):
@@ -328,7 +317,7 @@ def main():
         if (kl_coef or ce_coef) and not teacher_model:
             print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
         return
-    start_processes(device)
+    start_processes(device, shard)
     tokenizer = load_tokenizer(base)
     shape_config = load_config(base)
     needed, context = max_prompt_tokens + max(max_tokens, max_teacher_tokens), shape_config.max_position_embeddings
@@ -341,9 +330,9 @@ def main():
         context = teacher_config.max_position_embeddings
         raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: take another teacher")
     if teacher_config and teacher_config.vocab_size < shape_config.vocab_size:
-        sizes = f"{teacher_config.vocab_size} embeddings, the policy {shape_config.vocab_size}"
         raise UserError(
-            f"the teacher model has {sizes} and may sample any of them: pad the teacher's (resize_token_embeddings)"
+            f"the policy may sample any of its {shape_config.vocab_size} embeddings, the teacher model has only"
+            f" {teacher_config.vocab_size}: pad it (resize_token_embeddings)"
         )
     if shape_config.num_attention_heads % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the model's {shape_config.num_attention_heads} heads")
