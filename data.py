@@ -6,15 +6,17 @@ Token in, token out: a prompt and a teacher trace are tokenised once, here; a re
 tokenised again. Text exists only for the verifier and for people.
 """
 
+import hashlib
 import os
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from configurator import UserError
+from configurator import ROOT, UserError
 
 THINK = "<think>\n"
 
@@ -26,6 +28,7 @@ class Problem:
     answer: str  # the ground truth
     teacher: list  # token-id lists, each ending in EOS; may be empty
     source: str  # the benchmark's name
+    key: int = 0  # of source, question and answer as the file has them: the same in every file and order
 
 
 @dataclass
@@ -106,6 +109,12 @@ def render_prompt(tokenizer, messages):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def load_templates():
+    """config/templates.toml: {"system": text, "chat": {name: Jinja}, "eval": {name: {"user" or "prompt": text}}}."""
+    with open(os.path.join(ROOT, "config", "templates.toml"), "rb") as f:
+        return tomllib.load(f)
+
+
 def response_text(tokenizer, ids):
     """A response as the verifier and people read it: every token but a final EOS."""
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
@@ -114,9 +123,11 @@ def response_text(tokenizer, ids):
 # ---------------------------------------------------------------- parquet
 
 
-def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print):
+def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
+                  render=None):  # fmt: skip
     """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
-    reward_model.ground_truth, data_source. Returns a list of Problem.
+    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer) gives the text in front
+    of the response, and the answer to grade against; the default is the chat template, and the answer as it is.
 
     Prompts and traces over their limits (tokens, EOS included) are dropped, and rows without a prompt or an
     answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped where the prompt
@@ -133,8 +144,9 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         if not answer or not messages:
             dropped[no_content] += 1
             continue
+        source, raw_answer = row.get("data_source") or "unknown", answer
         try:
-            text = render_prompt(tokenizer, messages)
+            text, answer = render(messages, answer) if render else (render_prompt(tokenizer, messages), answer)
         except Exception as e:
             raise UserError(f"{path} row {index}: the model's chat template fails on it: {first_line(e)}") from None
         thinks = text.endswith(THINK)
@@ -158,12 +170,18 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                 dropped[long_trace] += 1
             else:
                 teacher.append(ids)
-        problems.append(Problem(index, prompt_ids, answer, teacher, row.get("data_source") or "unknown"))
+        key = digest(source, messages[-1]["content"], raw_answer)
+        problems.append(Problem(index, prompt_ids, answer, teacher, source, key))
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
     log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
     return problems
+
+
+def digest(*key):
+    """A number below 2**63 from anything whose repr says it all, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def count_rows(path):
@@ -219,6 +237,20 @@ def read_rows(path):
                 index += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is damaged after row {index} ({first_line(e)}): copy it again") from None
+
+
+def set_aside(problems, n):
+    """Take n questions out of the training problems, with all rows that repeat them: (problems left, held out).
+    Which ones depends on their prompts alone."""
+    if not n:
+        return problems, []
+    by_prompt = {tuple(p.prompt_ids): replace(p, source="holdout", teacher=[]) for p in problems}
+    chosen = sorted(by_prompt, key=digest)[:n]
+    taken = set(chosen)
+    left = [p for p in problems if tuple(p.prompt_ids) not in taken]
+    if not left:
+        raise UserError(f"holdout={n} leaves nothing to train on: the file has {len(by_prompt)} questions")
+    return left, [by_prompt[ids] for ids in chosen]
 
 
 class Order:

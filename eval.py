@@ -1,54 +1,91 @@
 """
-avg@k and pass@k per benchmark.
+Evaluation as the papers do it: avg@k with its interval, pass@k, maj@k, length, truncation and format per benchmark.
 
     python eval.py --model=out/toy/ckpt_60 --data=toy/test.parquet --k=4
-    python eval.py --model=DIR --data=valid.all.parquet --temperature=0.6 --max_tokens=8192 --max_problems=100
+    torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=valid.all.parquet,valid.arc_c.parquet
+    python eval.py compare out/a/eval.json out/b/eval.json            paired bootstrap, source by source
+    python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc   pass@k against temperature
 
-Writes out_dir/eval.json (per source n, avg@k, pass@k), out_dir/samples.jsonl and out_dir/config.json.
-Rows that repeat a problem, as the released avg@32 files do, count once: k says how often it is tried.
+Writes out_dir/{eval.json, averages.json, settings.json, samples/}. A killed evaluation goes on where it stopped; what
+other settings left in out_dir is moved to out_dir/before_1.
 """
 
 import json
 import os
+import re
 import sys
+import time
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # ---------------------------------------------------------------- what to evaluate
-data = "toy/test.parquet"  # problems, in LUFFY's parquet schema
+data = "toy/test.parquet"  # files of problems, comma-separated, in LUFFY's parquet schema
 model = "toy/base"  # a folder in Hugging Face format, or a hub name
 out_dir = "out/eval"  # where the results go
+sources = ""  # benchmarks to take, comma-separated; "" takes all
 max_problems = 0  # per source; 0 takes all
-# ---------------------------------------------------------------- how
-k = 8  # samples per problem
-temperature = 1.0  # 0 is greedy
+# ---------------------------------------------------------------- the prompt (config/templates.toml)
+template = "own"  # own: the model's chat template; qwen, simplerl, prime, prime_sft, no
+system = "remove"  # keep or remove the data's system turn; the model's template may put its own default there
+shuffle_options = False  # permute the options of multiple-choice questions, by the seed
+# ---------------------------------------------------------------- sampling
+k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, and sources that differ
+temperature = 0.6  # 0 is greedy; top_p is 1 always
+sweep = ""  # temperatures, comma-separated: evaluate at each, and write sweep.json and sweep.png
 max_tokens = 8192  # response tokens at most
-require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
-sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 seed = 0  # of the samples
+# ---------------------------------------------------------------- grading (reward.py)
+grader = "math_verify"  # training's rule; oat: the last \boxed{} counts; or a Python file that defines grade(text, answer)
+require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
+grade_unclosed = False  # grade a response that never closes its thought as a whole, instead of as wrong
+answer_line = False  # take "ANSWER: C" for \boxed{C} where a letter or digit is asked for and nothing is boxed
+reward_workers = 2  # verifier processes per rank
+reward_timeout = 5.0  # seconds of grading per answer
+# ---------------------------------------------------------------- system
+sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 dtype = "auto"  # weights and matrix products: float32, bfloat16, or auto: bfloat16 on a GPU
 gpu_memory = 0.85  # share of the GPU's memory that vLLM may take
-reward_workers = 2  # verifier processes
-reward_timeout = 5.0  # seconds of grading per answer
+tensor_parallel = 1  # consecutive ranks that share one engine
+chunk = 256  # samples per piece of work: what a kill may cost each rank
 
 from configurator import UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
+    if sys.argv[1:2] == ["compare"]:
+        from stats import compare
+
+        sys.exit(run(lambda: compare(sys.argv[2:])))
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
+import numpy as np
 import torch
 
-from data import load_problems, load_tokenizer, response_text
-from model import load_config, load_policy, model_path
-from reward import Verifier
-from rollout import TorchSampler, VLLMSampler, request_seed, wants_vllm
+from data import digest, load_problems, load_templates, load_tokenizer, render_prompt, response_text
+from model import load_config, model_path, start_processes
+from reward import Verifier, graded_text
+from rollout import Sample, open_sampler, request_seed, wants_vllm
+from stats import averages, summarize
+
+WRITTEN = ("eval.json", "averages.json", "settings.json", "samples")
+# Knobs that may change while an evaluation is interrupted: they cannot change its result, or their content is compared.
+FREE = ("data", "model", "out_dir", "sources", "max_problems", "sweep", "gpu_memory", "reward_workers")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print):
-    """load_problems without repeats of the same prompt and answer, then at most max_problems per source (0: all)."""
+def print0(*args):
+    if RANK == 0:
+        print(*args, flush=True)
+
+
+# ---------------------------------------------------------------- problems
+
+
+def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
+    """load_problems without repeats of the same question and answer, then at most max_problems per source (0: all)."""
     first = {}
-    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log):
-        first.setdefault((tuple(p.prompt_ids), p.answer), p)
+    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log, render=render):
+        first.setdefault(p.key, p)
     counts, kept = {}, []
     for p in first.values():
         counts[p.source] = counts.get(p.source, 0) + 1
@@ -58,74 +95,287 @@ def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_thi
     return kept
 
 
+def renderer(tokenizer, template, system, shuffle_seed=None):
+    """load_problems' `render` for a template of config/templates.toml; with a seed options are shuffled."""
+    chosen = load_templates()["eval"].get(template)
+    if chosen is None:
+        raise UserError(f"template={template!r}: choose one of {', '.join(load_templates()['eval'])}")
+
+    def render(messages, answer):
+        *before, last = messages
+        question = last["content"]
+        if shuffle_seed is not None:
+            question, answer = shuffled(question, answer, shuffle_seed)
+        if "prompt" in chosen:
+            return chosen["prompt"].replace("{question}", question), answer
+        turns = [m for m in before if system == "keep" or m["role"] != "system"]
+        user = chosen.get("user", "{question}").replace("{question}", question)
+        return render_prompt(tokenizer, [*turns, {**last, "content": user}]), answer
+
+    return render
+
+
+def shuffled(question, answer, seed):
+    """The question with its options' texts permuted over the labels, and the answer's new label. Unchanged if it has no
+    options labelled A) B) C) or 1. 2. 3., if the answer is no label, or if options speak of each other."""
+    parts = re.split(r"(?m)^(\(?(?:[A-Z]|[1-9])[).:][ \t]+)", question)  # before, label, text, label, text, ...
+    labels, texts = [re.sub(r"\W", "", label) for label in parts[1::2]], parts[2::2]
+    in_order = labels in ([chr(ord(a) + i) for i in range(len(labels))] for a in "A1")
+    if len(labels) < 2 or not in_order or answer not in labels:
+        return question, answer
+    if re.search(r"(?i)\b(above|below|both [A-J]|[A-J] and [A-J])\b", " ".join(texts)):
+        return question, answer
+    bodies = [text.rstrip("\n") for text in texts]
+    bodies[-1] = texts[-1].split("\n\n")[0].rstrip("\n")  # what follows a blank line is no part of the last option
+    ends = [text[len(body) :] for text, body in zip(texts, bodies, strict=True)]
+    order = np.random.default_rng([seed, digest(question)]).permutation(len(labels)).tolist()
+    lines = [label + bodies[i] + end for label, i, end in zip(parts[1::2], order, ends, strict=True)]
+    return parts[0] + "".join(lines), labels[order.index(labels.index(answer))]
+
+
+def samples_per_source(k):
+    """Read `k`; returns the number of samples of a problem as a function of its source."""
+    default, special = None, {}
+    for part in k.split(","):
+        source, equals, number = part.strip().rpartition("=")
+        if not number.isdigit() or int(number) == 0 or (default and not equals):
+            raise UserError(f"k={k!r}: write a number above zero, then source=number for those that differ")
+        if equals:
+            special[source] = int(number)
+        else:
+            default = int(number)
+    if default is None:
+        raise UserError(f"k={k!r}: begin with the number for all other sources")
+    return lambda source: special.get(source, default)
+
+
+# ---------------------------------------------------------------- try, and sum up
+
+
 def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_tokens, seed):
-    """Try each problem k times. Returns one dict per problem: id, source, answer, and per sample the response,
-    its length, reward and reason."""
-    prompts = [p.prompt_ids for p in problems for _ in range(k)]
-    seeds = [request_seed(seed, "eval", p.id, i) for p in problems for i in range(k)]
-    samples = sampler.generate(prompts, seeds, temperature, max_tokens, stamp)
+    """Try each problem k times. Returns one dict per problem: id, key, source, answer, and a list each of the samples'
+    response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
+    closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
+    fits = [p for p in problems if len(p.prompt_ids) < sampler.max_model_len]
+    prompts = [p.prompt_ids for p in fits for _ in range(k)]
+    seeds = [request_seed(seed, "eval", p.id, i) for p in fits for i in range(k)]
+    drawn = iter(sampler.generate(prompts, seeds, temperature, max_tokens, stamp))
+    asked = {p.id for p in fits}
+    samples = [next(drawn) if p.id in asked else Sample([], [], "length") for p in problems for _ in range(k)]
     texts = [response_text(tokenizer, s.ids) for s in samples]
     verdicts = verifier.score(texts, [p.answer for p in problems for _ in range(k)])
-    return [
-        {
-            "id": p.id,
-            "source": p.source,
-            "answer": p.answer,
-            "reward": [v.reward for v in verdicts[i * k : (i + 1) * k]],
-            "reason": [v.reason for v in verdicts[i * k : (i + 1) * k]],
-            "length": [len(s.ids) for s in samples[i * k : (i + 1) * k]],
-            "response": texts[i * k : (i + 1) * k],
-        }
-        for i, p in enumerate(problems)
-    ]
+    rows = []
+    for i, p in enumerate(problems):
+        own = slice(i * k, (i + 1) * k)
+        rows.append(
+            {
+                "id": p.id,
+                "key": p.key,
+                "source": p.source,
+                "answer": p.answer,
+                "reward": [v.reward for v in verdicts[own]],
+                "reason": [v.reason for v in verdicts[own]],
+                "prediction": [v.answer for v in verdicts[own]],
+                "length": [len(s.ids) for s in samples[own]],
+                "finish": [s.finish_reason for s in samples[own]],
+                "format": ["\\boxed" in (graded_text(t, verifier.require_think) or "") for t in texts[own]],
+                "response": texts[own],
+            }
+        )
+    return rows
 
 
-def summarize(rows, k):
-    """{source: {n, k, avg@k, pass@k}}: the mean reward, and the share of problems solved by one sample of k."""
-    table = {}
-    for source in sorted({r["source"] for r in rows}):
-        rewards = [r["reward"] for r in rows if r["source"] == source]
-        n = len(rewards)
-        table[source] = {
-            "n": n,
-            "k": k,
-            "avg@k": sum(sum(r) / k for r in rewards) / n,
-            "pass@k": sum(max(r) for r in rewards) / n,
-        }
-    return table
+# ---------------------------------------------------------------- work that survives a kill
+
+
+def open_work(folder, settings):
+    """Make the folder, or find in it what the same settings left, to go on with; move aside what others left there. All
+    ranks leave it together, so they agree on what is missing: vLLM's start wants either all of them or none."""
+    path = os.path.join(folder, "settings.json")
+    if RANK == 0:
+        make_folder(folder)
+        if os.path.isfile(path):
+            with open(path) as f:
+                before = json.load(f)
+            old, new = before["settings"], json.loads(json.dumps(settings))
+            if differ := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
+                n = 1
+                while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
+                    n += 1
+                os.mkdir(aside)
+                for name in set(os.listdir(folder)) & {*WRITTEN}:
+                    os.rename(os.path.join(folder, name), os.path.join(aside, name))
+                print0(f"{folder} held an evaluation with other settings ({', '.join(differ)}): moved to {aside}")
+            elif before["written_by"] != provenance():
+                print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
+        make_folder(os.path.join(folder, "samples"))
+        if not os.path.isfile(path):
+            write_json(path, {"settings": settings, "written_by": provenance()})
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
+def work_through(folder, chunks, work, tensor_parallel=1):
+    """Call work(chunk) for each chunk whose file in folder/samples is missing, the engines taking turns; a file has a JSON
+    line per row and appears whole or not at all. Returns once the files of all ranks are there."""
+    paths, start = chunk_files(folder, chunks), time.time()
+    for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
+        if os.path.exists(paths[i]):
+            continue
+        rows = work(chunks[i])
+        if RANK % tensor_parallel == 0:
+            write_lines(paths[i], rows)
+        print0(f"  {sum(map(os.path.exists, paths))} of {len(chunks)} chunks, {time.time() - start:.0f} s")
+    while not all(map(os.path.exists, paths)):  # another rank is at work; if it dies, torchrun ends this one
+        time.sleep(1)
+
+
+def chunk_files(folder, chunks):
+    return [os.path.join(folder, "samples", f"{i:05d}.jsonl") for i in range(len(chunks))]
+
+
+def write_lines(path, rows):
+    """Whole or not at all, even if the machine dies."""
+    with open(path + ".partial", "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".partial", path)
+
+
+def read_lines(paths):
+    for path in paths:
+        with open(path) as f:
+            yield from map(json.loads, f)
+
+
+def weights_digest(name):
+    """A number that changes if the model does: from its small files, and from blocks all over its weights. Of a hub model
+    it is the name's."""
+    if not os.path.isdir(name):
+        return digest(name)
+    seen = []
+    for file in sorted(os.listdir(name)):
+        path = os.path.join(name, file)
+        if file.endswith((".json", ".jinja", ".safetensors")) and os.path.isfile(path):
+            size = os.path.getsize(path)
+            with open(path, "rb") as f:
+                for start in range(0, size, max(65536, size // 64)):
+                    f.seek(start)
+                    seen.append((file, size, f.read(65536)))
+    return digest(seen)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main():
-    require(globals(), "k max_tokens reward_workers reward_timeout gpu_memory", "temperature max_problems")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: choose auto, float32 or bfloat16")
+    require(globals(), "max_tokens reward_workers reward_timeout gpu_memory tensor_parallel chunk", "temperature max_problems")
+    for name, value, choices in (("dtype", dtype, ("auto", "float32", "bfloat16")), ("system", system, ("keep", "remove"))):
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if WORLD % tensor_parallel:
+        raise UserError(f"tensor_parallel={tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     wants_vllm(sampler)
+    k_of = samples_per_source(k)
+    temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)
     context = load_config(name).max_position_embeddings
-    problems = load_benchmark(repo_path(data), tokenizer, max_problems, context - 1, require_think)
+    verifier = Verifier(reward_workers, reward_timeout, require_think, grader, grade_unclosed, answer_line)
+    problems = gather_problems(renderer(tokenizer, template, system, seed if shuffle_options else None), tokenizer)
     longest = max(len(p.prompt_ids) for p in problems)
     if longest + max_tokens > context:
-        print(f"note: responses are cut where the model's context of {context} tokens ends; the longest prompt has {longest}")
-    folder = make_folder(repo_path(out_dir))
-    on_gpu = torch.cuda.is_available()
-    kind = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    if wants_vllm(sampler):
-        engine = VLLMSampler(name, tokenizer.eos_token_id, min(context, longest + max_tokens), kind, gpu_memory, seed)
-    else:
-        policy = load_policy(name, device="cuda" if on_gpu else "cpu")
-        engine = TorchSampler(policy.hf.to(getattr(torch, kind)), tokenizer.eos_token_id, context)
-    with Verifier(reward_workers, reward_timeout, require_think) as verifier:
-        rows = evaluate(problems, engine, verifier, tokenizer, name, k, temperature, max_tokens, seed)
-    engine.close()
-    table = summarize(rows, k)
-    with open(os.path.join(folder, "samples.jsonl"), "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
-    write_json(os.path.join(folder, "config.json"), {**config, **provenance()})
+        print0(f"note: responses are cut where the model's context of {context} tokens ends; the longest prompt has {longest}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    start_processes(device, "none")
+    settings = {
+        **{name: value for name, value in config.items() if name not in FREE},
+        "problems": digest([(p.key, p.prompt_ids, p.answer) for p in problems]),
+        "weights": weights_digest(name),
+        "sampler": "vllm" if wants_vllm(sampler) else "torch",
+        "dtype": kind,
+    }
+    if os.path.isfile(repo_path(grader)):
+        settings["grader_file"] = open(repo_path(grader)).read()
+    options = {"sampler": sampler, "dtype": kind, "gpu_memory": gpu_memory, "seed": seed, "tensor_parallel": tensor_parallel}
+    engine, tables, chunks = None, {}, cut(problems, k_of)
+
+    def work(part, t):
+        return evaluate(part, engine, verifier, tokenizer, name, k_of(part[0].source), t, max_tokens, seed)
+
+    with verifier:
+        for t in temperatures:
+            folder = repo_path(os.path.join(out_dir, f"temperature_{t:g}") if sweep else out_dir)
+            open_work(folder, {**settings, "temperature": t})
+            if engine is None and not all(map(os.path.exists, chunk_files(folder, chunks))):
+                engine = open_sampler(name, tokenizer.eos_token_id, min(context, longest + max_tokens), **options)
+            work_through(folder, chunks, partial(work, t=t), tensor_parallel)
+            if RANK == 0:
+                tables[f"{t:g}"] = report(folder, chunk_files(folder, chunks))
+    if WORLD > 1:
+        torch.distributed.barrier()  # nobody leaves while another still needs it
+    if engine:
+        engine.close()
+    if sweep and RANK == 0:
+        from plot import draw_sweep  # here, because matplotlib takes a second to load
+
+        write_json(os.path.join(repo_path(out_dir), "sweep.json"), tables)
+        draw_sweep(tables, os.path.join(repo_path(out_dir), "sweep.png"))
+
+
+def read_temperatures(text):
+    try:
+        values = [float(t) for t in text.split(",")]
+    except ValueError:
+        raise UserError(f"sweep={text!r}: write temperatures with commas, such as 0.1,0.4,0.7,1.0") from None
+    if min(values) < 0 or not max(values) < 100:
+        raise UserError(f"sweep={text!r}: temperatures are zero or more")
+    return values
+
+
+def gather_problems(render, tokenizer):
+    """The chosen sources of all files, each problem's id its key: its samples do not depend on the file it stands in."""
+    wanted, found = {s.strip() for s in sources.split(",") if s.strip()}, {}
+    for path in data.split(","):
+        for p in load_benchmark(repo_path(path.strip()), tokenizer, 0, sys.maxsize, require_think, print0, render):
+            p.id = p.key
+            if not wanted or p.source in wanted:
+                found.setdefault(p.source, {}).setdefault(p.key, p)
+    if missing := sorted(wanted - found.keys()):
+        raise UserError(f"sources={sources!r}: {data} has no {missing[0]!r}")
+    return [p for _, of_source in sorted(found.items()) for p in list(of_source.values())[: max_problems or None]]
+
+
+def cut(problems, k_of):
+    """Chunks of problems of one source, about `chunk` samples each."""
+    chunks, by_source = [], {}
+    for p in problems:
+        by_source.setdefault(p.source, []).append(p)
+    for source, own in by_source.items():
+        size = max(1, chunk // k_of(source))
+        chunks += [own[i : i + size] for i in range(0, len(own), size)]
+    return chunks
+
+
+def report(folder, paths):
+    """Sum up the samples: eval.json, averages.json, and a table on the screen."""
+    rows = list(read_lines(paths))
+    table = summarize(rows)
+    means = averages(rows, table)
+    for source, row in table.items():  # for compare, which may see nothing but this file
+        row["problems"] = {str(r["key"]): float(np.mean(r["reward"])) for r in rows if r["source"] == source}
+    write_json(os.path.join(folder, "averages.json"), means)
     write_json(os.path.join(folder, "eval.json"), table)
-    print(f"{'source':<20}{'n':>6}{f'avg@{k}':>10}{f'pass@{k}':>10}")
-    for source, row in table.items():
-        print(f"{source:<20}{row['n']:>6}{row['avg@k']:>10.3f}{row['pass@k']:>10.3f}")
+    columns = ("pass@k", "maj@k", "length", "truncated", "format")
+    print(f"{'source':<20}{'n':>6}{'k':>4}{'avg@k':>8}{'95 % interval':>18}" + "".join(f"{c:>11}" for c in columns))
+    for source, row in (table | means).items():
+        low, high = row["avg@k_ci"]
+        counts = f"{row['n']:>6}{row['k']:>4}" if "n" in row else " " * 10
+        rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns if c in row)
+        print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
+    return table
 
 
 def make_folder(folder):
@@ -146,3 +396,6 @@ def write_json(path, value):
 
 if __name__ == "__main__":
     run(main)
+    if WORLD > 1 and tensor_parallel == 1:  # as in train.py: gloo's threads may abort an interpreter on its way out
+        sys.stdout.flush()
+        os._exit(0)

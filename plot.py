@@ -74,6 +74,19 @@ def draw(methods, path, panels=PANELS):
     plt.close(figure)
 
 
+def draw_sweep(tables, path):
+    """pass@k and avg@k against temperature, a line per source, of {temperature: eval.json}: the paper's Fig. 12."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharex=True)
+    for axis, name in zip(axes, ("pass@k", "avg@k"), strict=True):
+        for source in next(iter(tables.values())):
+            rows = [table[source] for table in tables.values()]
+            axis.plot([float(t) for t in tables], [r[name] for r in rows], "o-", label=f"{source}, k = {rows[0]['k']}")
+        axis.set(xlabel="temperature", title=name)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
 def table(methods):
     """The last evaluation of each method, a number per seed; seconds are those of the steps, not of starting up."""
     lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]

@@ -1,18 +1,25 @@
 """
-The verifier: LUFFY's rule, math-verify behind a pool of worker processes that can be killed.
+The verifier: a grader behind a pool of worker processes that can be killed.
 
 A response is what follows the generation prompt "<think>\\n". It must close its thought; graded is the text
-between the first "</think>" and a second one, if any, by math-verify, ground truth first: 0 or 1. No format
-reward, and no \\boxed{} required. Some inputs (9^{9^{9^9}}, 100000000! under gmpy2) never return and defy
-signals, so a worker has a soft time limit inside and a hard one outside, after which it is killed and
-replaced, and nothing but that one answer is lost.
+between the first "</think>" and a second one, if any. A grader is one of
+
+    math_verify   training's rule, LUFFY's: math-verify on that text, ground truth first; no \\boxed{} required
+    oat           the rule of LUFFY's evaluation: the last \\boxed{} alone, by three lenient comparisons
+    FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a number
+
+No format reward. Some inputs (9^{9^{9^9}}, 100000000! under gmpy2) never return and defy signals, so a worker
+has a soft time limit inside and a hard one outside, after which it is killed and replaced, and nothing but that
+one answer is lost.
 """
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
+import runpy
 import select
 import signal
 import subprocess
@@ -20,47 +27,60 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from configurator import UserError
+from configurator import UserError, repo_path
 
 START = 120.0  # seconds a worker may take to import math-verify
 GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one outside
 MEMORY = 4 << 30  # a worker's address space, bytes
+ANSWER_LINE = re.compile(r"(?i:\banswer)[*_ ]*:[*_ $(]*([A-J1-9])[*_ $).]*$", re.MULTILINE)
 
 
 class Verdict(NamedTuple):
-    reward: float  # 0.0 or 1.0
-    reason: str  # correct, wrong, no_think, no_answer (nothing to grade), timeout, or error (the worker died)
+    reward: float  # 0.0 or 1.0, or what your own grader returned
+    reason: str  # correct (above 0), wrong, no_think, no_answer (nothing to grade), timeout, or error (grader or worker died)
+    answer: str = ""  # what was read, normalised, to count votes by; "" where there is none
 
 
-def graded_text(response, require_think=True):
+def graded_text(response, require_think=True, grade_unclosed=False):
     """The part of a response that counts, or None if its thought was never closed."""
     if not require_think:
         return response
     parts = response.split("</think>")
-    return parts[1] if len(parts) > 1 else None
+    return parts[1] if len(parts) > 1 else response if grade_unclosed else None
 
 
 def fast_verdict(text, answer):
-    """The verdict where math-verify cannot disagree: one boxed plain integer against another, else None."""
+    """The verdict where math_verify and oat cannot disagree: one boxed plain integer against another, else None."""
     boxed, gold = re.fullmatch(r"\s*\\boxed\{(\d{1,15})\}\s*", text), re.fullmatch(r"\d{1,15}", answer)
     if not (boxed and gold and text.isascii() and answer.isascii()):
         return None
-    return Verdict(1.0, "correct") if int(boxed[1]) == int(gold[0]) else Verdict(0.0, "wrong")
+    same = int(boxed[1]) == int(gold[0])
+    return Verdict(float(same), "correct" if same else "wrong", str(int(boxed[1])))
 
 
 class Verifier:
     """A context manager around `workers` processes; `timeout` seconds of grading per answer.
 
+    `grader` is described above; a relative path counts from the repository. With `grade_unclosed`, a response
+    without "</think>" is graded as a whole, as LUFFY's evaluation does and its training does not. With
+    `answer_line`, where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last "ANSWER: C"
+    counts as \\boxed{C}; the released code calls it wrong.
+
     score(responses, answers) keeps the order and never raises for what a response contains. A worker starts
-    with the first answer that needs it and takes a second or two to import math-verify; if it cannot, that is
-    a UserError.
+    with the first answer that needs it and takes a second or two to import math-verify; if it cannot, or your
+    file fails, that is a UserError. So is, at once, a grader that does not exist.
     """
 
-    def __init__(self, workers=2, timeout=5.0, require_think=True):
-        self.timeout, self.require_think = timeout, require_think
+    def __init__(self, workers=2, timeout=5.0, require_think=True, grader="math_verify",
+                 grade_unclosed=False, answer_line=False):  # fmt: skip
+        self.require_think, self.grade_unclosed, self.answer_line = require_think, grade_unclosed, answer_line
+        self.grader = grader if grader in GRADERS else repo_path(grader)
+        if grader not in GRADERS and not os.path.isfile(self.grader):
+            words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
+            raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
-        self.workers = [Worker(timeout) for _ in range(workers)]
+        self.workers = [Worker(timeout, self.grader) for _ in range(workers)]
         for worker in self.workers:
             self.idle.put(worker)
 
@@ -77,10 +97,13 @@ class Verifier:
         return list(self.threads.map(self.verdict, responses, answers))
 
     def verdict(self, response, answer):
-        text = graded_text(response, self.require_think)
+        text = graded_text(response, self.require_think, self.grade_unclosed)
         if text is None:
             return Verdict(0.0, "no_think")
-        if fast := fast_verdict(text, answer):
+        if self.answer_line and re.fullmatch("[A-J1-9]", answer) and "\\boxed" not in text:
+            letters = ANSWER_LINE.findall(text)
+            text = f"\\boxed{{{letters[-1]}}}" if letters else text
+        if self.grader in GRADERS and (fast := fast_verdict(text, answer)):
             return fast
         worker = self.idle.get()
         try:
@@ -90,10 +113,10 @@ class Verifier:
 
 
 class Worker:
-    """One child process, `python reward.py TIMEOUT`, talking JSON lines. Started when needed, replaced when lost."""
+    """One child process, `python reward.py TIMEOUT GRADER`, talking JSON lines. Started when needed, replaced when lost."""
 
-    def __init__(self, timeout):
-        self.timeout, self.process = timeout, None
+    def __init__(self, timeout, grader):
+        self.timeout, self.grader, self.process = timeout, grader, None
 
     def grade(self, text, answer):
         for _ in range(2):  # a worker that was killed from outside while idle shows only now: try a new one once
@@ -109,7 +132,7 @@ class Worker:
         return Verdict(0.0, "error")
 
     def ask(self, request):
-        """The worker's [reward, reason], "timeout" past the hard limit, or None if the worker died."""
+        """The worker's [reward, reason, answer], "timeout" past the hard limit, or None if the worker died."""
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
@@ -123,7 +146,7 @@ class Worker:
     def start(self):
         self.kill()
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(self.timeout)],
+            [sys.executable, os.path.abspath(__file__), str(self.timeout), self.grader],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
@@ -131,7 +154,9 @@ class Worker:
         line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], START)[0] else b"no answer"
         if line != b"ready\n":
             self.kill()
-            raise UserError(f"the verifier's worker does not start: {line.decode(errors='replace').strip() or 'it died'}")
+            why = line.decode(errors="replace").strip() or "it died"
+            remedy = "" if self.grader in GRADERS else f"; {self.grader} must run and define grade(text, answer)"
+            raise UserError(f"the verifier's worker does not start: {why}{remedy}")
 
     def kill(self):
         if self.process:
@@ -143,6 +168,135 @@ class Worker:
             self.process = None
 
 
+# ---------------------------------------------------------------- graders: (text, answer) -> (reward, what was read or None)
+
+
+def by_math_verify(text, answer):
+    """Training's rule. Read is the string beside math-verify's expression: to print the expression may hang."""
+    from math_verify import parse, verify
+
+    # math-verify's own limits are off: they are per candidate pair, in whole seconds, and read as "wrong"
+    gold = parse(f"${answer}$", parsing_timeout=None)
+    found = parse(text, parsing_timeout=None)
+    if not found:
+        return 0.0, None
+    return verify(gold, found, timeout_seconds=None), found[-1] if isinstance(found[-1], str) else ""
+
+
+def by_oat(text, answer):
+    """The rule of OAT's math_grader, which LUFFY's evaluation uses: the last box is right if one of three says so, its
+    string as Hendrycks et al. normalise answers to MATH, PRM800K's comparison, or math-verify on what it holds.
+
+    Wrong here and right there: 1.39e-10 for 3.61e-10 (all within 1e-7 of an integer are that integer), (c) for (a) and
+    c^2+b for a^2+b (the words of MathQA's units, a and c among them, are deleted wherever they stand), 1\\text{ or }3
+    for 1\\text{ or }2 (the rest is cut), 73/4 for 7 3/4, -I(0) for I(0), -1 for -1./3 (of a ground truth that
+    math-verify cannot read, one number counts), and what pylatexenc, not used here, makes the same: 1+\\frac{x}{2} and
+    \\frac{1+x}{2}, \\sqrt[3]{2} and \\sqrt{2}. Right here and wrong there: \\boxed 5 and \\fbox{5}, as in MATH's own
+    code. One time limit holds for all; there, math-verify has a second and sees no long repetition.
+    """
+    from math_verify import parse, verify
+
+    given, gold = last_boxed(text), last_boxed(answer) or answer
+    if given is None:
+        return 0.0, None
+    if rewrite(given, MATHD) == rewrite(gold, MATHD) or prm800k_equal(given, gold):
+        return True, given
+    how = dict(fallback_mode="no_fallback", parsing_timeout=None)
+    gold = parse(gold if "$" in gold else f"${gold}$", extraction_mode="first_match", **how)
+    found = parse(given if "$" in given else f"${given}$", **how)
+    return verify(gold, found, timeout_seconds=None), given
+
+
+def by_file(path):
+    """The grader that a user's file defines. Raises what the file raises."""
+    function = runpy.run_path(path, run_name="grader")["grade"]
+    return lambda text, answer: (float(function(text, answer)), last_boxed(text) or "")
+
+
+GRADERS = {"math_verify": by_math_verify, "oat": by_oat}
+
+
+def last_boxed(text):
+    """What the last \\boxed{...} holds, or "\\boxed 5", or \\fbox where nothing is boxed; None where no brace closes it."""
+    _, box, rest = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
+    rest, depth = rest.lstrip(), 0
+    if not rest.startswith("{"):
+        word = re.match(r"[^\s$]+", rest)
+        return word[0].rstrip(".,") if box and word else None
+    for brace in re.finditer("[{}]", rest):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return rest[1 : brace.start()] if box else None
+    return None
+
+
+MATHD = [  # (pattern, replacement), one after the other
+    (r"\\\\", r"\\"),
+    (r"\n|\\!|\\(?:left|right)(?![a-z])|\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", ""),
+    (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
+    (r"(?<=\S)\s*\\(?:text|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit
+    (r"\\(?:[td](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
+    (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
+    (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
+    (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 7 3/4 is not 73/4
+    (r"\s", ""),
+    (r"\\(sqrt|frac)(\\pi|[^{\[\\])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
+    (r"(\\frac\{[^{}]*\})(\\pi|[^{\\])", r"\1{\2}"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\(([A-J])\)$", r"\1"),
+]  # fmt: skip
+PRM800K = [
+    (" (?:or|and) ", ","), (r"\\\\", ";"),
+    (r"\s*(?:\\text\{ *)?(m|b|tr)illion *\}?", lambda m: {"m": "*10^6", "b": "*10^9", "tr": "*10^12"}[m[1]]),
+    *MATHD,
+    (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)(?:es)?s?(?:\^\d+)?", ""),
+    (r"\\[{},;:]", ""), (r"([\^_])\{(\w+)\}|\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1\2\3"),
+    (r"(?<![\w/.^)}])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
+    (r"(?<![/^])\\frac(?=\{)", ""),  # after / and ^ it would bind otherwise and stays, so that sympy is not asked
+    (r"\}\{", ")/("), (r"\{", "("), (r"\}", ")"), (r"\\(?:cdot|times)", "*"), (r"\\(?!frac)", ""),
+]  # fmt: skip
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+
+
+def rewrite(s, rules):
+    for pattern, replacement in rules:
+        s = re.sub(pattern, replacement, s)
+    return s
+
+
+def integer(s):
+    """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266; any other string, and what a float cannot hold, as it is."""
+    try:
+        x = float(THOUSANDS.sub("", s))
+    except ValueError:
+        return s
+    return str(int(x)) if x.is_integer() and abs(x) < 2**53 else s
+
+
+def prm800k_equal(given, gold):
+    """Equal strings, or tuples and intervals with the same brackets and equal elements."""
+    given, gold = (THOUSANDS.sub("", integer(rewrite(s, PRM800K).lower())) for s in (given, gold))
+    ours, theirs = (s[1:-1].split(",") if re.fullmatch(r"[(\[][^()\[\]]+[)\]]", s) else [s] for s in (given, gold))
+    if not given or len(ours) != len(theirs) or (len(theirs) > 1 and (given[0], given[-1]) != (gold[0], gold[-1])):
+        return False
+    return all(map(sympy_equal, ours, theirs))
+
+
+def sympy_equal(a, b):
+    """Is a - b zero? An integer equals only itself, as do text and what may hang: it is Python's eval that parses."""
+    from sympy import parse_expr, simplify
+
+    a, b = integer(a), integer(b)
+    difference = f"({a})-({b})"
+    letters = set(re.findall("[a-z]", re.sub("sqrt|frac", "", difference)))
+    odd = not re.fullmatch(r"[a-z0-9+\-*/^().]+", difference) or re.search(r"\*\*|\^\(|\^\d+\^|\^\d\d|[a-z]\(0\)", difference)
+    if a == b or len(letters) > 2 or odd or any(re.fullmatch(r"-?\d+", s) for s in (a, b)):
+        return a == b
+    try:
+        return bool(simplify(parse_expr(difference.replace("^", "**"), transformations="implicit")) == 0)
+    except Exception:  # it does not parse
+        return False
+
+
 # ---------------------------------------------------------------- inside a worker
 
 
@@ -150,46 +304,48 @@ class SoftTimeout(BaseException):
     """Not an Exception: math-verify and sympy swallow those."""
 
 
-def grade(text, answer, timeout):
-    from math_verify import parse, verify
+def grade(grader, text, answer, timeout):
+    """A Verdict's fields, by the function `grader`."""
 
     def alarm(*_):
         raise SoftTimeout
 
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    try:  # math-verify's own limits are off: they are per candidate pair, in whole seconds, and read as "wrong"
-        gold = parse(f"${answer}$", parsing_timeout=None)
-        prediction = parse(text, parsing_timeout=None)
-        if not prediction:
-            return 0.0, "no_answer"
-        return (1.0, "correct") if verify(gold, prediction, timeout_seconds=None) else (0.0, "wrong")
+    try:
+        reward, read = grader(text, answer)
+        if not math.isfinite(reward):
+            raise ValueError(reward)
     except SoftTimeout:
-        return 0.0, "timeout"
-    except (Exception, RecursionError, MemoryError):
-        return 0.0, "error"
+        return 0.0, "timeout", ""
+    except BaseException:  # a user's file may call sys.exit
+        return 0.0, "error", ""
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    reason = "no_answer" if read is None else "correct" if reward > 0 else "wrong"
+    return float(reward), reason, integer(rewrite((read or "")[:1000], MATHD))[:200]  # cut first: the timer is off
 
 
-def work(timeout):
+def work(timeout, name):
     import ctypes
     import resource
 
     if sys.platform == "linux":  # if the trainer is killed in the middle of an answer that never returns
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:
-        import math_verify  # noqa: F401  before the limit on memory
-    except Exception as e:
-        print(f"{type(e).__name__}: {e}".splitlines()[0], flush=True)
+    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
+    try:  # before the limit on memory
+        if name in GRADERS:
+            import math_verify  # noqa: F401
+        grader = GRADERS.get(name) or by_file(name)
+    except BaseException as e:
+        print(f"{type(e).__name__}: {e}".splitlines()[0], file=replies, flush=True)
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(grade(request["text"], request["answer"], timeout)), file=replies, flush=True)
+        print(json.dumps(grade(grader, request["text"], request["answer"], timeout)), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    work(float(sys.argv[1]))
+    work(float(sys.argv[1]), sys.argv[2])

@@ -11,7 +11,6 @@ every request from its own seed, so a sample does not depend on what else is in 
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import os
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from data import Rollout
-from model import full_parameters, sampling
+from data import Rollout, digest
+from model import full_parameters, load_policy, sampling
 
 
 class Sample(NamedTuple):
@@ -42,7 +41,7 @@ class StaleWeights(RuntimeError):
 def request_seed(*key):
     """A seed from any key, the same on every machine. Neighbouring keys share nothing (vLLM's n > 1 would
     give sample i of a request the seed + i)."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    return digest(*key)
 
 
 @contextlib.contextmanager
@@ -130,7 +129,7 @@ class VLLMSampler:
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
                 **options,
             )
-        self.eos_token_id, self.dtype = eos_token_id, getattr(torch, dtype)
+        self.eos_token_id, self.max_model_len, self.dtype = eos_token_id, max_model_len, getattr(torch, dtype)
         self.stamp, self.shapes, self.broken = model, None, None
 
     def load(self, hf, stamp):
@@ -168,6 +167,7 @@ class VLLMSampler:
         requests = [{"prompt_token_ids": p} for p in prompts]
         with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
             self.wake("weights", "kv_cache")
+            self.llm.reset_prefix_cache()  # so that a sample does not depend on what was asked before
             outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
         return [
             Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids, strict=True)], o.finish_reason)
@@ -321,6 +321,19 @@ def wants_vllm(kind):
     if kind == "vllm" and not installed:
         raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
     return installed and kind != "torch"
+
+
+def open_sampler(model, eos_token_id, max_model_len, sampler, dtype, gpu_memory, seed, tensor_parallel):
+    """A sampler of the weights in a model's folder, its name being their stamp."""
+    if wants_vllm(sampler):
+        rank = int(os.environ.get("RANK", 0))
+        return VLLMSampler(
+            model, eos_token_id, max_model_len, dtype, gpu_memory, seed + rank // tensor_parallel, tensor_parallel
+        )
+    policy = load_policy(model, dtype=getattr(torch, dtype), device="cuda" if torch.cuda.is_available() else "cpu", frozen=True)
+    engine = TorchSampler(policy.hf, eos_token_id, max_model_len)
+    engine.stamp = model
+    return engine
 
 
 def per_prompt(limit, prompts):

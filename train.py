@@ -80,12 +80,14 @@ weight_decay = 0.0  # AdamW
 grad_clip = 1.0  # global norm
 seed = 0  # of the data order and of every sample
 # ---------------------------------------------------------------- the verifier
+grader = "math_verify"  # or oat (the last \boxed{} counts), or a Python file that defines grade(text, answer)
 require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
 reward_workers = 2  # processes per rank
 reward_timeout = 5.0  # seconds of grading per answer
 min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the toy's are 70 % right on purpose)
 preflight_traces = 512  # traces graded for that; 0 is all
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
+holdout = 0  # questions of `data` set aside to select checkpoints by, the same whatever the seed; beside eval_data's
 eval_interval = 10  # steps between evaluations, besides the first and the last; 0 is none
 eval_greedy = True  # evaluate one greedy answer per problem
 eval_k = 4  # and this many samples; 0 is none
@@ -118,8 +120,19 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Order, Rollout, check_same_tokens, count_rows, load_problems, load_tokenizer, pack, response_text, spread
-from eval import evaluate, load_benchmark, make_folder, summarize, write_json
+from data import (
+    Order,
+    Rollout,
+    check_same_tokens,
+    count_rows,
+    load_problems,
+    load_tokenizer,
+    pack,
+    response_text,
+    set_aside,
+    spread,
+)
+from eval import evaluate, load_benchmark, make_folder, write_json
 from loss import batch_loss, group_advantages, shape
 from metrics import Phases, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
 from model import attention_backends, load_config, load_policy, model_path, save_policy, start_processes
@@ -127,6 +140,7 @@ from plan import print_plan
 from replay import FailedQuestions, Successes
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
+from stats import summarize
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -185,7 +199,7 @@ def check_knobs(n_ranks):
         " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit plan_gpus"
         " plan_gib replay_limit sft_learning_rate sft_grad_clip",
         "n_teacher loss_constant policy_coef sft_coef kl_coef ce_coef ce_steps tis_cap clip_high warmup_steps weight_decay"
-        " preflight_traces eval_interval eval_k eval_temperature eval_max_problems save_interval rollout_interval"
+        " preflight_traces holdout eval_interval eval_k eval_temperature eval_max_problems save_interval rollout_interval"
         " canary_interval sft_buffer teacher_share teacher_share_end",
         "clip_low beta1 beta2 min_teacher_pass replay_share replay_start",
     )
@@ -337,10 +351,10 @@ def main():
     if shape_config.num_attention_heads % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the model's {shape_config.num_attention_heads} heads")
     problems = load_problems(repo_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, print0)
-    held_out = []
+    problems, held_out = set_aside(problems, holdout)
     if eval_data:
-        held_out = load_benchmark(repo_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think, print0)
-    with Verifier(reward_workers, reward_timeout, require_think) as verifier:
+        held_out += load_benchmark(repo_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think, print0)
+    with Verifier(reward_workers, reward_timeout, require_think, grader) as verifier:
         if n_teacher or any(p.teacher for p in problems):  # on-policy runs learn from it, too, that the verifier works
             problems = check_teachers(problems, tokenizer, verifier)
         if sft_buffer > (traced := sum(bool(p.teacher) for p in problems)):
@@ -411,7 +425,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
         for name, k, t in modes:
             rows = gather_engines(evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
-            for source, row in summarize(rows, k).items():
+            for source, row in summarize(rows).items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
             record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
@@ -487,7 +501,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
         texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
         for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
-            r.reward, r.reason = v
+            r.reward, r.reason = v.reward, v.reason
         place = {p.id: i for i, p in enumerate(batch)}
         rollouts = sorted(gather_engines(rollouts), key=lambda r: place[r.problem])
         phases.end("reward")

@@ -6,9 +6,14 @@
 # 32 prompts x (7 own + 1 teacher) = 256 sequences a step, 2 updates of 128 each. 7473 prompts / 32 = 233 steps an epoch.
 
 data = "data/gsm8k.parquet"  # 7,473 problems; a trace is a worked solution, then </think> and the boxed answer
-model = "models/Qwen2.5-0.5B-think"  # prompt ends in "<think>\n"
+model = "models/Qwen2.5-0.5B-think"  # prepare.py model --rope_theta=0 --max_position=0: prompt ends in "<think>\n"
 out_dir = "out/luffy_1gpu"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 128  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 10
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 8
 n_teacher = 1

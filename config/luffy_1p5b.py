@@ -8,9 +8,14 @@
 #      16.0   13.1  47.1    80.2    30.5    41.0     38.0     SFT 31.9, on-policy 30.0, the base 16.0
 
 data = "data/openr1.parquet"  # Elliott/Openr1-Math-46k-8192, LUFFY's training set
-model = "models/Qwen2.5-Math-1.5B-16k-think"  # rope_theta 40000, 16,384 positions, prompt ends in "<think>\n"
+model = "models/Qwen2.5-Math-1.5B-16k-think"  # by prepare.py model: prompt ends in "<think>\n"
 out_dir = "out/luffy_1p5b"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 10
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 8
 n_teacher = 1

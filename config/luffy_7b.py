@@ -9,9 +9,14 @@
 #      29.4   23.1  65.6    87.6    37.5    57.2     50.1     on-policy 45.5, SFT 44.1, RL with SFT loss 40.1
 
 data = "data/openr1.parquet"  # Elliott/Openr1-Math-46k-8192, LUFFY's training set
-model = "models/Qwen2.5-Math-7B-16k-think"  # rope_theta 40000, 16,384 positions, prompt ends in "<think>\n"
+model = "models/Qwen2.5-Math-7B-16k-think"  # by prepare.py model: prompt ends in "<think>\n"
 out_dir = "out/luffy_7b"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 10
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 8
 n_teacher = 1

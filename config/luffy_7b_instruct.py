@@ -9,9 +9,14 @@
 #      17.7   14.8  50.9    82.0    31.3    47.4     40.7     on-policy 35.2, SFT 29.0
 
 data = "data/openr1.parquet"  # Elliott/Openr1-Math-46k-8192, LUFFY's training set
-model = "models/Qwen2.5-7B-Instruct-think"  # prompt ends in "<think>\n"
+model = "models/Qwen2.5-7B-Instruct-think"  # prepare.py model --rope_theta=0 --max_position=0: prompt ends in "<think>\n"
 out_dir = "out/luffy_7b_instruct"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 10
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 8
 n_teacher = 1

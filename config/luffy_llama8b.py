@@ -8,9 +8,14 @@
 # its Hard subset and on the whole set. Not known: the traces' exact form, and whether lengths were limited otherwise.
 
 data = "data/openr1.easy.parquet"  # see above
-model = "models/Llama-3.1-8B-simple"  # the chat template above
+model = "models/Llama-3.1-8B-simple"  # prepare.py model --template=llama --rope_theta=0 --max_position=0
 out_dir = "out/luffy_llama8b"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 10
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 8
 n_teacher = 1

@@ -4,13 +4,18 @@
 #     torchrun --nproc_per_node=8 train.py config/sft_7b.py
 #
 # 64 traces a step; 45.7k prompts / 64 = 714 steps an epoch, 3 epochs = 2142 steps, of which 214 warm up. Nothing is
-# sampled. The paper's six-benchmark average: 44.1 (22.2 22.3 52.8 82.6 40.8 43.7). Not known: its betas and weight
-# decay, which OpenRLHF chose; ours are LUFFY's.
+# sampled but the held-out answers. The paper's six-benchmark average: 44.1 (22.2 22.3 52.8 82.6 40.8 43.7). Not known:
+# its betas and weight decay, which OpenRLHF chose; ours are LUFFY's.
 
 data = "data/openr1.parquet"  # Elliott/Openr1-Math-46k-8192, LUFFY's training set
-model = "models/Qwen2.5-Math-7B-16k-think"  # rope_theta 40000, 16,384 positions, prompt ends in "<think>\n"
+model = "models/Qwen2.5-Math-7B-16k-think"  # by prepare.py model: prompt ends in "<think>\n"
 out_dir = "out/sft_7b"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
+holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_interval = 714
+eval_greedy = False
+eval_k = 1
+eval_temperature = 0.6  # as the final evaluation
 
 n_rollouts = 1
 n_teacher = 1

@@ -127,9 +127,10 @@ def test_a_mistake_is_two_lines_and_exit_code_2():
 
 # What a reader must see in a real model's config, because it changes the science: nothing of the toy's is inherited.
 SCIENCE = """
-    data eval_data model n_rollouts n_teacher verified_only temperature max_tokens max_prompt_tokens max_teacher_tokens
-    use_std shaping gamma clip_low clip_high loss_constant entropy_coef sft_coef max_steps prompts_per_step update_batches
-    learning_rate warmup_steps beta1 beta2 weight_decay grad_clip seed require_think reward_timeout min_teacher_pass
+    data eval_data holdout eval_interval eval_greedy eval_k eval_temperature model n_rollouts n_teacher verified_only
+    temperature max_tokens max_prompt_tokens max_teacher_tokens use_std shaping gamma clip_low clip_high loss_constant
+    entropy_coef sft_coef max_steps prompts_per_step update_batches learning_rate warmup_steps beta1 beta2 weight_decay
+    grad_clip seed require_think reward_timeout min_teacher_pass
 """
 
 

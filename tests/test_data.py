@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text
+from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text, set_aside
 
 
 def write(path, rows, schema=build.SCHEMA):
@@ -164,3 +164,31 @@ def test_pack_layout():
     want = torch.tensor([nan, nan, -0.1, -0.2, -0.3, nan, nan, nan, nan, -0.4])
     torch.testing.assert_close(b.sampler_logp, want, equal_nan=True)
     assert not pack([]).loss_mask.any()
+
+
+def test_set_aside(tokenizer, problems):
+    """The same questions whatever the order of the file; repeats of a question go with it; nothing in both halves."""
+    twice = [*problems, *problems[:50]]
+    left, held = set_aside(twice, 20)
+    ids = {tuple(p.prompt_ids) for p in held}
+    assert len(held) == len(ids) == 20 and {p.source for p in held} == {"holdout"}
+    assert not ids & {tuple(p.prompt_ids) for p in left}
+    assert len(left) == sum(tuple(p.prompt_ids) not in ids for p in twice)
+    again = set_aside(twice[::-1], 20)[1]
+    assert [p.prompt_ids for p in again] == [p.prompt_ids for p in held]
+    assert [p.prompt_ids for p in set_aside(twice, 10)[1]] == [p.prompt_ids for p in held[:10]]
+    assert set_aside(twice, 0) == (twice, [])
+    with pytest.raises(UserError, match="holdout=100000 leaves nothing to train on: the file has"):
+        set_aside(twice, 100000)
+
+
+def test_a_problems_key_is_its_own(tmp_path, tokenizer):
+    """Of source, question and answer as the file has them, wherever the row stands and whatever renders it."""
+    rows = [a_row(), a_row(data_source="b"), a_row(reward_model={"ground_truth": "47", "style": "rule"}),
+            a_row(prompt=[{"content": "12+35=?", "role": "user"}]), a_row(extra_info={"index": 9, "split": "b"})]  # fmt: skip
+    keys = [p.key for p in load(write(tmp_path / "a.parquet", rows), tokenizer)[0]]
+    assert len(set(keys)) == 4 and keys[4] == keys[0]
+    turned = write(tmp_path / "b.parquet", rows[::-1])
+    other = load_problems(turned, tokenizer, log=lambda line: None, render=lambda m, a: (m[0]["content"] + "+<think>\n", "x"))
+    assert [p.key for p in other] == keys[::-1] and {p.answer for p in other} == {"x"}
+    assert tokenizer.decode(other[-1].prompt_ids) == "12+34=?+<think>\n"

@@ -1,13 +1,21 @@
+import hashlib
 import json
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import pyarrow.parquet as pq
 import pytest
 from test_data import a_row, write
 
 from configurator import ROOT, UserError
-from eval import summarize
+from data import load_templates, load_tokenizer
+from eval import renderer, samples_per_source, shuffled, weights_digest
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
 
@@ -28,14 +36,102 @@ def benchmark(tmp_path):
     return write(tmp_path / "valid.parquet", rows)
 
 
-def test_summary():
-    rows = [
-        {"source": "a", "reward": [1, 0, 0, 0]},
-        {"source": "a", "reward": [0, 0, 0, 0]},
-        {"source": "b", "reward": [1, 1, 1, 1]},
-    ]
-    table = summarize(rows, 4)
-    assert table == {"a": {"n": 2, "k": 4, "avg@k": 0.125, "pass@k": 0.5}, "b": {"n": 1, "k": 4, "avg@k": 1.0, "pass@k": 1.0}}
+ARC = """Which is the most likely effect?
+
+A) Density will decrease.
+B) Years will become longer.
+C) Days will become shorter.
+D) Gravity will become stronger.
+"""
+
+
+def options(text):
+    return dict(re.findall(r"(?m)^(\w)\) (.*)$", text))
+
+
+def test_shuffled_options_keep_the_answer():
+    """Every order comes up; the right text keeps being the answer; nothing else of the question changes."""
+    orders = set()
+    for seed in range(200):
+        text, label = shuffled(ARC, "C", seed)
+        assert options(text)[label] == "Days will become shorter."
+        assert text.startswith("Which is the most likely effect?\n\nA) ") and text.endswith("\n") and len(text) == len(ARC)
+        assert sorted(options(text)) == list("ABCD") and sorted(options(text).values()) == sorted(options(ARC).values())
+        orders.add(text)
+        assert shuffled(ARC, "C", seed) == (text, label)
+    assert len(orders) == 24
+    digits = re.sub(r"(?m)^([A-D])\)", lambda m: f"{ord(m[1]) - 64})", ARC)
+    text, label = shuffled(digits, "3", 1)
+    assert options(text)[label] == "Days will become shorter." and label in "1234"
+
+
+def test_a_last_option_with_text_behind_it():
+    text = "Which?\n(A) one\ntwo\n(B) three\n\nEnd with 'ANSWER: $LETTER'."
+    found = {shuffled(text, "B", seed) for seed in range(20)}
+    assert found == {(text, "B"), ("Which?\n(A) three\n(B) one\ntwo\n\nEnd with 'ANSWER: $LETTER'.", "A")}
+
+
+@pytest.mark.parametrize(
+    "text,answer",
+    [
+        ("What is 1+1?", "2"),
+        (ARC, "5"),  # no label
+        (ARC.replace("D) Gravity will become stronger.", "D) None of the above."), "D"),
+        (ARC.replace("Gravity will become stronger.", "Both A and B"), "D"),
+        (ARC.replace("B) ", "C) "), "C"),  # labels out of order
+    ],
+)
+def test_what_cannot_be_shuffled_stays(text, answer):
+    assert {shuffled(text, answer, seed) for seed in range(20)} == {(text, answer)}
+
+
+TURNS = [{"role": "system", "content": "SYS"}, {"role": "user", "content": "1+{1}?"}]
+
+
+def test_templates(byte_model):
+    tokenizer = load_tokenizer(byte_model)
+    text = lambda template, system: renderer(tokenizer, template, system)(TURNS, "2")
+    assert text("own", "remove") == ("<user>1+{1}?\n<assistant><think>\n", "2")
+    assert text("own", "keep") == ("<system>SYS\n<user>1+{1}?\n<assistant><think>\n", "2")
+    suffix = "1+{1}?\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
+    assert text("prime_sft", "remove") == (f"<user>{suffix}\n<assistant><think>\n", "2")
+    for system in ("keep", "remove"):
+        assert text("no", system) == ("1+{1}?", "2")
+        qwen = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        turn = "<|im_start|>user\n1+{1}?<|im_end|>\n<|im_start|>assistant\n"
+        assert text("qwen", system) == (qwen + turn, "2")
+        assert text("simplerl", system)[0].startswith(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+{1}?\n"
+        )
+        prime = text("prime", system)[0]
+        assert prime.startswith("A conversation between User and Assistant.") and prime.endswith(f"User: {suffix}. Assistant:")
+    with pytest.raises(UserError, match="template='foo': choose one of own, qwen, simplerl, prime, prime_sft, no"):
+        renderer(tokenizer, "foo", "keep")
+
+
+def test_the_system_prompt_is_the_released_one():
+    text = load_templates()["system"]
+    assert hashlib.sha256(text.encode()).hexdigest() == "a8747f1674d341836ab8fae3c29263fee4dd555f07259cdbc6dadf4104ea8926"
+
+
+def test_k():
+    of = samples_per_source("1,aime=32,amc=16")
+    assert (of("aime"), of("amc"), of("math")) == (32, 16, 1) and samples_per_source("8")("aime") == 8
+    for wrong in ("", "0", "a", "aime=32", "8,aime=0", "8,9", "8,aime=x", "-1"):
+        with pytest.raises(UserError, match="k="):
+            samples_per_source(wrong)
+
+
+def read(folder):
+    """What an evaluation wrote: {file: bytes}, but for settings.json, which names commit and versions."""
+    found = {}
+    for root, _, files in os.walk(folder):
+        found |= {os.path.relpath(os.path.join(root, f), folder): open(os.path.join(root, f), "rb").read() for f in files}
+    return {name: content for name, content in found.items() if name != "settings.json"}
+
+
+def samples_of(folder):
+    return [json.loads(line) for f in sorted(os.listdir(folder / "samples")) for line in open(folder / "samples" / f)]
 
 
 @pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
@@ -49,10 +145,159 @@ def test_the_command(sampler, tmp_path, byte_model):
     table = json.load(open(out / "eval.json"))
     assert sorted(table) == SOURCES
     assert all(row["n"] == 2 and row["k"] == 3 and 0 <= row["avg@k"] <= row["pass@k"] <= 1 for row in table.values())
-    samples = [json.loads(line) for line in open(out / "samples.jsonl")]
+    assert all(0 < row["length"] <= 12 and row["truncated"] > 0 and len(row["problems"]) == 2 for row in table.values())
+    assert list(json.load(open(out / "averages.json"))) == ["six benchmarks"]
+    samples = samples_of(out)
     assert len(samples) == 12 and all(len(s["response"]) == 3 == len(s["reason"]) for s in samples)
     assert all(len(set(s["response"])) == 3 for s in samples)  # each sample has its own seed
-    assert json.load(open(out / "config.json"))["max_tokens"] == 12
+    assert json.load(open(out / "settings.json"))["settings"]["max_tokens"] == 12
+    for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks"):
+        assert line in done.stdout
+
+
+@pytest.fixture
+def run_eval(script, byte_model, tmp_path):
+    """eval.py with its knobs in this process, by the torch sampler; returns what it wrote."""
+
+    def call(*argv, out="out"):
+        module = script("eval", [f"--model={byte_model}", f"--out_dir={tmp_path / out}", "--max_tokens=12", "--sampler=torch",
+                                 *argv])  # fmt: skip
+        module.main()
+        return read(tmp_path / out)
+
+    return call
+
+
+def test_repeated_rows_are_the_problem_once(run_eval, tmp_path):
+    """The released layout, rows repeated, and one row a problem tried k times give the same files, byte for byte."""
+    repeated = benchmark(tmp_path)
+    table = pq.read_table(repeated)
+    once = str(tmp_path / "once.parquet")
+    pq.write_table(table.take([i for i in range(len(table)) if i == 0 or table.slice(i, 1) != table.slice(i - 1, 1)]), once)
+    assert pq.ParquetFile(once).metadata.num_rows == 18 < len(table)
+    argv = ["--k=1,aime=4,aime25=4,amc=4", "--chunk=4"]
+    first = run_eval(f"--data={repeated}", *argv, out="a")
+    assert first == run_eval(f"--data={once}", *argv, out="b") and len(first) == 2 + 9 + 3
+    scores = json.loads(first["eval.json"])
+    assert [(scores[s]["n"], scores[s]["k"]) for s in SOURCES] == [(3, 4)] * 3 + [(3, 1)] * 3
+    assert run_eval(f"--data={once},{repeated}", *argv, out="c") == first  # over files, too
+
+
+def test_it_goes_on_where_it_stopped(run_eval, tmp_path, capsys):
+    argv = [f"--data={benchmark(tmp_path)}", "--k=2", "--chunk=4"]
+    whole = run_eval(*argv)
+    os.remove(tmp_path / "out" / "samples" / "00003.jsonl")
+    os.remove(tmp_path / "out" / "eval.json")
+    (tmp_path / "out" / "samples" / "00005.jsonl.partial").write_text('{"half": ')
+    kept = os.stat(tmp_path / "out" / "samples" / "00002.jsonl").st_mtime_ns
+    again = run_eval(*argv)
+    assert again | {"samples/00005.jsonl.partial": b""} == whole | {"samples/00005.jsonl.partial": b""}
+    assert os.stat(tmp_path / "out" / "samples" / "00002.jsonl").st_mtime_ns == kept
+    capsys.readouterr()
+    assert run_eval(*argv, "--reward_workers=1", f"--data={benchmark(tmp_path)},{benchmark(tmp_path)}") == again
+    assert "chunks" not in capsys.readouterr().out  # nothing was left to do
+
+
+def test_other_settings_never_meet(run_eval, tmp_path, capsys):
+    """Whatever changes the result moves the old one aside, whole, and says which setting it was."""
+    path = benchmark(tmp_path)
+    first = run_eval(f"--data={path}", "--k=1", "--max_problems=1")
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    second = run_eval(f"--data={path}", "--k=2", "--max_problems=1")
+    assert "held an evaluation with other settings (k): moved to" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "before_1") == first and second["mine.txt"] == b"kept"
+    for number, (change, name) in enumerate([("--seed=1", "k, seed"), ("--max_problems=2", "problems, seed"),
+                                             ("--grade_unclosed=True", "grade_unclosed, problems"),
+                                             ("--template=prime_sft", "grade_unclosed, problems, template")], 2):  # fmt: skip
+        run_eval(f"--data={path}", "--k=1", "--max_problems=1", change)
+        assert f"other settings ({name}): moved to {tmp_path / 'out' / f'before_{number}'}" in capsys.readouterr().out
+
+
+def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(byte_model, folder)
+    before = weights_digest(str(folder))
+    assert weights_digest(byte_model) == before
+    with open(folder / "model.safetensors", "r+b") as f:
+        f.seek(-1000, os.SEEK_END)
+        f.write(b"\x01")
+    changed = weights_digest(str(folder))
+    (folder / "chat_template.jinja").write_text("other")
+    assert len({before, changed, weights_digest(str(folder))}) == 3
+
+
+def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
+    """It is not left out: how many problems a benchmark has does not depend on the model."""
+    long = a_row(prompt=[{"content": "9" * 5000, "role": "user"}], target=None)
+    table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', [a_row(), long])}", "--k=1")["eval.json"])
+    assert (table["toy"]["n"], table["toy"]["truncated"]) == (2, 1.0) and table["toy"]["length"] <= 6
+
+
+def test_sweep(run_eval, tmp_path):
+    written = run_eval(f"--data={benchmark(tmp_path)}", "--k=2", "--sources=aime,math", "--sweep=0,0.5,1.0")
+    table = json.loads(written["sweep.json"])
+    assert list(table) == ["0", "0.5", "1"] and all(list(t) == ["aime", "math"] for t in table.values())
+    assert written["sweep.png"][:4] == b"\x89PNG"
+    assert len({written[f"temperature_{t}/samples/00000.jsonl"] for t in table}) == 3
+
+
+def test_compare_the_command(run_eval, tmp_path):
+    for out, seed in (("a", 0), ("b", 1)):
+        run_eval(f"--data={benchmark(tmp_path)}", "--k=1", f"--seed={seed}", out=out)
+    files = [str(tmp_path / out / "eval.json") for out in "ab"]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "eval.py"), "compare", *files], capture_output=True, text=True)
+    assert done.returncode == 0 and "six benchmarks" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["torch", "vllm"])
+def test_ranks_share_the_work(sampler, run_eval, byte_model, tmp_path):
+    """Two processes write what one does; and again if one of them has nothing left to do."""
+    argv = [f"--data={benchmark(tmp_path)}", "--k=2", "--chunk=4", "--max_tokens=12", f"--sampler={sampler}"]
+    alone = run_eval(*argv)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731",
+               os.path.join(ROOT, "eval.py"), f"--model={byte_model}", f"--out_dir={tmp_path / 'two'}", *argv]  # fmt: skip
+    for lost in ("", "00000.jsonl"):
+        if lost:
+            os.remove(tmp_path / "two" / "samples" / lost)
+            os.remove(tmp_path / "two" / "eval.json")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert read(tmp_path / "two") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler,kills", [("torch", 10), ("vllm", 3)])
+def test_killed_again_and_again(sampler, kills, byte_model, tmp_path):
+    """kill -9 in the midst of the work, again and again: the files are those of a run left in peace."""
+    rows = [a_row(prompt=[{"content": f"{i}+{i}=?", "role": "user"}], target=None) for i in range(120)]
+    command = [sys.executable, os.path.join(ROOT, "eval.py"), f"--model={byte_model}", "--k=4", "--chunk=16",
+               f"--data={write(tmp_path / 'a.parquet', rows)}", "--max_tokens=200", f"--sampler={sampler}"]  # fmt: skip
+    subprocess.run([*command, f"--out_dir={tmp_path / 'peace'}"], check=True, capture_output=True)
+    folder = tmp_path / "killed"
+    assert killed_runs([*command, f"--out_dir={folder}"], folder / "samples", 30, kills) == kills
+    assert read(folder) == read(tmp_path / "peace")
+
+
+def killed_runs(command, folder, n_chunks, kills):
+    """Run a command until it ends by itself, killing it `kills` times on the way, each after a few more chunks and at
+    another moment of the next. Returns how often it was killed at work."""
+    rng, killed = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        count = lambda: len([f for f in os.listdir(folder) if f.endswith(".jsonl")]) if folder.exists() else 0
+        before = count()
+        while killed < kills and process.poll() is None:
+            if count() >= min(n_chunks - 1, before + 1):
+                time.sleep(rng.random() * 0.2)
+                break
+            time.sleep(0.002)
+        if killed == kills or process.poll() is not None:
+            assert process.wait() == 0
+            return killed
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        killed += 1
 
 
 @pytest.mark.parametrize(
@@ -60,7 +305,16 @@ def test_the_command(sampler, tmp_path, byte_model):
     [
         ("--model={tmp}/model", "has no tokenizer"),
         ("--data=nowhere.parquet", "there is no data file"),
-        ("--k=0", "k=0 must be above zero"),
+        ("--k=0", "k='0': write a number above zero"),
+        ("--template=foo", "template='foo': choose one of own"),
+        ("--system=foo", "system='foo': choose keep or remove"),
+        ("--sources=aime", "sources='aime': toy/test.parquet has no 'aime'"),
+        ("--sweep=0.1,x", "sweep='0.1,x': write temperatures"),
+        ("--sweep=-1", "sweep='-1': temperatures are zero or more"),
+        ("--chunk=0", "chunk=0 must be above zero"),
+        ("--tensor_parallel=2", "tensor_parallel=2 must divide the 1 process"),
+        ("--grader=foo", "grader"),
+        ("--grader=nowhere.py", "nowhere.py"),
         ("--reward_timeout=-1", "reward_timeout=-1.0 must be above zero"),
         ("--max_problems=-1", "max_problems=-1 must be zero or more"),
         ("--dtype=foo", "dtype='foo'"),

@@ -8,14 +8,23 @@ import time
 import pytest
 
 from configurator import ROOT, UserError
-from reward import Verifier, fast_verdict, grade, graded_text
+from reward import Verifier, by_math_verify, by_oat, fast_verdict, grade, graded_text
+
+
+def started(grader):
+    with Verifier(workers=2, timeout=2.0, grader=grader) as v:
+        v.score(["</think>\\boxed{x}", "</think>\\boxed{y}"], ["1", "2"])  # start the workers
+        yield v
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(workers=2, timeout=2.0) as v:
-        v.score(["</think>x", "</think>y"], ["1", "2"])  # start the workers
-        yield v
+    yield from started("math_verify")
+
+
+@pytest.fixture(scope="module")
+def oat():
+    yield from started("oat")
 
 
 CASES = [
@@ -42,14 +51,214 @@ def test_the_rule(verifier):
     assert [(v.reward, v.reason) for v in verdicts] == [(float(c[2]), c[3]) for c in CASES]
 
 
+# What follows </think>, the ground truth, and who accepts it: oat, math_verify.
+BOTH = [
+    # which box
+    (r"\boxed{1} so \boxed{2}", "2", 1, 0),  # to math-verify they are the set {1, 2}
+    (r"\boxed{2} or \boxed{3}", "2", 0, 0),
+    (r"\boxed{2}, and 3 is too many", "2", 1, 1),
+    (r"the answer is 2", "2", 0, 1),
+    (r"\boxed{2", "2", 0, 0),
+    (r"\boxed{3} and \boxed{2", "3", 0, 1),
+    (r"\boxed 2, as we said", "2", 1, 1),
+    (r"\fbox{2}", "2", 1, 0),
+    (r"\boxed{}", "2", 0, 0),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt{2}}{2}", 1, 1),  # nested braces
+    (r"\boxed{\dfrac34}", r"\boxed{\frac{3}{4}}", 1, 1),
+    # choices and words
+    (r"\boxed{\text{C}}", "C", 1, 1),
+    (r"\boxed{(C)}", r"\text{C}", 1, 1),
+    (r"\boxed{C}", r"\text{(C)}", 1, 1),
+    (r"\boxed{c}", "C", 1, 1),
+    (r"\boxed{C. foo}", "C", 0, 0),
+    (r"\boxed{D}", "C", 0, 0),
+    ("ANSWER: C", "C", 0, 0),
+    (r"\boxed{west}", r"\text{east}", 0, 0),
+    (r"\boxed{East}", r"\text{east}", 1, 1),
+    # numbers
+    (r"\boxed{142}", "142.0", 1, 1),
+    (r"\boxed{142.5}", "142.0", 0, 0),
+    (r"\boxed{5.}", "5", 1, 0),
+    (r"\boxed{07}", "7", 1, 1),
+    (r"\boxed{-7}", "7", 0, 0),
+    (r"\boxed{1,000}", "1000", 1, 1),
+    (r"\boxed{10,\!080}", "10080", 1, 1),
+    (r"\boxed{1,000}", "1,001", 0, 0),
+    (r"\boxed{2.66e2}", "266", 1, 0),
+    (r"\boxed{3.61e-10}", "1.39e-10", 0, 0),
+    (r"\boxed{12345678901234567890}", "12345678901234567891", 0, 0),
+    (r"\boxed{1/2}", r"\frac12", 1, 1),
+    (r"\boxed{0.5}", r"\frac{1}{2}", 1, 1),
+    (r"\boxed{\frac 12}", ".5", 1, 1),
+    (r"\boxed{2/4}", "1/2", 1, 1),
+    (r"\boxed{1/3}", r"\frac{2}{3}", 0, 0),
+    (r"\boxed{0.33}", r"\frac13", 0, 0),
+    (r"\boxed{-\frac{1}{3}}", "-1./3", 1, 0),
+    (r"\boxed{-1}", "-1./3", 0, 1),  # math-verify cannot read this ground truth and takes the -1
+    (r"\boxed{7 3/4}", "7.75", 1, 0),
+    (r"\boxed{7\frac34}", "7.75", 1, 1),
+    (r"\boxed{73/4}", "7 3/4", 0, 0),
+    (r"\boxed{-7 3/4}", "-6.25", 0, 0),
+    (r"\boxed{1+1}", "2", 1, 1),
+    (r"\boxed{1/\frac{3}{2}}", r"\frac{1}{6}", 0, 0),
+    (r"\boxed{2^\frac{1}{2}}", "1", 0, 0),
+    # units and names
+    (r"\boxed{50\%}", "50", 1, 1),
+    (r"\boxed{50\%}", "0.5", 1, 1),
+    (r"\boxed{51\%}", r"50\%", 0, 0),
+    (r"\boxed{12\text{ km}}", "12", 1, 1),
+    (r"\boxed{13\text{ km}}", "12", 0, 0),
+    (r"\boxed{12 cm^2}", "12", 1, 0),
+    (r"\boxed{3 hours}", "3", 1, 1),
+    (r"\boxed{90}", r"90^\circ", 1, 1),
+    (r"\boxed{\$18.9}", r"\$18.90", 1, 1),
+    (r"\boxed{5 million}", r"5\text{ million}", 1, 0),
+    (r"\boxed{5 billion}", "5 million", 0, 0),
+    (r"\boxed{k = 5}", "5", 1, 1),
+    (r"\boxed{x>=5}", "5", 0, 0),
+    # tuples, intervals, sets, matrices
+    (r"\boxed{(1,2]}", "(1, 2]", 1, 1),
+    (r"\boxed{(1,2)}", "[1,2]", 0, 0),
+    (r"\boxed{(1,2)}", "(1, 2.0)", 1, 1),
+    (r"\boxed{(1,\frac12)}", "(1, 0.5)", 1, 1),
+    (r"\boxed{(2,1)}", "(1,2)", 0, 0),
+    (r"\boxed{(1,2,3)}", "(1,2)", 0, 0),
+    (r"\boxed{\left(3,\tfrac\pi2\right)}", r"\left( 3, \frac{\pi}{2} \right)", 1, 0),
+    (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"(-\infty, 2) \cup (3, \infty)", 1, 1),
+    (r"\boxed{\{2,1\}}", r"\{1,2\}", 1, 1),
+    (r"\boxed{2\text{ or }1}", "1,2", 1, 1),
+    (r"\boxed{1\text{ or }3}", r"1\text{ or }2", 0, 0),
+    (r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1, 1),
+    (r"\boxed{\begin{pmatrix} 1 \\ 23 \end{pmatrix}}", r"\begin{pmatrix} 12 \\ 3 \end{pmatrix}", 0, 0),
+    # algebra
+    (r"\boxed{2\sqrt2}", r"\sqrt{8}", 1, 1),
+    (r"\boxed{16sqrt(3)}", r"16\sqrt{3}", 1, 1),
+    (r"\boxed{2\sqrt{3}}", r"3\sqrt{2}", 0, 0),
+    (r"\boxed{\sqrt[3]{2}}", r"\sqrt{2}", 0, 0),
+    (r"\boxed{2(k+1)}", "2k+2", 1, 1),
+    (r"\boxed{1+\frac{x}{2}}", r"\frac{1+x}{2}", 0, 0),
+    (r"\boxed{q-p}", "p-q", 0, 0),
+    (r"\boxed{c^2+b}", "a^2+b", 0, 0),
+    (r"\boxed{(a)}", "(c)", 0, 0),
+    (r"\boxed{-I(0)}", "I(0)", 0, 0),
+]
+
+
+def test_two_graders_side_by_side():
+    for text, answer, *wanted in BOTH:
+        got = [grade(grader, text, answer, 20.0)[0] for grader in (by_oat, by_math_verify)]
+        assert got == wanted, (text, answer)
+
+
+def test_oat_needs_a_box(oat):
+    verdicts = oat.score(["</think>2", "\\boxed{2}</think>2", "</think>\\boxed{2}"], ["2"] * 3)
+    assert [v[:2] for v in verdicts] == [(0.0, "no_answer"), (0.0, "no_answer"), (1.0, "correct")]
+
+
+def test_what_was_read_for_votes():
+    """Ways to write an answer make one vote."""
+    for grader in (by_oat, by_math_verify):
+        for ways, vote in (
+            (("\\boxed{07}", "\\boxed{7.0}", "$\\boxed{7}$."), "7"),
+            (("\\boxed{1,000}", "\\boxed{1000}", "\\boxed{\\$1000}"), "1000"),
+            (("\\boxed{C}", "\\boxed{\\text{C}}", "\\boxed{(C)}", "\\boxed{\\mathrm{C}}"), "C"),
+            (("\\boxed{\\frac12}", "\\boxed{1/2}", "\\boxed{.5}", "\\boxed{\\dfrac 1 2}", "\\boxed{x = 0.5}"), "\\frac{1}{2}"),
+            (("\\boxed{( 1, 2 )}", "\\boxed{\\left(1,2\\right)}"), "(1,2)"),
+            (("", "\\boxed{"), ""),
+        ):
+            assert [grade(grader, way, "5", 20.0)[2] for way in ways] == [vote] * len(ways), (grader, ways)
+    assert grade(by_math_verify, "the answer is 7", "5", 20.0) == (0.0, "wrong", "7")
+    assert len(grade(by_oat, f"\\boxed{{{'x+' * 5000}y}}", "5", 20.0)[2]) == 200
+
+
+def test_a_thought_that_was_not_closed():
+    responses, answers = ["so \\boxed{2}", "\\boxed{2}</think>\\boxed{3}", "so 2"], ["2"] * 3
+    with Verifier(workers=1, timeout=2.0, grader="oat", grade_unclosed=True) as v:
+        assert [x.reason for x in v.score(responses, answers)] == ["correct", "wrong", "no_answer"]
+    with Verifier(workers=1, timeout=2.0, grader="oat") as v:
+        assert [x.reason for x in v.score(responses, answers)] == ["no_think", "wrong", "no_think"]
+    assert graded_text("a", grade_unclosed=True) == "a" and graded_text("a") is None
+
+
+ANSWER_LINES = [
+    ("ANSWER: C", "C", 1),
+    ("Because of B.\nAnswer: (C)", "C", 1),
+    ("**ANSWER: C**", "C", 1),
+    ("**Answer:** $C$.", "C", 1),
+    ("The answer: C", "C", 1),
+    ("ANSWER: B\nNo.\nANSWER: C\nDone.", "C", 1),  # the last one
+    ("ANSWER: C\nANSWER: B", "C", 0),
+    ("ANSWER: C. foo", "C", 0),
+    ("ANSWER: c", "C", 0),
+    ("ANSWER: 3", "3", 1),
+    ("ANSWER: 35", "3", 0),
+    ("ANSWER: C, so \\boxed{B}", "C", 0),  # a box goes first
+    ("\\boxed{C}\nANSWER: B", "C", 1),
+    ("ANSWER: 12", "12", 0),  # no multiple choice
+]
+
+
+def test_the_answer_line_of_a_multiple_choice_question():
+    texts, golds = [f"</think>{c[0]}" for c in ANSWER_LINES], [c[1] for c in ANSWER_LINES]
+    with Verifier(workers=1, timeout=2.0, grader="oat", answer_line=True) as v:
+        verdicts = v.score(texts, golds)
+        assert [x.reward for x in verdicts] == [c[2] for c in ANSWER_LINES] and verdicts[0].answer == "C"
+    with Verifier(workers=1, timeout=2.0, answer_line=True) as v:
+        assert v.score(texts[:3], golds[:3])[0] == (1.0, "correct", "C")
+    with Verifier(workers=1, timeout=2.0) as v:  # off by default, as in the released code
+        assert v.score(texts[:3], golds[:3])[0].reward == 0.0
+
+
+OWN = """
+import time
+def grade(text, answer):
+    print("a word on stdout")
+    if text == "hang":
+        time.sleep(600)
+    if text == "deaf":
+        while True:
+            try:
+                time.sleep(600)
+            except BaseException:
+                pass
+    if text == "exit":
+        raise SystemExit
+    return {"half": 0.5, "nan": float("nan"), "none": None, "minus": -1}.get(text, answer in text)
+"""
+
+
+def test_a_grader_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    texts = ["2 \\boxed{1/2}", "3", "half", "minus", "nan", "none", "exit", "hang", "deaf", "\\boxed{2}"]
+    with Verifier(workers=2, timeout=0.5, grader=str(tmp_path / "own.py")) as v:
+        verdicts = v.score([f"</think>{t}" for t in texts], ["2"] * len(texts))
+    assert verdicts[:2] == [(1.0, "correct", "\\frac{1}{2}"), (0.0, "wrong", "")]
+    assert [v[:2] for v in verdicts[2:4]] == [(0.5, "correct"), (-1.0, "wrong")]
+    assert [v.reason for v in verdicts[4:]] == ["error", "error", "error", "timeout", "timeout", "correct"]
+
+
+def test_a_grader_that_is_none(tmp_path):
+    for grader in ("mathverify", str(tmp_path / "missing.py"), str(tmp_path)):
+        with pytest.raises(UserError, match="there is no file .*; write math_verify, oat or the path of a file"):
+            Verifier(grader=grader)
+    for code, why in (("def score(): pass", "KeyError: 'grade'"), ("import nothing", "No module named 'nothing'"),
+                      ("def", "SyntaxError"), ("raise SystemExit", "SystemExit")):  # fmt: skip
+        (tmp_path / "own.py").write_text(code)
+        with Verifier(workers=1, grader=str(tmp_path / "own.py")) as v:
+            with pytest.raises(UserError, match=f"does not start: .*{why}.*own.py must run and define grade") as e:
+                v.score(["</think>x"], ["x"])
+            assert "\n" not in str(e.value)
+
+
 def test_without_think_everything_is_graded():
     with Verifier(workers=1, timeout=2.0, require_think=False) as v:
         assert v.score(["the answer is $\\boxed{2}$"], ["2"])[0].reward == 1.0
     assert graded_text("a</think>b", require_think=False) == "a</think>b"
 
 
-def test_fast_path_is_math_verifys_verdict():
-    """On the inputs the fast path takes, math-verify says the same."""
+@pytest.mark.parametrize("grader", [by_math_verify, by_oat])
+def test_fast_path_is_the_graders_verdict(grader):
+    """On the inputs the fast path takes, the grader says the same."""
     rng = random.Random(0)
     numbers = ["0", "7", "07", "007", "10", "100", "85", "58", "999999999999999"] + [
         f"{rng.randrange(100):02d}" for _ in range(15)
@@ -58,7 +267,7 @@ def test_fast_path_is_math_verifys_verdict():
         for b in rng.sample(numbers, 6) + [a]:
             for text in (f"\\boxed{{{a}}}", f" \n\\boxed{{{a}}} "):
                 fast = fast_verdict(text, b)
-                assert fast is not None and tuple(fast) == grade(text, b, 10.0), (text, b)
+                assert fast is not None and tuple(fast) == grade(grader, text, b, 10.0), (text, b)
     for text, answer in (("\\boxed{1+1}", "2"), ("\\boxed{2}.", "2"), ("\\boxed{2}", "2.0"), ("\\boxed{-2}", "2"), ("2", "2")):
         assert fast_verdict(text, answer) is None
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -70,18 +279,26 @@ BOMBS = ["9^{9^{9^9}}", "10^{10^{10}}", "10^8!", "((9!)!)!", "\\binom{10^9}{5\\c
 
 def test_bombs_cost_only_themselves(verifier):
     """Inputs that hang math-verify are given up after their time; every other answer keeps its verdict."""
+    survives(verifier, BOMBS)
+
+
+def test_bombs_cost_oat_only_themselves(oat):
+    survives(oat, [*BOMBS[:3], "(" * 12 + "9" + "^9)" * 12])  # the last one hangs sympy before math-verify sees it
+
+
+def survives(verifier, bombs):
     responses, answers = [], []
-    for bomb in BOMBS:
-        responses += [f"a</think>$\\boxed{{{bomb}}}$", "a</think>$\\frac{1}{2}$", "a</think>$\\frac{1}{3}$"]
-        answers += ["12345", "0.5", "0.5"]
+    for bomb in bombs:
+        responses += [f"a</think>$\\boxed{{{bomb}}}$", "a</think>\\boxed{\\frac{1}{2}}", "a</think>\\boxed{\\frac{1}{3}}"]
+        answers += ["1234.5", "0.5", "0.5"]
     start = time.time()
     verdicts = verifier.score(responses, answers)
-    assert time.time() - start < len(BOMBS) * (2.0 + 2.0 + 3.0)  # soft and hard limits, and a new worker, one after the other
+    assert time.time() - start < len(bombs) * (2.0 + 2.0 + 3.0)  # soft and hard limits, and a new worker, one after the other
     assert all(v.reward == 0 for v in verdicts[0::3])
     assert {v.reason for v in verdicts[0::3]} <= {"timeout", "wrong", "no_answer", "error"}
     assert "timeout" in {v.reason for v in verdicts[0::3]}
-    assert all(v == (1.0, "correct") for v in verdicts[1::3])
-    assert all(v == (0.0, "wrong") for v in verdicts[2::3])
+    assert all(v[:2] == (1.0, "correct") for v in verdicts[1::3])
+    assert all(v[:2] == (0.0, "wrong") for v in verdicts[2::3])
 
 
 def test_a_worker_that_ignores_its_soft_limit_is_killed(verifier):

@@ -1,0 +1,137 @@
+"""
+The statistics of an evaluation: avg@k and its interval, unbiased pass@k, maj@k, the papers' averages, and the paired
+bootstrap that compares two. Functions over rows as eval.evaluate makes them.
+"""
+
+import json
+
+import numpy as np
+
+from configurator import UserError, repo_path
+
+AVERAGES = {  # of the papers: unweighted means over their sources
+    "six benchmarks": ("aime", "aime25", "amc", "math", "minerva", "olympiad_bench"),
+    "out of distribution": ("arc_c", "gpqa", "mmlu_pro"),
+}
+
+
+def summarize(rows):
+    """{source: {n, k, avg@k and its 95 % interval, pass@k, pass (unbiased, for powers of two), maj@k, length, truncated,
+    format}} of evaluate's rows; length is in tokens, the last two are shares of the samples."""
+    table = {}
+    for source in sorted({r["source"] for r in rows}):
+        own = [r for r in rows if r["source"] == source]
+        n, k = len(own), len(own[0]["reward"])
+        mean = {name: float(np.mean([r[name] for r in own])) for name in ("reward", "length", "format")}
+        counts = [sum(x > 0 for x in r["reward"]) for r in own]
+        tries = sorted({k, *(2**i for i in range(k.bit_length()))})
+        passed = {str(j): sum(pass_at(j, k, c) for c in counts) / n for j in tries if j <= k}
+        table[source] = {
+            "n": n,
+            "k": k,
+            "avg@k": mean["reward"],
+            "avg@k_ci": interval(resample([np.mean([r["reward"] for r in own], 1)])),
+            "pass@k": passed[str(k)],
+            "pass": passed,
+            "maj@k": sum(majority(r["prediction"], r["reward"]) for r in own) / n,
+            "length": mean["length"],
+            "truncated": sum(f == "length" for r in own for f in r["finish"]) / (n * k),
+            "format": mean["format"],
+        }
+    return table
+
+
+def pass_at(j, k, c):
+    """The chance that j of k samples, c of them right, hold a right one: 1 - C(k-c, j) / C(k, j) (arXiv 2107.03374)."""
+    return 1.0 - float(np.prod([1 - j / i for i in range(k - c + 1, k + 1)])) if k - c >= j else 1.0
+
+
+def majority(predictions, rewards):
+    """The reward of the most frequent prediction; that of several equally frequent ones is averaged. Samples without a
+    prediction have no vote; without any vote it is 0."""
+    votes = {}
+    for prediction, reward in zip(predictions, rewards, strict=True):
+        if prediction:
+            votes.setdefault(prediction, []).append(reward)
+    most = max(map(len, votes.values()), default=0)
+    winners = [sum(r) / len(r) for r in votes.values() if len(r) == most]
+    return sum(winners) / len(winners) if winners else 0.0
+
+
+def resample(scores, n_resamples=10_000):
+    """The bootstrap: per resample, the unweighted mean over sources of the mean score of as many problems, drawn with
+    replacement. scores: an array (problems,) per source, or (problems, 2) for two paired runs, whose pairs stay
+    together. Returns (n_resamples, ...)."""
+    rng, total = np.random.default_rng(0), 0.0
+    for x in scores:
+        n, block = len(x), max(1, 2**20 // len(x))  # resamples at a time: all at once would take gigabytes
+        sizes = [min(block, n_resamples - i) for i in range(0, n_resamples, block)]
+        total = total + np.concatenate([x[rng.integers(0, n, (size, n))].mean(1) for size in sizes]) / len(scores)
+    return total
+
+
+def interval(means):
+    """The central 95 % of them."""
+    return [float(v) for v in np.quantile(means, (0.025, 0.975))]
+
+
+def averages(rows, table):
+    """{name: {avg@k, its interval, sources}} for each of AVERAGES that has all its sources."""
+    found = {}
+    for name, members in AVERAGES.items():
+        if all(m in table for m in members):
+            scores = [np.array([np.mean(r["reward"]) for r in rows if r["source"] == m]) for m in members]
+            mean = sum(table[m]["avg@k"] for m in members) / len(members)
+            found[name] = {"avg@k": mean, "avg@k_ci": interval(resample(scores)), "sources": members}
+    return found
+
+
+def paired_bootstrap(scores, n_resamples=1000):
+    """scores: an array (problems, 2) per source -> the difference of the mean scores, the second minus the first, the
+    ends of its 95 % interval, and its two-sided p-value: twice the share of resamples on the other side of zero."""
+    resampled = resample(scores, n_resamples)
+    differences = resampled[:, 1] - resampled[:, 0]
+    difference = float(np.mean([x[:, 1].mean() - x[:, 0].mean() for x in scores]))
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    return difference, *interval(differences), min(1.0, 2 * (tail + 1) / (n_resamples + 1))
+
+
+# ---------------------------------------------------------------- compare two evaluations
+
+
+def compare(paths):
+    """Print the difference of two eval.json, the second minus the first, with its 95 % interval and the p-value of a
+    paired bootstrap over problems (1000 resamples, as the paper), per source and average."""
+    if len(paths) != 2:
+        raise UserError("compare takes two files: python eval.py compare A/eval.json B/eval.json")
+    a, b = (read_scores(p) for p in paths)
+    shared = [s for s in a if s in b]
+    if not shared:
+        raise UserError(f"{paths[0]} and {paths[1]} have no source in common: {', '.join(a)}; {', '.join(b)}")
+    pairs = {}
+    for source in shared:
+        common = sorted(a[source].keys() & b[source].keys())
+        if not common:
+            raise UserError(f"{source}: the two evaluations have no problem in common; were they the same files?")
+        if len(common) < max(len(a[source]), len(b[source])):
+            print(f"note: {source}: compared on the {len(common)} problems of {len(a[source])} and {len(b[source])} in both")
+        pairs[source] = np.array([[a[source][key], b[source][key]] for key in common])
+    rows = {s: [pairs[s]] for s in shared}
+    rows |= {name: [pairs[m] for m in members] for name, members in AVERAGES.items() if all(m in pairs for m in members)}
+    print(f"A = {paths[0]}\nB = {paths[1]}\n{'source':<20}{'n':>6}{'A':>9}{'B':>9}{'B - A':>9}{'95 % interval':>20}{'p':>8}")
+    for name, scores in rows.items():
+        difference, low, high, p = paired_bootstrap(scores)
+        mean = np.mean([x.mean(0) for x in scores], 0)
+        print(f"{name:<20}{sum(map(len, scores)):>6}{mean[0]:>9.4f}{mean[1]:>9.4f}{difference:>+9.4f}"
+              f"{f'[{low:+.4f}, {high:+.4f}]':>20}{p:>8.3f}")  # fmt: skip
+
+
+def read_scores(path):
+    """{source: {problem's key: its mean reward}} of an eval.json."""
+    try:
+        with open(repo_path(path)) as f:
+            return {source: row["problems"] for source, row in json.load(f).items()}
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not an eval.json that this eval.py wrote") from None

@@ -1,0 +1,59 @@
+"""README's own code runs, as it stands there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+
+from configurator import ROOT
+
+README = open(os.path.join(ROOT, "README.md")).read()
+
+
+def code_under(heading):
+    section = README[README.index(f"### {heading}\n") :]
+    return re.search(r"```python\n(.*?)```", section, re.S)[1]
+
+
+def test_own_questions_and_own_reward(tmp_path):
+    """Ten lines turn a JSONL of questions into a file, ten lines are a verifier, and training and evaluation take both."""
+    for heading in ("Your own questions", "Your own reward"):
+        assert sum(line != "" for line in code_under(heading).splitlines()) <= 10
+    rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()[:40]
+    with open(tmp_path / "questions.jsonl", "w") as f:
+        for i, row in enumerate(rows):
+            trace = {"trace": row["target"][0]["content"]} if i % 2 else {}
+            line = {"question": row["prompt"][0]["content"], "answer": int(row["reward_model"]["ground_truth"]), **trace}
+            f.write(json.dumps(line) + "\n")
+    subprocess.run([sys.executable, "-c", code_under("Your own questions")], cwd=tmp_path, check=True)
+    (tmp_path / "mine.py").write_text(code_under("Your own reward"))
+    common = [f"--grader={tmp_path / 'mine.py'}", "--sampler=torch", "--max_tokens=40"]
+    file = tmp_path / "questions.parquet"
+
+    def call(script, *argv):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, script), *argv, *common], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    out = call(
+        "train.py",
+        f"--data={file}",
+        "--eval_data=",
+        "--max_steps=2",
+        "--prompts_per_step=4",
+        "--min_teacher_pass=0.4",
+        f"--out_dir={tmp_path / 'run'}",
+    )
+    assert "40 problems, 20 with a teacher trace" in out
+    rollouts = [json.loads(line) for line in open(tmp_path / "run" / "rollouts" / "step_1.jsonl")]
+    grade = {}
+    exec(code_under("Your own reward"), grade)
+    assert len(rollouts) == 32
+    for r in rollouts:  # its verdict, not math-verify's
+        text = r["response"].removesuffix("<eos>").split("</think>")[1:2]
+        assert r["reward"] == (float(grade["grade"](text[0], r["answer"])) if text else 0.0)
+    out = call("eval.py", f"--data={file}", f"--model={tmp_path / 'run' / 'ckpt_2'}", f"--out_dir={tmp_path / 'eval'}", "--k=2")
+    assert json.load(open(tmp_path / "eval" / "eval.json"))["mine"]["n"] == 40
