@@ -1,0 +1,473 @@
+"""
+What training starts from: problems in LUFFY's schema, and a model with the room and the chat template for long thoughts.
+
+    python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
+
+Both write to *.partial and rename at the end, so what has its name is whole; neither overwrites anything.
+"""
+
+import argparse
+import sys
+
+from configurator import UserError, repo_path, require, run
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("openr1", allow_abbrev=False, help="OpenR1-Math-220k to LUFFY's files")
+    p.add_argument("--src", default="open-r1/OpenR1-Math-220k", help="a hub data set (%(default)s), a parquet file or a folder")
+    p.add_argument("--out", default="data/openr1.parquet", help="%(default)s; other files lie beside it")
+    p.add_argument("--tokenizer", required=True, help="folder or hub name of the model to be trained")
+    p.add_argument("--traces", default="first", choices=["first", "all"], help="usable traces that a problem keeps")
+    p.add_argument("--max_tokens", type=int, default=8192, help="of a trace, EOS included (%(default)s)")
+
+    p = commands.add_parser("model", allow_abbrev=False, help="another RoPE base, more positions and a chat template")
+    p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
+    p.add_argument("--out", required=True, help="the new folder")
+    p.add_argument("--rope_theta", type=int, default=40000, help="0 leaves the model's own (%(default)s)")
+    p.add_argument("--max_position", type=int, default=16384, help="0 leaves the model's own (%(default)s)")
+    p.add_argument("--template", default="luffy", help="luffy, llama, keep, or a file of Jinja (%(default)s)")
+    p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate a little with it (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
+    args = run(lambda: parse(sys.argv[1:]))
+
+import contextlib
+import gc
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from fnmatch import fnmatch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import set_verbosity_error
+
+from data import THINK, first_line, load_templates, load_tokenizer, open_parquet, render_prompt, text_type
+from model import load_config, load_policy, model_path, tensor_files
+from rollout import TorchSampler, VLLMSampler, wants_vllm
+
+
+def from_hub(name, **options):
+    try:
+        return snapshot_download(name, **options)
+    except Exception as e:
+        raise UserError(f"there is no {repo_path(name)}, and the hub gives no {name}: {first_line(e)}") from None
+
+
+# ---------------------------------------------------------------- openr1
+
+OPENR1 = {"problem": pa.binary(), "answer": pa.binary(), "generations": pa.list_(pa.binary()),
+          "is_reasoning_complete": pa.list_(pa.bool_()), "correctness_math_verify": pa.list_(pa.bool_())}  # fmt: skip
+MESSAGES = pa.list_(pa.struct({"content": pa.string(), "role": pa.string()}))
+SCHEMA = pa.schema({"data_source": pa.string(), "prompt": MESSAGES, "target": MESSAGES, "ability": pa.string(),
+                    "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
+                    "extra_info": pa.struct({"index": pa.int64(), "split": pa.string()})})  # fmt: skip
+EASY, HARD = 2048, 4096  # tokens of the first trace at most: the paper's 7.3k and 25.4k problems for weak backbones
+BATCH = 128  # rows in memory together, some 6 MB of OpenR1's
+COUNTS = (
+    "rows read", "rows in out", "rows in easy", "rows in hard", "rows in complement",
+    "row without: no generations", "row without: lists of different lengths", "row without: no usable trace",
+    "row dropped: not UTF-8", "row dropped: no problem", "row dropped: no answer", "row dropped: problem seen before",
+    "traces of rows not dropped", "traces kept", "traces behind the first usable one",
+    "trace dropped: lists of different lengths", "trace dropped: null", "trace dropped: not complete",
+    "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed", "trace dropped: too long",
+)  # fmt: skip
+
+
+class Unusable(Exception):
+    """Why a row or a trace is dropped, in the words of COUNTS."""
+
+
+def prepare_openr1(args):
+    """After the recipe of the released 46k set: a generation is usable if math-verify found it right, its reasoning is
+    complete and it has no more than max_tokens tokens; a problem's target is its first usable one, or all of them.
+
+    Ours differs in three ways. The limit includes EOS and the leading "<think>\\n", so training, which strips that or not,
+    drops none of these traces. A thought that never closes is unusable: its reward would always be 0. A problem with the
+    text of an earlier one is dropped; of that the recipe says nothing.
+
+    Writes out, and beside it *.complement.parquet (rows without a usable trace), *.easy.parquet and *.hard.parquet (rows
+    of out whose first trace is short), *.sft.jsonl (a conversation per trace) and *.report.json (COUNTS; of a row's or
+    trace's faults the first in that order). One pass, a batch in memory; only a digest per problem, to know repeats, stays.
+    """
+    require(vars(args), above_zero="max_tokens")
+    out = repo_path(args.out)
+    stem, ending = os.path.splitext(out)
+    if ending != ".parquet":
+        raise UserError(f"--out={args.out}: name a file that ends in .parquet")
+    tables = {name: f"{stem}.{name}.parquet" for name in ("complement", "easy", "hard")} | {"out": out}
+    sft, report = f"{stem}.sft.jsonl", f"{stem}.report.json"
+    paths = [sft, report, *tables.values()]
+    if taken := [path for path in paths if os.path.exists(path)]:
+        raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+    sources, tokenizer = openr1_files(args.src), load_tokenizer(model_path(args.tokenizer))
+    system, longest_token = load_templates()["system"], max(map(len, tokenizer.get_vocab()))
+    set_verbosity_error()  # transformers would warn of a text longer than the model takes
+    counts, seen, beat = dict.fromkeys(COUNTS, 0), set(), time.time()
+
+    def length(text):
+        """Tokens with EOS, or Unusable. What has too many characters for its tokens to be few enough is not tokenised."""
+        n = len(text) // longest_token
+        if n <= args.max_tokens:
+            n = len(tokenizer.encode(text, add_special_tokens=False)) + 1
+        if n > args.max_tokens:
+            raise Unusable("too long")
+        return n
+
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = {name: stack.enter_context(pq.ParquetWriter(f"{path}.partial", SCHEMA)) for name, path in tables.items()}
+            lines = stack.enter_context(open(f"{sft}.partial", "w", encoding="utf-8"))
+            for batch in openr1_batches(sources):
+                found = {name: [] for name in tables}
+                for row in batch:
+                    counts["rows read"] += 1
+                    try:
+                        problem, answer = question_of(row, seen)
+                    except Unusable as e:
+                        counts[f"row dropped: {e}"] += 1
+                        continue
+                    traces = traces_of(row, length, args.traces == "all", counts)
+                    prompt = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
+                    target = [{"role": "assistant", "content": text} for text, _ in traces]
+                    lines.writelines(json.dumps({"messages": [*prompt, m]}, ensure_ascii=False) + "\n" for m in target)
+                    first = traces[0][1] if traces else HARD + 1
+                    fits = {"out": traces, "easy": first <= EASY, "hard": first <= HARD, "complement": not traces}
+                    for name in [name for name in tables if fits[name]]:
+                        counts[f"rows in {name}"] += 1
+                        found[name].append({
+                            "data_source": "openr1", "prompt": prompt, "target": target or None, "ability": "math",
+                            "reward_model": {"ground_truth": answer, "style": "rule"},
+                            "extra_info": {"index": counts["rows read"] - 1, "split": "default"},
+                        })  # fmt: skip
+                for name in [name for name in tables if found[name]]:
+                    writers[name].write_table(pa.Table.from_pylist(found[name], SCHEMA))
+                if time.time() - beat > 10:
+                    beat = time.time()
+                    print(f"  ... {counts['rows read']} rows, {counts['rows in out']} with a trace", flush=True)
+        print("\n".join(f"{what:<44}{n:>9,}" for what, n in counts.items()))
+        if not counts["rows in out"]:
+            raise UserError(f"no trace of {args.src} is usable, so nothing is written: the counts above say why")
+        with open(f"{report}.partial", "w") as f:
+            json.dump({**vars(args), "counts": counts}, f, indent=2)
+        for path in paths:  # out is the last
+            os.replace(f"{path}.partial", path)
+    finally:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{path}.partial")
+    print(f"wrote {', '.join(paths)}")
+
+
+def openr1_files(src):
+    """The parquet files that --src names, each of them whole and of OpenR1's schema. Raises UserError."""
+    path = repo_path(src)
+    if not os.path.exists(path) and src.count("/") == 1 and src[0] not in "./~" and not src.endswith(".parquet"):
+        path = os.path.join(from_hub(src, repo_type="dataset", allow_patterns="data/train-*.parquet"), "data")
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet"))) if os.path.isdir(path) else [path]
+    if not files:
+        raise UserError(f"there is no parquet file in {path}")
+    for file in files:
+        schema = open_parquet(file).schema_arrow
+        have = dict(zip(schema.names, schema.types, strict=True))
+        for name, want in OPENR1.items():
+            if name not in have or as_binary(have[name]) != want:
+                raise UserError(f"{file}: column {name!r} is {have.get(name, 'missing')}, unlike OpenR1-Math-220k's")
+    return files
+
+
+def as_binary(t):
+    """An Arrow type with binary for text, lists of large or small offsets alike."""
+    if pa.types.is_list(t) or pa.types.is_large_list(t):
+        return pa.list_(as_binary(t.value_type))
+    return pa.binary() if text_type(t) else t
+
+
+def openr1_batches(files):
+    """Yield lists of {column: value}, text as bytes: pyarrow would stop at a cell that is not UTF-8. Pages are read as
+    they are needed, so a file may have row groups of any size."""
+    for path in files:
+        n = 0
+        try:
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+                for batch in file.iter_batches(BATCH, columns=list(OPENR1), use_threads=False):
+                    columns = [batch[name].cast(t).to_pylist() for name, t in OPENR1.items()]
+                    yield [dict(zip(OPENR1, values, strict=True)) for values in zip(*columns, strict=True)]
+                    n += len(batch)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path} is damaged after row {n} ({first_line(e)}): copy it again") from None
+
+
+def text_of(data):
+    try:
+        return (data or b"").decode()
+    except UnicodeDecodeError:
+        raise Unusable("not UTF-8") from None
+
+
+def question_of(row, seen):
+    """A row's problem and answer, or Unusable. seen: digests of the problems before."""
+    problem, answer = text_of(row["problem"]), text_of(row["answer"])
+    for text, fault in ((problem, "no problem"), (answer, "no answer")):
+        if not text.strip():
+            raise Unusable(fault)
+    key = hashlib.blake2b(row["problem"], digest_size=16).digest()
+    if key in seen:
+        raise Unusable("problem seen before")
+    seen.add(key)
+    return problem, answer
+
+
+def traces_of(row, length, every, counts):
+    """[(trace, its tokens), ...]: the first usable one, or every one. Counts all, and why there is none."""
+    generations, *flags = (row[name] or [] for name in list(OPENR1)[2:])
+    traces, why = [], "no usable trace" if generations else "no generations"
+    counts["traces of rows not dropped"] += len(generations)
+    if generations and any(len(flag) != len(generations) for flag in flags):
+        why = "lists of different lengths"
+        counts[f"trace dropped: {why}"] += len(generations)
+        generations = []
+    for data, *holds in zip(generations, *flags, strict=False):
+        if traces and not every:
+            counts["traces behind the first usable one"] += 1
+            continue
+        try:
+            text = usable_trace(data, *holds)
+            traces.append((text, length(text)))
+        except Unusable as e:
+            counts[f"trace dropped: {e}"] += 1
+    counts["traces kept"] += len(traces)
+    if not traces:
+        counts[f"row without: {why}"] += 1
+    return traces
+
+
+def usable_trace(data, complete, correct):
+    """A generation's text, beginning with "<think>\\n", or Unusable."""
+    for holds, fault in ((data is not None, "null"), (complete, "not complete"), (correct, "not correct")):
+        if not holds:
+            raise Unusable(fault)
+    if "</think>" not in (text := text_of(data)):
+        raise Unusable("thought never closed")
+    return text if text.startswith(THINK) else THINK + text.lstrip().removeprefix("<think>").lstrip()
+
+
+# ---------------------------------------------------------------- model
+
+SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.py", "consolidated*", ".*", "*/*")
+QUESTION = {"role": "user", "content": "What is 1 + 1?"}
+
+
+def prepare_model(args):
+    """Copy a model without subfolders and other forms of its weights, edit config.json and the chat template. Raises
+    UserError unless the edits take effect, and config, weights, tokenizer and engines agree."""
+    require(vars(args), not_negative="rope_theta max_position")
+    out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+        raise UserError(f"{out} exists and is not empty: remove it, or name another --out")
+    if not os.path.isdir(source):
+        source = from_hub(source, ignore_patterns=list(SKIPPED))
+    files = [e.name for e in os.scandir(source) if e.is_file() and not any(fnmatch(e.name, p) for p in SKIPPED)]
+    weights = [name for name in files if name.endswith(".safetensors")]
+    if not weights:
+        raise UserError(f"{source} has no *.safetensors, the only form of weights taken here: load it with"
+                        " AutoModelForCausalLM.from_pretrained and write it by save_pretrained")  # fmt: skip
+    partial = f"{out}.partial"
+    copy = lambda names: [shutil.copyfile(os.path.join(source, name), os.path.join(partial, name)) for name in names]
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    try:
+        copy(set(files) - set(weights))
+        edit_config(partial, args.rope_theta, args.max_position)
+        tokenizer = edit_template(partial, template, args.max_position, args.template)
+        dtype = check_weights(source, partial, tokenizer)
+        print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
+        copy(weights)
+        if args.round_trip == "True":
+            round_trip(partial, tokenizer, dtype)
+        os.replace(partial, out)
+    except UserError as e:  # the user's folder is the culprit, not a copy that is gone
+        raise UserError(str(e).replace(partial, source)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {out}")
+
+
+def chat_template(name):
+    """The Jinja text that --template names, None for keep."""
+    templates = load_templates()
+    if name in templates["chat"]:
+        return templates["chat"][name].replace("{system}", templates["system"])
+    if name != "keep" and not os.path.isfile(repo_path(name)):
+        raise UserError(f"--template={name}: choose {', '.join(templates['chat'])}, keep, or a file of yours")
+    return None if name == "keep" else open(repo_path(name), encoding="utf-8").read()
+
+
+@contextlib.contextmanager
+def edited(path):
+    """A JSON file as a dict; what is changed in it is written back."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is missing or no JSON: {first_line(e)}") from None
+    yield content
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2, ensure_ascii=False)
+
+
+def rope_and_positions(folder):
+    """As transformers reads them: a dict, empty if there is none, and a number, 0 if there is none."""
+    config = load_config(folder)
+    return getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 0)
+
+
+def edit_config(folder, theta, positions):
+    """Set both in config.json, 0 leaving the old; rope_theta wherever the file has it, which depends on its age. Raises
+    UserError for less than the model was trained with."""
+    rope, room = rope_and_positions(folder)
+    for flag, new, old in (("rope_theta", theta, rope.get("rope_theta", 0)), ("max_position", positions, room)):
+        if new and not 0 < old <= new:
+            why = f"is below the model's own {old:g}" if old else "has no single value in this model's config"
+            raise UserError(f"--{flag}={new} {why}: --{flag}=0 leaves it as it is")
+    with edited(os.path.join(folder, "config.json")) as config:
+        if theta:
+            places = [config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
+            for place in [p for p in places if "rope_theta" in p] or [config]:
+                place["rope_theta"] = float(theta)
+        if positions:
+            config["max_position_embeddings"] = positions
+    new_rope, new_room = rope_and_positions(folder)
+    if theta not in (0, new_rope.get("rope_theta")) or positions not in (0, new_room):
+        raise UserError(f"{folder}: transformers reads {new_rope} and {new_room} positions from the edited config.json: edit it"
+                        " by hand, then --rope_theta=0 --max_position=0")  # fmt: skip
+    print(f"rope_theta {rope.get('rope_theta')} -> {new_rope.get('rope_theta')}, positions {room} -> {new_room}")
+    if new_rope.get("rope_type", "default") != "default":
+        print(f"note: its RoPE scaling stays as it is: {new_rope}")
+
+
+def edit_template(folder, template, positions, name):
+    """Set the chat template, None leaving the old; returns the tokenizer. It is written twice: transformers 5 prefers
+    chat_template.jinja, and versions before that file (4.45 is one) know tokenizer_config.json alone."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if os.path.isfile(path):
+        with edited(path) as config:
+            if config.get("model_max_length", positions) < positions:
+                config["model_max_length"] = positions  # vLLM takes the smaller of this and the model's positions
+            if template is not None:
+                config["chat_template"] = template
+                with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
+                    f.write(template)
+    tokenizer = load_tokenizer(folder)
+    for mark in re.findall(r"<\|\w+\|>", template or ""):
+        if tokenizer.encode(mark, add_special_tokens=False) != [tokenizer.get_vocab().get(mark)]:
+            raise UserError(f"this model has no {mark}: --template=llama or a file of your own")
+    try:
+        prompt = render_prompt(tokenizer, [QUESTION])
+        with_system = render_prompt(tokenizer, [{"role": "system", "content": load_templates()["system"]}, QUESTION])
+    except Exception as e:
+        raise UserError(f"the chat template fails on a system and a user turn: {first_line(e)}") from None
+    if name == "luffy" and not (prompt == with_system and prompt.endswith(THINK)):
+        raise UserError(f"transformers does not use the chat template that was written: the prompt ends in {prompt[-40:]!r}")
+    print(f"the prompt ends in {prompt[-40:]!r}")
+    if not prompt.endswith(THINK):
+        print("note: it opens no thought: train and evaluate with --require_think=False")
+    return tokenizer
+
+
+def check_weights(source, folder, tokenizer):
+    """Hold the headers of source's weights to folder's config, and the tokenizer to both; no weight is read. Returns the
+    dtype to run in."""
+    config = load_config(folder)
+    try:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        files = tensor_files(source)
+    except Exception as e:
+        raise UserError(f"{source} is no causal LM in safetensors: {first_line(e)}") from None
+    wanted, dtypes = dict(hf.named_parameters()), set()  # a tied head is no parameter of its own
+    if missing := [name for name in wanted if name not in files]:
+        raise UserError(f"the weights of {source} lack {len(missing)} of {len(wanted)} tensors, {missing[0]} among them: copy"
+                        " them again, or mend config.json")  # fmt: skip
+    for name, parameter in wanted.items():
+        with safe_open(files[name], "pt") as f:
+            tensor = f.get_slice(name)
+        dtypes.add(tensor.get_dtype())
+        if tensor.get_shape() != list(parameter.shape):
+            raise UserError(f"{source}: {name} is {tensor.get_shape()} in the weights, {list(parameter.shape)} by config.json:"
+                            " take those of one model")  # fmt: skip
+    top, rows = max(tokenizer.get_vocab().values()), hf.get_input_embeddings().weight.size(0)
+    if top >= rows:
+        raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: take those of one model")
+    if extra := [name for name in files if name not in hf.state_dict()]:
+        print(f"note: config.json has no place for {len(extra)} tensor(s) of the weights, {extra[0]} among them")
+    ends = {"config.json": config.eos_token_id}
+    with contextlib.suppress(OSError):  # it may be missing
+        ends["generation_config.json"] = GenerationConfig.from_pretrained(folder).eos_token_id
+    for name, ids in ends.items():
+        if ids not in (None, tokenizer.eos_token_id, [tokenizer.eos_token_id]):
+            print(f"note: {name} has EOS {ids}, the tokenizer {tokenizer.eos_token_id} ({tokenizer.eos_token!r}): training ends"
+                  " traces in the tokenizer's, and samples stop at that alone")  # fmt: skip
+    return "float32" if dtypes == {"F32"} else "bfloat16"
+
+
+def round_trip(folder, tokenizer, dtype, tokens=8):
+    """Continue a prompt greedily by transformers, then by vLLM where it is installed. Raises UserError if their log-probs
+    differ up to the first token that does; behind that they go on from different texts."""
+    prompt = tokenizer.encode(render_prompt(tokenizer, [QUESTION]), add_special_tokens=False)
+    room, device, eos = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.eos_token_id
+    policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
+    (ours,) = TorchSampler(policy.hf, eos, room).generate([prompt], [0], 0.0, tokens, None)
+    print(f"{dtype}, by transformers: {QUESTION['content']!r} goes on {tokenizer.decode(ours.ids)!r}", flush=True)
+    if not wants_vllm("auto"):
+        print("vLLM is not installed: nothing to compare with")
+        return
+    del policy  # or two copies would lie in memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        engine = VLLMSampler(folder, eos, room, dtype, gpu_memory=0.85)
+        (theirs,) = engine.generate([prompt], [0], 0.0, tokens, folder)
+        engine.close()
+    except Exception as e:
+        raise UserError(f"vLLM does not run it: {first_line(e)}; --round_trip=False leaves this out") from None
+    same = next((i for i, (a, b) in enumerate(zip(ours.ids, theirs.ids, strict=False)) if a != b), len(ours.ids))
+    difference = max(abs(a - b) for a, b in zip(ours.logps[: same + 1], theirs.logps, strict=False))
+    limit = 0.1 if dtype == "bfloat16" else 1e-3
+    print(f"by vLLM: {same} of {len(ours.ids)} tokens are the same, log-probs differ by at most {difference:.1e}")
+    if not difference <= limit:
+        raise UserError(f"transformers and vLLM differ by {difference:.2g} in log-prob, over {limit}: they read it differently")
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    try:
+        {"openr1": prepare_openr1, "model": prepare_model}[args.command](args)
+    except OSError as e:  # a full disk, a folder that may not be written
+        raise UserError(first_line(e)) from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,457 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import build
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import prepare
+from configurator import ROOT, UserError
+from data import load_problems, load_templates, load_tokenizer, read_rows, render_prompt
+
+SYSTEM = load_templates()["system"]
+
+
+def command(*argv, code=0):
+    """prepare.py as a user runs it; returns its stdout, or after a mistake its stderr."""
+    done = subprocess.run([sys.executable, "prepare.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 2, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def call(*argv):
+    """The same in this process, for speed."""
+    args = prepare.parse([str(a) for a in argv])
+    {"openr1": prepare.prepare_openr1, "model": prepare.prepare_model}[args.command](args)
+
+
+# ---------------------------------------------------------------- openr1
+
+TEXT = pa.list_(pa.string())
+OPENR1 = pa.schema({
+    "problem": pa.string(), "solution": pa.string(), "answer": pa.string(), "problem_type": pa.string(), "uuid": pa.string(),
+    "is_reasoning_complete": pa.list_(pa.bool_()), "generations": TEXT, "correctness_math_verify": pa.list_(pa.bool_()),
+    "correctness_llama": pa.list_(pa.bool_()), "finish_reasons": TEXT, "correctness_count": pa.int64(),
+    "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+})  # fmt: skip
+BAD = "\ufffdBAD"  # stands for bytes that are not UTF-8, of the same length
+
+
+def trace(n, end="</think>\\boxed{1}"):
+    """n tokens to the byte tokenizer, EOS not among them."""
+    return "<think>\n" + "x" * (n - 8 - len(end)) + end
+
+
+def a_row(problem, generations, correct=True, complete=True, **changes):
+    flags = lambda value: value if isinstance(value, list) else [value] * len(generations or [])
+    return {"problem": problem, "solution": "s", "answer": "1", "generations": generations, "correctness_llama": None,
+            "correctness_math_verify": flags(correct), "is_reasoning_complete": flags(complete), **changes}  # fmt: skip
+
+
+def write_openr1(path, rows, **options):
+    pq.write_table(pa.Table.from_pylist(rows, OPENR1), path, compression="none", use_dictionary=False, **options)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(BAD.encode(), b"\xff\xfe\xfdBAD"))
+    return path
+
+
+ROWS = [  # what OpenR1 has, and what no file should
+    a_row("plain", [trace(100), trace(90)]),  # 0
+    a_row("second", [trace(100), trace(90)], correct=[False, True]),  # 1
+    a_row("incomplete", [trace(100)], complete=False),  # 2
+    a_row("both", [trace(100)], correct=False, complete=[False]),  # 3
+    a_row(None, [trace(50)]),  # 4
+    a_row("  \n", [trace(50)]),  # 5
+    a_row("no answer", [trace(50)], answer=None),  # 6
+    a_row("no answer", [trace(50)], answer=" "),  # 7
+    a_row("no answer", [trace(50)]),  # 8: none of that name was usable before
+    a_row("null list", None),  # 9
+    a_row("empty list", []),  # 10
+    a_row("no flags", [trace(50)], correct=None, correctness_math_verify=None),  # 11
+    a_row("few flags", [trace(50), trace(50)], complete=[True]),  # 12
+    a_row("null trace", [None, trace(60)]),  # 13
+    a_row("null flags", [trace(60)], correct=[None]),  # 14
+    a_row("limit", [trace(199)]),  # 15: 200 with EOS
+    a_row("over", [trace(200), trace(201)]),  # 16
+    a_row("huge", ["<think>\n" + "y" * 500_000 + "</think>"]),  # 17
+    a_row(f"bad {BAD}", [trace(50)]),  # 18
+    a_row("bad answer", [trace(50)], answer=BAD),  # 19
+    a_row("bad trace", [f"<think>\n{BAD}</think>", trace(70)]),  # 20
+    a_row("plain", [trace(40)]),  # 21: a duplicate
+    a_row("open", ["<think>\nforever", ""]),  # 22
+    a_row("bare", ["so</think>\\boxed{1}"]),  # 23
+    a_row("glued", [" <think>so</think>\\boxed{1}"]),  # 24
+    a_row("Größe \u2028 \x00 ∞?", [trace(100)]),  # 25
+]  # fmt: skip
+KEPT = {0: [100], 1: [90], 8: [50], 13: [60], 15: [199], 20: [70], 23: [27], 24: [27], 25: [100]}  # row: tokens
+WITHOUT = [2, 3, 9, 10, 11, 12, 14, 16, 17, 22]
+
+
+def test_every_odd_row_is_counted(tmp_path, byte_model):
+    source = write_openr1(tmp_path / "raw.parquet", ROWS, row_group_size=5)
+    out = tmp_path / "d" / "openr1.parquet"
+    shown = command("openr1", f"--src={source}", f"--out={out}", f"--tokenizer={byte_model}", "--max_tokens=200")
+    names = {
+        f"openr1.{x}" for x in ("parquet", "complement.parquet", "easy.parquet", "hard.parquet", "sft.jsonl", "report.json")
+    }
+    assert set(os.listdir(out.parent)) == names
+    report = json.loads((out.parent / "openr1.report.json").read_text())
+    counts = report["counts"]
+    want = {
+        "rows read": 26, "rows in out": 9, "rows in easy": 9, "rows in hard": 9, "rows in complement": 10,
+        "row without: no generations": 2, "row without: lists of different lengths": 2, "row without: no usable trace": 6,
+        "row dropped: not UTF-8": 2, "row dropped: no problem": 2, "row dropped: no answer": 2,
+        "row dropped: problem seen before": 1,
+        "traces of rows not dropped": 24, "traces kept": 9, "traces behind the first usable one": 1,
+        "trace dropped: lists of different lengths": 3, "trace dropped: null": 1, "trace dropped: not complete": 2,
+        "trace dropped: not correct": 2, "trace dropped: not UTF-8": 1, "trace dropped: thought never closed": 2,
+        "trace dropped: too long": 3,
+    }  # fmt: skip
+    assert counts == want and tuple(counts) == prepare.COUNTS
+    assert all(f"{what:<44}{n:>9,}" in shown for what, n in counts.items())
+    assert report["max_tokens"] == 200 and report["src"] == str(source)
+    rows_of = lambda prefix: sum(n for what, n in counts.items() if what.startswith(prefix))
+    assert counts["rows read"] == counts["rows in out"] + counts["rows in complement"] + rows_of("row dropped")
+    assert counts["rows in complement"] == rows_of("row without")
+    traces = counts["traces kept"] + counts["traces behind the first usable one"] + rows_of("trace dropped")
+    assert counts["traces of rows not dropped"] == traces
+
+    rows = [row for _, row in read_rows(str(out))]
+    assert pq.read_schema(out) == build.SCHEMA == prepare.SCHEMA
+    table = pq.read_table(out).to_pylist()
+    assert [row["extra_info"] for row in table] == [{"index": i, "split": "default"} for i in KEPT]
+    for i, row in zip(KEPT, rows, strict=True):
+        assert row["prompt"] == [{"role": "system", "content": SYSTEM}, {"role": "user", "content": ROWS[i]["problem"]}]
+        assert len(row["target"]) == 1 and row["reward_model"] == {"ground_truth": "1", "style": "rule"}
+    assert rows[-3]["target"][0]["content"] == rows[-2]["target"][0]["content"] == "<think>\nso</think>\\boxed{1}"
+    rest = pq.read_table(tmp_path / "d" / "openr1.complement.parquet").to_pylist()
+    assert [row["extra_info"]["index"] for row in rest] == WITHOUT and all(row["target"] is None for row in rest)
+
+    lines = [json.loads(line) for line in (tmp_path / "d" / "openr1.sft.jsonl").read_text().split("\n")[:-1]]
+    assert [line["messages"] for line in lines] == [[*row["prompt"], *row["target"]] for row in rows]
+
+    # Training takes every trace, whether its prompt opens the thought or not.
+    tokenizer, shown = load_tokenizer(byte_model), []
+    for template, stripped in ((tokenizer.chat_template, 8), ("{{ messages[-1].content }}", 0)):
+        tokenizer.chat_template = template
+        problems = load_problems(str(out), tokenizer, max_teacher_tokens=200, log=shown.append, require_think=bool(stripped))
+        assert [[len(t) for t in p.teacher] for p in problems] == [[n + 1 - stripped for n in ns] for ns in KEPT.values()]
+    assert len(shown) == 2 and all(line.endswith("9 with a teacher trace; dropped: none") for line in shown)
+    held_out = str(tmp_path / "d" / "openr1.complement.parquet")
+    complement = load_problems(held_out, tokenizer, log=shown.append, require_think=False)
+    assert len(complement) == 10
+
+
+def test_all_traces_and_subsets(tmp_path, byte_model):
+    rows = [a_row("a", [trace(2047), trace(3000), trace(9000), trace(30)]), a_row("b", [trace(2048), trace(10)]),
+            a_row("c", [trace(4096), trace(8191)]), a_row("d", [trace(8192)])]  # fmt: skip
+    (tmp_path / "raw").mkdir()
+    write_openr1(tmp_path / "raw" / "train-0.parquet", rows[:2])
+    write_openr1(tmp_path / "raw" / "train-1.parquet", rows[2:])
+    lengths = {}
+    for traces in ("first", "all"):
+        out = tmp_path / f"{traces}.parquet"
+        call("openr1", f"--src={tmp_path / 'raw'}", f"--out={out}", f"--tokenizer={byte_model}", f"--traces={traces}")
+        for name in (traces, f"{traces}.easy", f"{traces}.hard"):
+            rows = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+            lengths[name] = {r["extra_info"]["index"]: [len(m["content"]) for m in r["target"]] for r in rows}
+        assert (tmp_path / f"{traces}.sft.jsonl").read_text().count("\n") == sum(map(len, lengths[traces].values()))
+    assert lengths["first"] == {0: [2047], 1: [2048], 2: [4096]} and lengths["first.easy"] == {0: [2047]}
+    assert lengths["first.hard"] == {0: [2047], 1: [2048]}
+    assert lengths["all"] == {0: [2047, 3000, 30], 1: [2048, 25], 2: [4096, 8191]}
+
+
+def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
+    good, out = write_openr1(tmp_path / "good.parquet", ROWS[:1]), tmp_path / "out" / "a.parquet"
+    (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-500])
+    table = pq.read_table(good)
+    pq.write_table(table.drop_columns("answer"), tmp_path / "lacks.parquet")
+    flat = table.set_column(table.schema.get_field_index("generations"), "generations", pa.array(["</think>"]))
+    pq.write_table(flat, tmp_path / "flat.parquet")
+    (tmp_path / "none").mkdir()
+    whole = write_openr1(tmp_path / "damaged.parquet", [a_row(str(i), [trace(90)]) for i in range(2000)], row_group_size=1000)
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40_000] = b"\xff" * 40_000
+    whole.write_bytes(content)
+    asked = []
+    monkeypatch.setattr(prepare, "snapshot_download", lambda name, **o: asked.append((name, o)) or str(tmp_path / "none"))
+    (tmp_path / "taken.easy.parquet").touch()
+    for src, changes, words in (
+        ("missing.parquet", {}, "there is no data file .*missing.parquet"),
+        ("cut.parquet", {}, "cut.parquet is not a whole parquet"),
+        ("lacks.parquet", {}, "lacks.parquet: column 'answer' is missing"),
+        ("flat.parquet", {}, "column 'generations' is string"),
+        ("none", {}, "no parquet file in .*none"),
+        ("damaged.parquet", {}, r"damaged.parquet is damaged after row \d+ "),
+        ("good.parquet", {"out": tmp_path / "a.json"}, "ends in .parquet"),
+        ("good.parquet", {"out": tmp_path / "taken.parquet"}, "taken.easy.parquet exists"),
+        ("good.parquet", {"max_tokens": 20}, "no trace of .*good.parquet is usable"),
+        ("good.parquet", {"max_tokens": 0}, "max_tokens=0 must be above zero"),
+        ("good.parquet", {"tokenizer": tmp_path / "none"}, "none has no tokenizer"),
+        ("good.parquet", {"tokenizer": tmp_path / "nowhere"}, "there is no model folder"),
+    ):  # fmt: skip
+        options = {"src": tmp_path / src, "out": out, "tokenizer": byte_model, **changes}
+        with pytest.raises(UserError, match=words):
+            call("openr1", *(f"--{key}={value}" for key, value in options.items()))
+        assert not os.path.exists(out.parent) or not os.listdir(out.parent)
+    assert not asked
+    with pytest.raises(UserError, match="there is no data file .*none/data"):  # one slash, no such path: a hub name
+        call("openr1", f"--tokenizer={byte_model}", f"--out={out}")
+    assert asked == [("open-r1/OpenR1-Math-220k", {"repo_type": "dataset", "allow_patterns": "data/train-*.parquet"})]
+    monkeypatch.setattr(prepare.json, "dump", lambda *args, **options: 1 / 0)  # interrupted at the very end
+    with pytest.raises(ZeroDivisionError):
+        call("openr1", f"--src={good}", f"--out={out}", f"--tokenizer={byte_model}")
+    assert os.listdir(out.parent) == []
+    assert not any(name.endswith(".partial") for _, _, names in os.walk(tmp_path) for name in names)
+
+
+def test_the_command_line_answers_in_two_lines():
+    assert "openr1" in command("--help") and "--max_tokens" in command("openr1", "--help")
+    for argv, words in (
+        ([], "arguments are required: COMMAND"),
+        (["openr2"], "invalid choice: 'openr2'"),
+        (["openr1"], "required: --tokenizer"),
+        (["openr1", "--tokenizer=a/b", "--traces=two"], "invalid choice: 'two' \\(choose from"),
+        (["openr1", "--tokenizer=a/b", "--max_tokens=many"], "invalid int value: 'many'"),
+        (["model", "--model=a/b", "--out=c", "--rope=3"], "unrecognized arguments: --rope=3"),
+    ):  # fmt: skip
+        message = command(*argv, code=2)
+        assert re.search(words, message), message
+
+
+# ---------------------------------------------------------------- model
+
+
+def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), tied=True, dtype=torch.float32, **changes):
+    """A random model over bytes, saved as real ones are; heads of 32, as vLLM on a CPU wants."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<s>", *marks)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<s>", model_max_length=512)
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
+        eos_token_id=fast.eos_token_id, initializer_range=0.2, **changes,
+    )  # fmt: skip
+    model = {Qwen2Config: Qwen2ForCausalLM, LlamaConfig: LlamaForCausalLM}[kind](config)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def edit(folder, name="config.json", **changes):
+    path = folder / name
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder) if (folder / name).is_file()}
+
+
+@torch.no_grad()
+def logits(folder, ids):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits
+
+
+def test_a_qwen_gets_luffys_template_and_room(tmp_path):
+    source, out = build_model(tmp_path / "base"), tmp_path / "deep" / "luffy"
+    edit(source, rope_parameters=None, rope_theta=10000, transformers_version="4.40.0")  # as Qwen2.5-Math has it
+    edit(source, "generation_config.json", eos_token_id=[1, 256])
+    os.remove(source / "chat_template.jinja")
+    edit(source, "tokenizer_config.json", chat_template="the old one")
+    (source / "pytorch_model.bin").touch()
+    (source / "original").mkdir()
+    before = contents(source)
+    shown = command("model", f"--model={source}", f"--out={out}", "--max_position=1024", "--round_trip=False")
+    assert contents(source) == before
+    assert "rope_theta 10000" in shown and "-> 40000" in shown and "positions 512 -> 1024" in shown and f"wrote {out}" in shown
+    assert "note: generation_config.json has EOS [1, 256], the tokenizer 256" in shown and "note: config.json" not in shown
+    after = contents(out)
+    assert os.listdir(tmp_path / "deep") == ["luffy"]
+    assert set(after) == set(before) - {"pytorch_model.bin"} | {"chat_template.jinja"}
+    assert all(after[n] == before[n] for n in ("model.safetensors", "tokenizer.json", "generation_config.json"))
+    old, new = (json.loads(x["config.json"]) for x in (before, after))
+    assert list(new) == list(old) and new == old | {"rope_theta": 40000.0, "max_position_embeddings": 1024}
+    config = json.loads(after["tokenizer_config.json"])
+    assert config["model_max_length"] == 1024 and config["chat_template"].encode() == after["chat_template.jinja"]
+
+    tokenizer = load_tokenizer(str(out))
+    user = {"role": "user", "content": "1+1?"}
+    text = render_prompt(tokenizer, [user])
+    assert text == render_prompt(tokenizer, [{"role": "system", "content": SYSTEM}, user])
+    assert text == f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert (logits(source, ids) - logits(out, ids)).abs().max() > 0.01
+
+
+def test_a_llama_gets_its_own_template(tmp_path):
+    """The paper's Llama: no system turn, no thought, positions and scaled RoPE left alone; bfloat16, head not tied."""
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64, "rope_theta": 1e4}  # fmt: skip
+    source = build_model(tmp_path / "base", LlamaConfig, (), False, torch.bfloat16, rope_parameters=scaled)
+    out = tmp_path / "llama"
+    shown = command("model", f"--model={source}", f"--out={out}", "--max_position=0", "--template=llama", "--round_trip=False")
+    assert "note: its RoPE scaling stays as it is" in shown and "note: it opens no thought" in shown
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_parameters"] == scaled | {"rope_theta": 40000.0} and "rope_theta" not in config
+    assert config["max_position_embeddings"] == 512
+    tokenizer = load_tokenizer(str(out))
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "1+1?"}]
+    assert render_prompt(tokenizer, turns) == "<s>User: 1+1?\nAnswer: Let's think step by step."
+    assert (logits(source, list(range(40))) - logits(out, list(range(40)))).abs().max() > 0.01
+
+
+def test_what_is_left_as_it_is(tmp_path):
+    source = build_model(tmp_path / "base")
+    keep = ["--rope_theta=0", "--max_position=0", "--round_trip=False"]
+    call("model", f"--model={source}", f"--out={tmp_path / 'kept'}", *keep, "--template=keep")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "own.jinja").write_text("{{ messages[-1].content }} ->")
+    call("model", f"--model={source}", f"--out={tmp_path / 'empty'}", *keep, f"--template={tmp_path / 'own.jinja'}")
+    for folder in ("kept", "empty"):
+        assert json.loads((tmp_path / folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    user = [{"role": "user", "content": "1+1?"}]
+    assert [render_prompt(load_tokenizer(str(tmp_path / f)), user) for f in ("kept", "empty")] == ["1+1?", "1+1? ->"]
+
+
+@pytest.mark.parametrize("form", ["old", "new", "both", "scaling", "none"])
+def test_rope_theta_takes_effect_wherever_the_file_has_it(tmp_path, form):
+    source = build_model(tmp_path / "base")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    edit(source, **{
+        "old": {"rope_parameters": None, "rope_theta": 10000.0},
+        "new": {},
+        "both": {"rope_theta": 10000.0},
+        "scaling": {"rope_parameters": None, "rope_scaling": scaling, "rope_theta": 10000.0},
+        "none": {"rope_parameters": None},
+    }[form])  # fmt: skip
+    call("model", f"--model={source}", f"--out={tmp_path / 'out'}", "--round_trip=False")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 40000
+    assert ("rope_theta" in config) == (form != "new") and ("rope_parameters" in config) == (form in ("new", "both"))
+    assert config.get("rope_scaling") == (scaling if form == "scaling" else None)
+    assert (logits(source, list(range(40))) - logits(tmp_path / "out", list(range(40)))).abs().max() > 0.01
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+BROKEN = {  # what is done to the folder, and what the message says
+    "ids": (lambda f: rewrite(f, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(250, 64)}))
+            or edit(f, vocab_size=250), "the tokenizer's ids end at 259, the embedding has 250 rows"),
+    "missing": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "lack 1 of .* tensors, model.norm.weight among"),
+    "shape": (lambda f: edit(f, intermediate_size=97), "gate_proj.weight is .96, 64. in the weights, .97, 64. by config.json"),
+    "untied": (lambda f: edit(f, tie_word_embeddings=False), "lack 1 of .*, lm_head.weight among them"),
+    "cut": (lambda f: os.truncate(f / "model.safetensors", 9000), "no causal LM in safetensors"),
+    "bin": (lambda f: os.rename(f / "model.safetensors", f / "pytorch_model.bin"), "no .*safetensors, .*save_pretrained"),
+    "tokenizer": (lambda f: os.remove(f / "tokenizer.json") or os.remove(f / "tokenizer_config.json"), "has no tokenizer"),
+    "config": (lambda f: os.remove(f / "config.json"), "no config loads from"),
+    "json": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is missing or no JSON"),
+    "kind": (lambda f: edit(f, model_type="t5"), "base is no causal LM"),
+    "code": (lambda f: edit(f, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), "no config loads .* custom code"),
+    "theta": (lambda f: edit(f, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+              "--rope_theta=40000 is below the model's own 1e.06: --rope_theta=0 leaves"),
+    "positions": (lambda f: edit(f, max_position_embeddings=32768), "--max_position=16384 is below the model's own 32768"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_folders_leave_nothing(tmp_path, fault, capsys):
+    source = build_model(tmp_path / "base")
+    change, words = BROKEN[fault]
+    change(source)
+    before = contents(source)
+    with pytest.raises(UserError, match=words) as e:
+        call("model", f"--model={source}", f"--out={tmp_path / 'out'}", "--round_trip=False")
+    assert os.listdir(tmp_path) == ["base"] and contents(source) == before and "partial" not in str(e.value)
+
+
+def test_model_mistakes_of_the_command_line(tmp_path):
+    source, out = build_model(tmp_path / "base"), tmp_path / "out"
+    (tmp_path / "bad.jinja").write_text("{{ raise_exception('no system turns') }}")
+    plain = build_model(tmp_path / "plain", marks=())
+    for changes, words in (
+        ({"out": source}, "base exists and is not empty"),
+        ({"out": source / "config.json"}, "config.json exists"),
+        ({"model": tmp_path / "none"}, "there is no model folder"),
+        ({"model": "no/such"}, "there is no .*no/such, and the hub gives no no/such"),
+        ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or a file"),
+        ({"template": tmp_path / "bad.jinja"}, "the chat template fails on .*: no system turns"),
+        ({"model": plain}, r"this model has no <\|im_start\|>: --template=llama or a file of your own"),
+        ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer swallows what it does not know
+        ({"max_position": -1}, "max_position=-1 must be zero or more"),
+    ):  # fmt: skip
+        options = {"model": source, "out": out, "round_trip": False, **changes}
+        with pytest.raises(UserError, match=words):
+            call("model", *(f"--{key}={value}" for key, value in options.items()))
+    assert sorted(os.listdir(tmp_path)) == ["bad.jinja", "base", "plain"]
+    assert "base exists and is not empty" in command("model", f"--model={source}", f"--out={source}", code=2)
+
+
+def test_round_trip_compares_with_the_engine(tmp_path, monkeypatch, capsys):
+    """The engine is played by transformers here, once true and once with another RoPE."""
+    source = build_model(tmp_path / "base")
+    theta = 4e4
+
+    class Engine:
+        def __init__(self, folder, eos, room, dtype, gpu_memory):
+            assert folder.endswith(".partial") and dtype == "float32"
+            config = AutoConfig.from_pretrained(folder)
+            config.rope_parameters["rope_theta"] = theta
+            hf = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+            self.sampler = prepare.TorchSampler(hf, eos, room)
+
+        def generate(self, *request):
+            return self.sampler.generate(*request)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(prepare, "VLLMSampler", Engine)
+    monkeypatch.setattr(prepare, "wants_vllm", lambda kind: True)
+    call("model", f"--model={source}", f"--out={tmp_path / 'out'}")
+    assert "by vLLM: 8 of 8 tokens are the same, log-probs differ by at most 0.0e+00" in capsys.readouterr().out
+    theta = 1e4
+    with pytest.raises(UserError, match="transformers and vLLM differ by .* in log-prob, over 0.001"):
+        call("model", f"--model={source}", f"--out={tmp_path / 'other'}")
+    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+    monkeypatch.setattr(prepare, "wants_vllm", lambda kind: False)
+    call("model", f"--model={source}", f"--out={tmp_path / 'alone'}")
+    assert "vLLM is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
+def test_round_trip_through_the_real_engine(tmp_path, kind):
+    pytest.importorskip("vllm")
+    dtype = torch.float32 if kind is Qwen2Config else torch.bfloat16
+    source = build_model(tmp_path / "base", kind, dtype=dtype)
+    shown = command("model", f"--model={source}", f"--out={tmp_path / 'out'}", "--max_position=2048")
+    difference = float(re.search(r"by vLLM: \d of \d tokens are the same, log-probs differ by at most (\S+)", shown)[1])
+    assert difference < (1e-4 if kind is Qwen2Config else 0.1)
