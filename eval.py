@@ -228,6 +228,8 @@ def work_through(folder, chunks, work, tensor_parallel=1):
         print0(f"  {sum(map(os.path.exists, paths))} of {len(chunks)} chunks, {time.time() - start:.0f} s")
     while not all(map(os.path.exists, paths)):  # another rank is at work; if it dies, torchrun ends this one
         time.sleep(1)
+    if WORLD > 1:
+        torch.distributed.barrier()  # now all have seen them, and the caller may do with them what it likes
 
 
 def chunk_files(folder, chunks):

@@ -2,9 +2,10 @@
 What training starts from: problems in LUFFY's schema, and a model with the room and the chat template for long thoughts.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
 
-Both write to *.partial and rename at the end, so what has its name is whole; neither overwrites anything.
+All write to *.partial and rename at the end, so what has its name is whole; none overwrites anything.
 """
 
 import argparse
@@ -28,6 +29,24 @@ def parse(argv):
     p.add_argument("--tokenizer", required=True, help="folder or hub name of the model to be trained")
     p.add_argument("--traces", default="first", choices=["first", "all"], help="usable traces that a problem keeps")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a trace, EOS included (%(default)s)")
+    p.add_argument("--tags", default="keep", choices=["keep", "drop"], help="drop: traces without <think> and </think>")
+
+    p = commands.add_parser("reanswer", allow_abbrev=False, help="new traces by another teacher, verified; resumable")
+    p.add_argument("--model", required=True, help="the teacher: a folder in Hugging Face format, or a hub name")
+    p.add_argument("--data", required=True, help="problems in LUFFY's schema; traces in it are left out")
+    p.add_argument("--out", required=True, help="problems with a verified trace; those without lie beside it")
+    p.add_argument("--k", type=int, default=1, help="samples per problem, each verified one a trace (%(default)s)")
+    p.add_argument("--temperature", type=float, default=0.7, help="of sampling (%(default)s)")
+    p.add_argument("--max_tokens", type=int, default=8192, help="of a sample, EOS included (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    p.add_argument("--grader", default="math_verify", help="or oat, or a file that defines grade(text, answer) (%(default)s)")
+    p.add_argument("--reward_workers", type=int, default=2, help="verifier processes per rank (%(default)s)")
+    p.add_argument("--reward_timeout", type=float, default=5.0, help="seconds of grading per answer (%(default)s)")
+    p.add_argument("--sampler", default="auto", choices=["auto", "vllm", "torch"], help="auto: vllm where it is installed")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
+    p.add_argument("--gpu_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM (%(default)s)")
+    p.add_argument("--tensor_parallel", type=int, default=1, help="consecutive ranks that share one engine (%(default)s)")
+    p.add_argument("--chunk", type=int, default=256, help="samples that a kill may cost each rank (%(default)s)")
 
     p = commands.add_parser("model", allow_abbrev=False, help="another RoPE base, more positions and a chat template")
     p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
@@ -61,9 +80,22 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import set_verbosity_error
 
-from data import THINK, first_line, load_templates, load_tokenizer, open_parquet, render_prompt, text_type
-from model import load_config, load_policy, model_path, tensor_files
-from rollout import TorchSampler, VLLMSampler, wants_vllm
+from data import (
+    THINK,
+    digest,
+    first_line,
+    load_problems,
+    load_templates,
+    load_tokenizer,
+    open_parquet,
+    read_rows,
+    render_prompt,
+    text_type,
+)
+from eval import RANK, WORLD, chunk_files, evaluate, open_work, print0, read_lines, weights_digest, work_through, write_json
+from model import load_config, load_policy, model_path, start_processes, tensor_files
+from reward import Verifier
+from rollout import TorchSampler, VLLMSampler, open_sampler, wants_vllm
 
 
 def from_hub(name, **options):
@@ -149,7 +181,7 @@ def prepare_openr1(args):
                         continue
                     traces = traces_of(row, length, args.traces == "all", counts)
                     prompt = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-                    target = [{"role": "assistant", "content": text} for text, _ in traces]
+                    target = [{"role": "assistant", "content": bare(t) if args.tags == "drop" else t} for t, _ in traces]
                     lines.writelines(json.dumps({"messages": [*prompt, m]}, ensure_ascii=False) + "\n" for m in target)
                     first = traces[0][1] if traces else HARD + 1
                     fits = {"out": traces, "easy": first <= EASY, "hard": first <= HARD, "complement": not traces}
@@ -177,6 +209,11 @@ def prepare_openr1(args):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{path}.partial")
     print(f"wrote {', '.join(paths)}")
+
+
+def bare(trace):
+    """A trace without its tags, for a model that is trained without them."""
+    return trace.removeprefix(THINK).replace("</think>", "")
 
 
 def openr1_files(src):
@@ -270,6 +307,108 @@ def usable_trace(data, complete, correct):
     if "</think>" not in (text := text_of(data)):
         raise Unusable("thought never closed")
     return text if text.startswith(THINK) else THINK + text.lstrip().removeprefix("<think>").lstrip()
+
+
+# ---------------------------------------------------------------- reanswer
+
+
+def prepare_reanswer(args):
+    """The teacher, prompted by its own chat template, tries each problem k times. Samples that end by themselves and that
+    the verifier accepts become the problem's traces, in the order drawn; a problem without goes to *.complement.parquet.
+
+    Under torchrun the ranks share the work. It is kept in out.work until out is written; a killed run that is started
+    again goes on there, and ends with the same files.
+    """
+    require(vars(args), "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "temperature")
+    out = repo_path(args.out)
+    complement, report, work = (out.removesuffix(".parquet") + s for s in (".complement.parquet", ".report.json", ".work"))
+    if out == out.removesuffix(".parquet"):
+        raise UserError(f"--out={args.out}: name a file that ends in .parquet")
+    taken = [path for path in (out, complement, report) if os.path.exists(path)]
+    if taken and not os.path.isdir(work):
+        raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+    if WORLD % args.tensor_parallel:
+        raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
+    source, name = repo_path(args.data), model_path(args.model)
+    tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
+    with Verifier(args.reward_workers, args.reward_timeout, grader=args.grader) as verifier:
+        problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
+        opened = render_prompt(tokenizer, [{"role": "user", "content": "?"}]).endswith(THINK)
+        longest = max(len(p.prompt_ids) for p in problems)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+        start_processes(device, "none")
+        knobs = ("k", "temperature", "max_tokens", "grader", "seed", "chunk", "reward_timeout")
+        settings = {knob: getattr(args, knob) for knob in knobs} | {
+            "problems": digest([(p.key, p.prompt_ids) for p in problems]),
+            "weights": weights_digest(name),
+            "sampler": "vllm" if wants_vllm(args.sampler) else "torch",
+            "dtype": dtype,
+        }
+        open_work(work, settings)
+        size = max(1, args.chunk // args.k)
+        chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+        engine = None
+        if not all(map(os.path.exists, chunk_files(work, chunks))):
+            engine = open_sampler(name, tokenizer.eos_token_id, min(context, longest + args.max_tokens), args.sampler, dtype,
+                                  args.gpu_memory, args.seed, args.tensor_parallel)  # fmt: skip
+
+        def answer(part):
+            return evaluate(part, engine, verifier, tokenizer, name, args.k, args.temperature, args.max_tokens, args.seed)
+
+        work_through(work, chunks, answer, args.tensor_parallel)
+    if RANK == 0:
+        counts = write_answers(source, chunk_files(work, chunks), out, complement, THINK if opened else "")
+        write_json(report, {**vars(args), "counts": counts})
+        shutil.rmtree(work)
+        print("\n".join(f"{kind:<32}{n:>10,}" for kind, n in counts.items()) + f"\nwrote {out}, {complement}, {report}")
+    if WORLD > 1:
+        torch.distributed.barrier()  # nobody leaves while another still needs it
+    if engine:
+        engine.close()
+
+
+def write_answers(source, paths, out, complement, opening):
+    """The rows of source with their verified samples as target, in one pass over both. Returns counts."""
+    counts = dict.fromkeys(("problems", "problems with a trace", "samples", "samples kept"), 0)
+    answers = read_lines(paths)
+    answer = next(answers)
+    with pq.ParquetWriter(f"{out}.partial", SCHEMA) as right, pq.ParquetWriter(f"{complement}.partial", SCHEMA) as rest:
+        waiting = {right: [], rest: []}
+        for index, row in read_rows(source):
+            if answer is None or index != answer["id"]:  # a row without question or answer, or beyond the context
+                continue
+            traces = []
+            for text, reward, reason, finish in zip(
+                *(answer[n] for n in ("response", "reward", "reason", "finish")), strict=True
+            ):
+                if reward > 0 and finish == "stop":
+                    traces.append({"role": "assistant", "content": opening + text})
+                else:
+                    fault = f"sample dropped: {'cut off' if finish == 'length' else reason}"
+                    counts[fault] = counts.get(fault, 0) + 1
+            found = {
+                "problems": 1,
+                "problems with a trace": bool(traces),
+                "samples": len(answer["reward"]),
+                "samples kept": len(traces),
+            }
+            counts |= {name: counts[name] + n for name, n in found.items()}
+            writer = right if traces else rest
+            waiting[writer].append({
+                "data_source": row.get("data_source") or "unknown", "prompt": row["prompt"], "target": traces or None,
+                "ability": "math", "reward_model": {"style": "rule", **row["reward_model"]},
+                "extra_info": {"index": index, "split": "default"},
+            })  # fmt: skip
+            if len(waiting[writer]) == BATCH:
+                writer.write_table(pa.Table.from_pylist(waiting[writer], SCHEMA))
+                waiting[writer].clear()
+            answer = next(answers, None)
+        for writer, rows in waiting.items():
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    for path in (complement, out):
+        os.replace(f"{path}.partial", path)
+    return counts
 
 
 # ---------------------------------------------------------------- model
@@ -464,10 +603,13 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
 
 def main():
     try:
-        {"openr1": prepare_openr1, "model": prepare_model}[args.command](args)
+        {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written
         raise UserError(first_line(e)) from None
 
 
 if __name__ == "__main__":
     run(main)
+    if WORLD > 1 and args.tensor_parallel == 1:  # as in train.py: gloo's threads may abort an interpreter on its way out
+        sys.stdout.flush()
+        os._exit(0)

@@ -7,7 +7,7 @@
 # traces must come without think tags. The paper's averages: LUFFY 13.2, on-policy 9.6, SFT 5.9; on-policy RL fails on
 # its Hard subset and on the whole set. Not known: the traces' exact form, and whether lengths were limited otherwise.
 
-data = "data/openr1.easy.parquet"  # see above
+data = "data/openr1.easy.parquet"  # of prepare.py openr1 --tags=drop
 model = "models/Llama-3.1-8B-simple"  # prepare.py model --template=llama --rope_theta=0 --max_position=0
 out_dir = "out/luffy_llama8b"
 eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_eval import killed_runs
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -40,7 +41,7 @@ def command(*argv, code=0):
 def call(*argv):
     """The same in this process, for speed."""
     args = prepare.parse([str(a) for a in argv])
-    {"openr1": prepare.prepare_openr1, "model": prepare.prepare_model}[args.command](args)
+    getattr(prepare, f"prepare_{args.command}")(args)
 
 
 # ---------------------------------------------------------------- openr1
@@ -179,6 +180,19 @@ def test_all_traces_and_subsets(tmp_path, byte_model):
     assert lengths["all"] == {0: [2047, 3000, 30], 1: [2048, 25], 2: [4096, 8191]}
 
 
+def test_traces_without_tags(tmp_path, byte_model):
+    write_openr1(tmp_path / "raw.parquet", [a_row("a", [trace(40)])])
+    call(
+        "openr1",
+        f"--src={tmp_path / 'raw.parquet'}",
+        f"--out={tmp_path / 'o.parquet'}",
+        f"--tokenizer={byte_model}",
+        "--tags=drop",
+    )
+    (row,) = pq.read_table(tmp_path / "o.parquet").to_pylist()
+    assert row["target"] == [{"content": trace(40)[8:].replace("</think>", ""), "role": "assistant"}]
+
+
 def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
     good, out = write_openr1(tmp_path / "good.parquet", ROWS[:1]), tmp_path / "out" / "a.parquet"
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-500])
@@ -235,6 +249,94 @@ def test_the_command_line_answers_in_two_lines():
     ):  # fmt: skip
         message = command(*argv, code=2)
         assert re.search(words, message), message
+
+
+# ---------------------------------------------------------------- reanswer
+
+GRADER = """
+import re
+
+def grade(text, answer):
+    return int(re.findall(r"\\d+", text)[-1]) % 2 == 0
+"""
+
+
+@pytest.fixture
+def reanswer(tmp_path):
+    """Arguments of a teacher who is the toy's base, and of a verifier to whom even numbers are right."""
+    (tmp_path / "even.py").write_text(GRADER)
+    rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).slice(0, 60)
+    pq.write_table(rows, tmp_path / "old.parquet")
+    common = [f"--model={ROOT}/toy/base", f"--data={tmp_path / 'old.parquet'}", f"--grader={tmp_path / 'even.py'}", "--k=3",
+              "--chunk=12", "--max_tokens=40", "--temperature=1.0", "--sampler=torch"]  # fmt: skip
+    return lambda out, *argv: ["reanswer", *common, f"--out={tmp_path / out}", *argv]
+
+
+def test_new_traces_are_the_verified_samples(tmp_path, reanswer, tokenizer, capsys):
+    call(*reanswer("new.parquet"))
+    assert sorted(f for f in os.listdir(tmp_path) if f.startswith("new")) == [
+        "new.complement.parquet",
+        "new.parquet",
+        "new.report.json",
+    ]
+    counts = json.loads((tmp_path / "new.report.json").read_text())["counts"]
+    kept, rest = (pq.read_table(tmp_path / f"new{s}.parquet").to_pylist() for s in ("", ".complement"))
+    old = pq.read_table(tmp_path / "old.parquet").to_pylist()
+    assert counts["problems"] == 60 == len(kept) + len(rest) and counts["problems with a trace"] == len(kept)
+    assert counts["samples"] == 180 and counts["samples kept"] == sum(len(r["target"]) for r in kept) and rest
+    assert counts["samples"] - counts["samples kept"] == sum(
+        n for kind, n in counts.items() if kind.startswith("sample dropped")
+    )
+    for row in kept + rest:
+        before = old[row["extra_info"]["index"]]
+        assert (row["prompt"], row["reward_model"], row["data_source"]) == (before["prompt"], before["reward_model"], "toy")
+    for message in (m for r in kept for m in r["target"]):
+        assert message["content"].startswith("<think>\n") and int(re.findall(r"\d+", message["content"])[-1]) % 2 == 0
+    assert all(r["target"] is None for r in rest)
+    problems = load_problems(str(tmp_path / "new.parquet"), tokenizer, log=print)
+    assert all(ids[-1] == tokenizer.eos_token_id for p in problems for ids in p.teacher)
+    with pytest.raises(UserError, match="new.parquet exists: remove it"):
+        call(*reanswer("new.parquet"))
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--out=x.csv"], "--out=x.csv: name a file that ends in .parquet"),
+        (["--k=0"], "k=0 must be above zero"),
+        (["--data=nowhere.parquet"], "there is no data file"),
+        (["--model=nowhere"], "there is no model folder"),
+        (["--grader=foo"], "grader='foo'"),
+        (["--tensor_parallel=2"], "tensor_parallel=2 must divide"),
+    ],
+)
+def test_reanswers_mistakes_leave_nothing(tmp_path, reanswer, argv, words):
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=words):
+        call(*reanswer("new.parquet", *argv))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def written(tmp_path, name):
+    return [(tmp_path / f"{name}{s}.parquet").read_bytes() for s in ("", ".complement")]
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same(tmp_path, reanswer):
+    call(*reanswer("one.parquet"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29733", "prepare.py"]
+    subprocess.run([*launch, *reanswer("two.parquet")], cwd=ROOT, check=True, capture_output=True)
+    assert written(tmp_path, "one") == written(tmp_path, "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler,kills", [("torch", 10), ("vllm", 3)])
+def test_reanswer_killed_again_and_again(tmp_path, reanswer, sampler, kills):
+    more = [f"--sampler={sampler}", f"--data={ROOT}/toy/train.parquet", "--chunk=24"]  # 512 problems, 64 chunks
+    command(*reanswer("peace.parquet", *more))
+    line = [sys.executable, os.path.join(ROOT, "prepare.py"), *reanswer("killed.parquet", *more)]
+    assert killed_runs(line, tmp_path / "killed.work" / "samples", 64, kills) == kills
+    assert written(tmp_path, "peace") == written(tmp_path, "killed")
 
 
 # ---------------------------------------------------------------- model
