@@ -67,7 +67,7 @@ from reward import Verifier, graded_text
 from rollout import Sample, open_sampler, request_seed, wants_vllm
 from stats import averages, summarize
 
-WRITTEN = ("eval.json", "averages.json", "settings.json", "samples")
+WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order: without settings all is void
 # Knobs that may change while an evaluation is interrupted: they cannot change its result, or their content is compared.
 FREE = ("data", "model", "out_dir", "sources", "max_problems", "sweep", "gpu_memory", "reward_workers")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -156,12 +156,11 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
     """Try each problem k times. Returns one dict per problem: id, key, source, answer, and a list each of the samples'
     response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
     closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
-    fits = [p for p in problems if len(p.prompt_ids) < sampler.max_model_len]
-    prompts = [p.prompt_ids for p in fits for _ in range(k)]
-    seeds = [request_seed(seed, "eval", p.id, i) for p in fits for i in range(k)]
+    fits = lambda p: len(p.prompt_ids) < sampler.max_model_len
+    prompts = [p.prompt_ids for p in problems if fits(p) for _ in range(k)]
+    seeds = [request_seed(seed, "eval", p.id, i) for p in problems if fits(p) for i in range(k)]
     drawn = iter(sampler.generate(prompts, seeds, temperature, max_tokens, stamp))
-    asked = {p.id for p in fits}
-    samples = [next(drawn) if p.id in asked else Sample([], [], "length") for p in problems for _ in range(k)]
+    samples = [next(drawn) if fits(p) else Sample([], [], "length") for p in problems for _ in range(k)]
     texts = [response_text(tokenizer, s.ids) for s in samples]
     verdicts = verifier.score(texts, [p.answer for p in problems for _ in range(k)])
     rows = []
@@ -191,25 +190,28 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
 def open_work(folder, settings):
     """Make the folder, or find in it what the same settings left, to go on with; move aside what others left there. All
     ranks leave it together, so they agree on what is missing: vLLM's start wants either all of them or none."""
-    path = os.path.join(folder, "settings.json")
+    path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
     if RANK == 0:
         make_folder(folder)
-        if os.path.isfile(path):
+        try:
             with open(path) as f:
                 before = json.load(f)
-            old, new = before["settings"], json.loads(json.dumps(settings))
-            if differ := [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]:
-                n = 1
-                while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
-                    n += 1
-                os.mkdir(aside)
-                for name in set(os.listdir(folder)) & {*WRITTEN}:
-                    os.rename(os.path.join(folder, name), os.path.join(aside, name))
-                print0(f"{folder} held an evaluation with other settings ({', '.join(differ)}): moved to {aside}")
-            elif before["written_by"] != provenance():
-                print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
+        except (OSError, ValueError):  # none, so what else lies there cannot be trusted
+            before = {"settings": {}, "written_by": {}}
+        old, found = before["settings"], [name for name in WRITTEN if os.path.exists(os.path.join(folder, name))]
+        if old != settings and found:
+            n = 1
+            while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
+                n += 1
+            os.mkdir(aside)
+            for name in found:
+                os.rename(os.path.join(folder, name), os.path.join(aside, name))
+            differ = ", ".join(name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name))
+            print0(f"{folder} held work with other settings ({differ}): moved to {aside}")
+        elif found and before["written_by"] != provenance():
+            print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
         make_folder(os.path.join(folder, "samples"))
-        if not os.path.isfile(path):
+        if old != settings:
             write_json(path, {"settings": settings, "written_by": provenance()})
     if WORLD > 1:
         torch.distributed.barrier()

@@ -360,7 +360,10 @@ def prepare_reanswer(args):
     if RANK == 0:
         counts = write_answers(source, chunk_files(work, chunks), out, complement, THINK if opened else "")
         write_json(report, {**vars(args), "counts": counts})
-        shutil.rmtree(work)
+        shutil.rmtree(os.path.join(work, "samples"))
+        os.remove(os.path.join(work, "settings.json"))
+        with contextlib.suppress(OSError):  # not empty, if it holds the samples of other settings
+            os.rmdir(work)
         print("\n".join(f"{kind:<32}{n:>10,}" for kind, n in counts.items()) + f"\nwrote {out}, {complement}, {report}")
     if WORLD > 1:
         torch.distributed.barrier()  # nobody leaves while another still needs it
@@ -602,6 +605,8 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
 
 
 def main():
+    if WORLD > 1 and args.command != "reanswer":
+        raise UserError(f"{args.command} runs in one process: leave torchrun out")
     try:
         {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written

@@ -204,13 +204,29 @@ def test_other_settings_never_meet(run_eval, tmp_path, capsys):
     first = run_eval(f"--data={path}", "--k=1", "--max_problems=1")
     (tmp_path / "out" / "mine.txt").write_text("kept")
     second = run_eval(f"--data={path}", "--k=2", "--max_problems=1")
-    assert "held an evaluation with other settings (k): moved to" in capsys.readouterr().out
+    assert "held work with other settings (k): moved to" in capsys.readouterr().out
     assert read(tmp_path / "out" / "before_1") == first and second["mine.txt"] == b"kept"
     for number, (change, name) in enumerate([("--seed=1", "k, seed"), ("--max_problems=2", "problems, seed"),
                                              ("--grade_unclosed=True", "grade_unclosed, problems"),
                                              ("--template=prime_sft", "grade_unclosed, problems, template")], 2):  # fmt: skip
         run_eval(f"--data={path}", "--k=1", "--max_problems=1", change)
         assert f"other settings ({name}): moved to {tmp_path / 'out' / f'before_{number}'}" in capsys.readouterr().out
+
+
+def test_samples_without_settings_are_void(run_eval, tmp_path, capsys):
+    """A kill while the old files are moved aside, or an edited settings.json, never lets old samples in."""
+    argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
+    first = run_eval(*argv)
+    for content in (None, "{", '{"settings": {}, "written_by": {}}'):
+        settings = tmp_path / "out" / "settings.json"
+        settings.unlink() if content is None else settings.write_text(content)
+        marked = tmp_path / "out" / "samples" / "00000.jsonl"
+        forged = marked.read_text().replace('"reward": [0.0]', '"reward": [1.0]')
+        marked.write_text(forged)
+        assert '"reward": [1.0]' in forged
+        again = run_eval(*argv)
+        assert "held work with other settings" in capsys.readouterr().out
+        assert {name: content for name, content in again.items() if not name.startswith("before")} == first
 
 
 def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):

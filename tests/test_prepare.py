@@ -299,6 +299,19 @@ def test_new_traces_are_the_verified_samples(tmp_path, reanswer, tokenizer, caps
         call(*reanswer("new.parquet"))
 
 
+def test_unfinished_work_of_other_settings_is_kept_apart(tmp_path, reanswer, monkeypatch, capsys):
+    """A run that stops half-way leaves no file; one with other settings starts anew, and does not delete the other's."""
+    monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(*reanswer("new.parquet"))
+    assert {f for f in os.listdir(tmp_path) if "new" in f} == {"new.work"}
+    monkeypatch.undo()
+    call(*reanswer("new.parquet", "--k=2"))
+    assert "held work with other settings (k): moved to" in capsys.readouterr().out
+    assert len(os.listdir(tmp_path / "new.work" / "before_1" / "samples")) == 15
+    assert json.loads((tmp_path / "new.report.json").read_text())["counts"]["samples"] == 120
+
+
 @pytest.mark.parametrize(
     "argv,words",
     [
