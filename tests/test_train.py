@@ -66,6 +66,23 @@ def run(script, tmp_path, name, *argv):
     return metrics(out)
 
 
+def test_a_held_out_selection_set(script, tmp_path):
+    """Questions set aside are evaluated, and never trained on."""
+    rows = run(script, tmp_path, "out", "--holdout=480", "--eval_k=2", "--eval_interval=2", "--max_steps=2")
+    assert [r["step"] for r in rows if "eval/greedy" in r] == [0, 2]
+    table = json.load(open(tmp_path / "out" / "eval_2.json"))
+    assert list(table) == ["holdout"] and (table["holdout"]["n"], table["holdout"]["k"]) == (480, 2)
+    trained = {json.loads(line)["problem"] for n in (1, 2) for line in open(tmp_path / "out" / "rollouts" / f"step_{n}.jsonl")}
+    module = script("train", [])
+    problems = module.load_problems(
+        module.repo_path("toy/train.parquet"), load_tokenizer(os.path.join(build.HERE, "base")), log=print
+    )
+    held = {p.id for p in module.set_aside(problems, 480)[1]}
+    assert len(trained) == 32 and not trained & held and len(problems) == 512
+    with pytest.raises(UserError, match="holdout=512 leaves nothing"):
+        run(script, tmp_path, "none", "--holdout=512")
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["config/method/sft.py"], ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"]]
 )
