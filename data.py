@@ -126,8 +126,8 @@ def response_text(tokenizer, ids):
 def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
                   render=None):  # fmt: skip
     """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
-    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer) gives the text in front
-    of the response, and the answer to grade against; the default is the chat template, and the answer as it is.
+    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer, source) gives the text
+    in front of the response, and the answer to grade against; the default is the chat template, and the answer as it is.
 
     Prompts and traces over their limits (tokens, EOS included) are dropped, and rows without a prompt or an
     answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped where the prompt
@@ -146,7 +146,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             continue
         source, raw_answer = row.get("data_source") or "unknown", answer
         try:
-            text, answer = render(messages, answer) if render else (render_prompt(tokenizer, messages), answer)
+            text, answer = render(messages, answer, source) if render else (render_prompt(tokenizer, messages), answer)
         except Exception as e:
             raise UserError(f"{path} row {index}: the model's chat template fails on it: {first_line(e)}") from None
         thinks = text.endswith(THINK)
@@ -241,16 +241,17 @@ def read_rows(path):
 
 def set_aside(problems, n):
     """Take n questions out of the training problems, with all rows that repeat them: (problems left, held out).
-    Which ones depends on their prompts alone."""
+    Which ones depends on the questions alone, not on their order, the seed or the chat template."""
     if not n:
         return problems, []
-    by_prompt = {tuple(p.prompt_ids): replace(p, source="holdout", teacher=[]) for p in problems}
-    chosen = sorted(by_prompt, key=digest)[:n]
-    taken = set(chosen)
-    left = [p for p in problems if tuple(p.prompt_ids) not in taken]
+    by_prompt = {}
+    for p in sorted(problems, key=lambda p: p.key):
+        by_prompt.setdefault(tuple(p.prompt_ids), replace(p, source="holdout", teacher=[]))
+    chosen = dict(list(by_prompt.items())[:n])  # keys are digests, so their order is as good as random
+    left = [p for p in problems if tuple(p.prompt_ids) not in chosen]
     if not left:
-        raise UserError(f"holdout={n} leaves nothing to train on: the file has {len(by_prompt)} questions")
-    return left, [by_prompt[ids] for ids in chosen]
+        raise UserError(f"holdout={n} leaves nothing to train on: the file has {len(by_prompt)} questions; lower it")
+    return left, list(chosen.values())
 
 
 class Order:

@@ -2,7 +2,7 @@
 Evaluation as the papers do it: avg@k with its interval, pass@k, maj@k, length, truncation and format per benchmark.
 
     python eval.py --model=out/toy/ckpt_60 --data=toy/test.parquet --k=4
-    torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=valid.all.parquet,valid.arc_c.parquet
+    torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=data/valid.all.parquet
     python eval.py compare out/a/eval.json out/b/eval.json            paired bootstrap, source by source
     python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc   pass@k against temperature
 
@@ -10,6 +10,7 @@ Writes out_dir/{eval.json, averages.json, settings.json, samples/}. A killed eva
 other settings left in out_dir is moved to out_dir/before_1.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ max_problems = 0  # per source; 0 takes all
 # ---------------------------------------------------------------- the prompt (config/templates.toml)
 template = "own"  # own: the model's chat template; qwen, simplerl, prime, prime_sft, no
 system = "remove"  # keep or remove the data's system turn; the model's template may put its own default there
-shuffle_options = False  # permute the options of multiple-choice questions, by the seed
+shuffle_options = ""  # sources whose multiple-choice options are permuted, by the seed, such as arc_c,gpqa,mmlu_pro
 # ---------------------------------------------------------------- sampling
 k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, and sources that differ
 temperature = 0.6  # 0 is greedy; top_p is 1 always
@@ -49,7 +50,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take
 tensor_parallel = 1  # consecutive ranks that share one engine
 chunk = 256  # samples per piece of work: what a kill may cost each rank
 
-from configurator import UserError, configure, provenance, repo_path, require, run
+from configurator import ROOT, UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
@@ -65,11 +66,13 @@ from data import digest, load_problems, load_templates, load_tokenizer, render_p
 from model import load_config, model_path, start_processes
 from reward import Verifier, graded_text
 from rollout import Sample, open_sampler, request_seed, wants_vllm
-from stats import averages, summarize
+from stats import AVERAGES, averages, summarize
 
 WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order: without settings all is void
-# Knobs that may change while an evaluation is interrupted: they cannot change its result, or their content is compared.
-FREE = ("data", "model", "out_dir", "sources", "max_problems", "sweep", "gpu_memory", "reward_workers")
+# Knobs that may change between a run and its continuation: they do not matter, or what they lead to is compared.
+NOT_COMPARED = (
+    "data model out_dir sources max_problems template system shuffle_options k temperature sweep gpu_memory reward_workers"
+).split()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -95,19 +98,20 @@ def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_thi
     return kept
 
 
-def renderer(tokenizer, template, system, shuffle_seed=None):
-    """load_problems' `render` for a template of config/templates.toml; with a seed options are shuffled."""
+def renderer(tokenizer, template, system, shuffle=(), seed=0):
+    """load_problems' `render` for a template of config/templates.toml. Options of the sources in `shuffle` are permuted."""
     chosen = load_templates()["eval"].get(template)
     if chosen is None:
         raise UserError(f"template={template!r}: choose one of {', '.join(load_templates()['eval'])}")
+    adds_bos = tokenizer.bos_token is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
 
-    def render(messages, answer):
+    def render(messages, answer, source):
         *before, last = messages
         question = last["content"]
-        if shuffle_seed is not None:
-            question, answer = shuffled(question, answer, shuffle_seed)
-        if "prompt" in chosen:
-            return chosen["prompt"].replace("{question}", question), answer
+        if source in shuffle:
+            question, answer = shuffled(question, answer, seed)
+        if "prompt" in chosen:  # a chat template has its own BOS
+            return (tokenizer.bos_token if adds_bos else "") + chosen["prompt"].replace("{question}", question), answer
         turns = [m for m in before if system == "keep" or m["role"] != "system"]
         user = chosen.get("user", "{question}").replace("{question}", question)
         return render_prompt(tokenizer, [*turns, {**last, "content": user}]), answer
@@ -133,20 +137,21 @@ def shuffled(question, answer, seed):
     return parts[0] + "".join(lines), labels[order.index(labels.index(answer))]
 
 
-def samples_per_source(k):
-    """Read `k`; returns the number of samples of a problem as a function of its source."""
-    default, special = None, {}
-    for part in k.split(","):
-        source, equals, number = part.strip().rpartition("=")
-        if not number.isdigit() or int(number) == 0 or (default and not equals):
-            raise UserError(f"k={k!r}: write a number above zero, then source=number for those that differ")
-        if equals:
-            special[source] = int(number)
-        else:
-            default = int(number)
-    if default is None:
-        raise UserError(f"k={k!r}: begin with the number for all other sources")
-    return lambda source: special.get(source, default)
+def samples_per_source(k, sources):
+    """Read `k`: {source: samples per problem}. Raises UserError if it is malformed, or names no source there is."""
+    first, *rest = (part.strip() for part in k.split(","))
+    pairs = [[word.strip() for word in part.split("=")] for part in rest]
+    if not all(len(pair) == 2 and pair[0] for pair in pairs) or not all(positive(n) for n in (first, *(p[-1] for p in pairs))):
+        raise UserError(f"k={k!r}: write a number above zero, then source=number for those that differ")
+    known = {*sources, *(name for members in AVERAGES.values() for name in members)}
+    if unknown := [name for name, _ in pairs if name not in known]:
+        raise UserError(f"k={k!r}: there is no source {unknown[0]!r}, the data has {', '.join(sorted(sources))}")
+    special = {name: int(n) for name, n in pairs}
+    return {source: special.get(source, int(first)) for source in sources}
+
+
+def positive(number):
+    return number.isdecimal() and int(number) > 0
 
 
 # ---------------------------------------------------------------- try, and sum up
@@ -187,7 +192,24 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
 # ---------------------------------------------------------------- work that survives a kill
 
 
-def open_work(folder, settings):
+def settings_of(knobs, problems, model, sampler, dtype, grader):
+    """What the samples depend on, and so what two runs must share to be one: knobs, questions and prompts, weights, and the
+    code that samples and grades. Small enough for a JSON file."""
+    own = [
+        open(os.path.join(ROOT, name), "rb").read() for name in ("data.py", "eval.py", "model.py", "reward.py", "rollout.py")
+    ]
+    return {
+        **knobs,
+        "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),
+        "weights": weights_digest(model) if RANK == 0 else None,  # compared there; it takes seconds a gigabyte
+        "code": digest(own),
+        "grader": open(repo_path(grader)).read() if os.path.isfile(repo_path(grader)) else grader,
+        "sampler": "vllm" if wants_vllm(sampler) else "torch",
+        "dtype": dtype,
+    }
+
+
+def open_work(folder, settings, knobs):
     """Make the folder, or find in it what the same settings left, to go on with; move aside what others left there. All
     ranks leave it together, so they agree on what is missing: vLLM's start wants either all of them or none."""
     path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
@@ -198,36 +220,43 @@ def open_work(folder, settings):
                 before = json.load(f)
         except (OSError, ValueError):  # none, so what else lies there cannot be trusted
             before = {"settings": {}, "written_by": {}}
-        old, found = before["settings"], [name for name in WRITTEN if os.path.exists(os.path.join(folder, name))]
-        if old != settings and found:
-            n = 1
-            while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
-                n += 1
-            os.mkdir(aside)
-            for name in found:
-                os.rename(os.path.join(folder, name), os.path.join(aside, name))
-            differ = ", ".join(name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name))
-            print0(f"{folder} held work with other settings ({differ}): moved to {aside}")
-        elif found and before["written_by"] != provenance():
-            print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
-        make_folder(os.path.join(folder, "samples"))
+        old = before["settings"]
         if old != settings:
-            write_json(path, {"settings": settings, "written_by": provenance()})
+            move_aside(folder, [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)])
+            make_folder(os.path.join(folder, "samples"))
+            write_json(path, {"settings": settings, "knobs": knobs, "written_by": provenance()})
+        elif before["written_by"] != provenance():
+            print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
     if WORLD > 1:
         torch.distributed.barrier()
+
+
+def move_aside(folder, differ):
+    """Put what work left in the folder into the first free before_N there."""
+    found = [name for name in WRITTEN if os.path.exists(os.path.join(folder, name))]
+    if found:
+        n = 1
+        while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
+            n += 1
+        os.mkdir(aside)
+        for name in found:
+            os.rename(os.path.join(folder, name), os.path.join(aside, name))
+        print0(f"{folder} held work with other settings ({', '.join(differ)}): moved to {aside}")
 
 
 def work_through(folder, chunks, work, tensor_parallel=1):
     """Call work(chunk) for each chunk whose file in folder/samples is missing, the engines taking turns; a file has a JSON
     line per row and appears whole or not at all. Returns once the files of all ranks are there."""
-    paths, start = chunk_files(folder, chunks), time.time()
+    paths, start, rewards = chunk_files(folder, chunks), time.time(), []
     for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
         if os.path.exists(paths[i]):
             continue
         rows = work(chunks[i])
         if RANK % tensor_parallel == 0:
             write_lines(paths[i], rows)
-        print0(f"  {sum(map(os.path.exists, paths))} of {len(chunks)} chunks, {time.time() - start:.0f} s")
+        rewards += [reward for row in rows for reward in row["reward"]]
+        have, passed = sum(map(os.path.exists, paths)), time.time() - start
+        print0(f"  {have} of {len(chunks)} chunks, {passed:.0f} s, mean reward here {sum(rewards) / len(rewards):.3f}")
     while not all(map(os.path.exists, paths)):  # another rank is at work; if it dies, torchrun ends this one
         time.sleep(1)
     if WORLD > 1:
@@ -250,23 +279,20 @@ def write_lines(path, rows):
 def read_lines(paths):
     for path in paths:
         with open(path) as f:
-            yield from map(json.loads, f)
+            try:
+                yield from map(json.loads, f)
+            except ValueError:
+                raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from None
 
 
 def weights_digest(name):
-    """A number that changes if the model does: from its small files, and from blocks all over its weights. Of a hub model
-    it is the name's."""
+    """A number that changes if any file of a model's folder does; of a hub model, its name and commit."""
     if not os.path.isdir(name):
-        return digest(name)
+        return digest(name, load_config(name)._commit_hash)
     seen = []
-    for file in sorted(os.listdir(name)):
-        path = os.path.join(name, file)
-        if file.endswith((".json", ".jinja", ".safetensors")) and os.path.isfile(path):
-            size = os.path.getsize(path)
-            with open(path, "rb") as f:
-                for start in range(0, size, max(65536, size // 64)):
-                    f.seek(start)
-                    seen.append((file, size, f.read(65536)))
+    for file in sorted(f for f in os.listdir(name) if os.path.isfile(os.path.join(name, f))):
+        with open(os.path.join(name, file), "rb") as f:
+            seen.append((file, hashlib.file_digest(f, "sha256").digest()))
     return digest(seen)
 
 
@@ -281,40 +307,36 @@ def main():
     if WORLD % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     wants_vllm(sampler)
-    k_of = samples_per_source(k)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)
     context = load_config(name).max_position_embeddings
     verifier = Verifier(reward_workers, reward_timeout, require_think, grader, grade_unclosed, answer_line)
-    problems = gather_problems(renderer(tokenizer, template, system, seed if shuffle_options else None), tokenizer)
-    longest = max(len(p.prompt_ids) for p in problems)
-    if longest + max_tokens > context:
-        print0(f"note: responses are cut where the model's context of {context} tokens ends; the longest prompt has {longest}")
+    problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed), tokenizer)
+    k_of = samples_per_source(k, {p.source for p in problems})
+    lengths = [len(p.prompt_ids) for p in problems]
+    room = min(context, max(lengths) + max_tokens)
+    if max(lengths) + max_tokens > context:
+        full = sum(n >= context for n in lengths)
+        print0(f"note: responses end where the context of {context} tokens does; {full} prompts fill it, and count as wrong")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     start_processes(device, "none")
-    settings = {
-        **{name: value for name, value in config.items() if name not in FREE},
-        "problems": digest([(p.key, p.prompt_ids, p.answer) for p in problems]),
-        "weights": weights_digest(name),
-        "sampler": "vllm" if wants_vllm(sampler) else "torch",
-        "dtype": kind,
-    }
-    if os.path.isfile(repo_path(grader)):
-        settings["grader_file"] = open(repo_path(grader)).read()
-    options = {"sampler": sampler, "dtype": kind, "gpu_memory": gpu_memory, "seed": seed, "tensor_parallel": tensor_parallel}
+    compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
+    settings = settings_of(compared, problems, name, sampler, kind, grader)
     engine, tables, chunks = None, {}, cut(problems, k_of)
 
     def work(part, t):
-        return evaluate(part, engine, verifier, tokenizer, name, k_of(part[0].source), t, max_tokens, seed)
+        return evaluate(part, engine, verifier, tokenizer, name, k_of[part[0].source], t, max_tokens, seed)
 
     with verifier:
         for t in temperatures:
             folder = repo_path(os.path.join(out_dir, f"temperature_{t:g}") if sweep else out_dir)
-            open_work(folder, {**settings, "temperature": t})
+            if sweep:
+                print0(f"temperature {t:g}")
+            open_work(folder, {**settings, "temperature": t}, config)
             if engine is None and not all(map(os.path.exists, chunk_files(folder, chunks))):
-                engine = open_sampler(name, tokenizer.eos_token_id, min(context, longest + max_tokens), **options)
+                engine = open_sampler(name, tokenizer.eos_token_id, room, sampler, kind, gpu_memory, seed, tensor_parallel)
             work_through(folder, chunks, partial(work, t=t), tensor_parallel)
             if RANK == 0:
                 tables[f"{t:g}"] = report(folder, chunk_files(folder, chunks))
@@ -334,22 +356,27 @@ def read_temperatures(text):
         values = [float(t) for t in text.split(",")]
     except ValueError:
         raise UserError(f"sweep={text!r}: write temperatures with commas, such as 0.1,0.4,0.7,1.0") from None
-    if min(values) < 0 or not max(values) < 100:
+    if not all(0 <= v < 100 for v in values):
         raise UserError(f"sweep={text!r}: temperatures are zero or more")
     return values
 
 
+def words(text):
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def gather_problems(render, tokenizer):
     """The chosen sources of all files, each problem's id its key: its samples do not depend on the file it stands in."""
-    wanted, found = {s.strip() for s in sources.split(",") if s.strip()}, {}
-    for path in data.split(","):
-        for p in load_benchmark(repo_path(path.strip()), tokenizer, 0, sys.maxsize, require_think, print0, render):
+    found = {}
+    for path in words(data):
+        for p in load_benchmark(repo_path(path), tokenizer, 0, sys.maxsize, require_think, print0, render):
             p.id = p.key
-            if not wanted or p.source in wanted:
-                found.setdefault(p.source, {}).setdefault(p.key, p)
-    if missing := sorted(wanted - found.keys()):
-        raise UserError(f"sources={sources!r}: {data} has no {missing[0]!r}")
-    return [p for _, of_source in sorted(found.items()) for p in list(of_source.values())[: max_problems or None]]
+            found.setdefault(p.source, {}).setdefault(p.key, p)
+    wanted = words(sources) or sorted(found)
+    for name, asked in (("sources", wanted), ("shuffle_options", words(shuffle_options))):
+        if missing := [source for source in asked if source not in found]:
+            raise UserError(f"{name}: the data has no {missing[0]!r}, it has {', '.join(sorted(found))}")
+    return [p for source in sorted(set(wanted)) for p in list(found[source].values())[: max_problems or None]]
 
 
 def cut(problems, k_of):
@@ -358,7 +385,7 @@ def cut(problems, k_of):
     for p in problems:
         by_source.setdefault(p.source, []).append(p)
     for source, own in by_source.items():
-        size = max(1, chunk // k_of(source))
+        size = max(1, chunk // k_of[source])
         chunks += [own[i : i + size] for i in range(0, len(own), size)]
     return chunks
 
@@ -376,8 +403,8 @@ def report(folder, paths):
     print(f"{'source':<20}{'n':>6}{'k':>4}{'avg@k':>8}{'95 % interval':>18}" + "".join(f"{c:>11}" for c in columns))
     for source, row in (table | means).items():
         low, high = row["avg@k_ci"]
-        counts = f"{row['n']:>6}{row['k']:>4}" if "n" in row else " " * 10
-        rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns if c in row)
+        counts = f"{row['n']:>6}{row['k']:>4}" if "k" in row else f"{row['n']:>6}    "
+        rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns)
         print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
     return table
 

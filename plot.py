@@ -75,12 +75,17 @@ def draw(methods, path, panels=PANELS):
 
 
 def draw_sweep(tables, path):
-    """pass@k and avg@k against temperature, a line per source, of {temperature: eval.json}: the paper's Fig. 12."""
+    """pass@k and avg@k against temperature, of {temperature: eval.json}: a line per source, and their unweighted mean, which
+    for AIME24 and AMC is the paper's Fig. 12."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharex=True)
+    temperatures, sources = [float(t) for t in tables], list(next(iter(tables.values())))
     for axis, name in zip(axes, ("pass@k", "avg@k"), strict=True):
-        for source in next(iter(tables.values())):
+        for source, color in zip(sources, COLORS * len(sources), strict=False):
             rows = [table[source] for table in tables.values()]
-            axis.plot([float(t) for t in tables], [r[name] for r in rows], "o-", label=f"{source}, k = {rows[0]['k']}")
+            axis.plot(temperatures, [r[name] for r in rows], "o-", color=color, label=f"{source}, k = {rows[0]['k']}")
+        if len(sources) > 1:
+            means = [sum(table[s][name] for s in sources) / len(sources) for table in tables.values()]
+            axis.plot(temperatures, means, "s--", color="black", label="mean")
         axis.set(xlabel="temperature", title=name)
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -39,6 +39,7 @@ def parse(argv):
     p.add_argument("--temperature", type=float, default=0.7, help="of sampling (%(default)s)")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a sample, EOS included (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    p.add_argument("--require_think", default="True", choices=["True", "False"], help="a thought must close (%(default)s)")
     p.add_argument("--grader", default="math_verify", help="or oat, or a file that defines grade(text, answer) (%(default)s)")
     p.add_argument("--reward_workers", type=int, default=2, help="verifier processes per rank (%(default)s)")
     p.add_argument("--reward_timeout", type=float, default=5.0, help="seconds of grading per answer (%(default)s)")
@@ -82,7 +83,6 @@ from transformers.utils.logging import set_verbosity_error
 
 from data import (
     THINK,
-    digest,
     first_line,
     load_problems,
     load_templates,
@@ -92,7 +92,7 @@ from data import (
     render_prompt,
     text_type,
 )
-from eval import RANK, WORLD, chunk_files, evaluate, open_work, print0, read_lines, weights_digest, work_through, write_json
+from eval import RANK, WORLD, chunk_files, evaluate, open_work, print0, read_lines, settings_of, work_through, write_json
 from model import load_config, load_policy, model_path, start_processes, tensor_files
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, open_sampler, wants_vllm
@@ -135,7 +135,7 @@ def prepare_openr1(args):
 
     Ours differs in three ways. The limit includes EOS and the leading "<think>\\n", so training, which strips that or not,
     drops none of these traces. A thought that never closes is unusable: its reward would always be 0. A problem with the
-    text of an earlier one is dropped; of that the recipe says nothing.
+    text of an earlier one is dropped, whether or not that had a trace; of that the recipe says nothing.
 
     Writes out, and beside it *.complement.parquet (rows without a usable trace), *.easy.parquet and *.hard.parquet (rows
     of out whose first trace is short), *.sft.jsonl (a conversation per trace) and *.report.json (COUNTS; of a row's or
@@ -226,10 +226,11 @@ def openr1_files(src):
         raise UserError(f"there is no parquet file in {path}")
     for file in files:
         schema = open_parquet(file).schema_arrow
-        have = dict(zip(schema.names, schema.types, strict=True))
         for name, want in OPENR1.items():
-            if name not in have or as_binary(have[name]) != want:
-                raise UserError(f"{file}: column {name!r} is {have.get(name, 'missing')}, unlike OpenR1-Math-220k's")
+            found = [t for n, t in zip(schema.names, schema.types, strict=True) if n == name]
+            if list(map(as_binary, found)) != [want]:
+                have = " and ".join(map(str, found)) or "missing"
+                raise UserError(f"{file}: column {name!r} is {have}, unlike OpenR1-Math-220k's")
     return files
 
 
@@ -324,28 +325,26 @@ def prepare_reanswer(args):
     complement, report, work = (out.removesuffix(".parquet") + s for s in (".complement.parquet", ".report.json", ".work"))
     if out == out.removesuffix(".parquet"):
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
-    taken = [path for path in (out, complement, report) if os.path.exists(path)]
-    if taken and not os.path.isdir(work):
-        raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+    ready, partial = os.path.join(work, "ready"), [f"{path}.partial" for path in (out, complement)]
+    if taken := [path for path in (out, complement, report) if os.path.exists(path)]:
+        if not os.path.exists(ready):  # the mark of a run that was killed while it gave its files their names
+            raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+        if not any(map(os.path.exists, partial)):
+            return print(f"{out} was written whole: remove {work} if you want nothing more of it")
     if WORLD % args.tensor_parallel:
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     source, name = repo_path(args.data), model_path(args.model)
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
-    with Verifier(args.reward_workers, args.reward_timeout, grader=args.grader) as verifier:
+    with Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader) as verifier:
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
         opened = render_prompt(tokenizer, [{"role": "user", "content": "?"}]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
         start_processes(device, "none")
-        knobs = ("k", "temperature", "max_tokens", "grader", "seed", "chunk", "reward_timeout")
-        settings = {knob: getattr(args, knob) for knob in knobs} | {
-            "problems": digest([(p.key, p.prompt_ids) for p in problems]),
-            "weights": weights_digest(name),
-            "sampler": "vllm" if wants_vllm(args.sampler) else "torch",
-            "dtype": dtype,
-        }
-        open_work(work, settings)
+        knobs = {name: getattr(args, name) for name in ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout")}
+        knobs |= {"require_think": args.require_think}
+        open_work(work, settings_of(knobs, problems, name, args.sampler, dtype, args.grader), vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
@@ -358,13 +357,22 @@ def prepare_reanswer(args):
 
         work_through(work, chunks, answer, args.tensor_parallel)
     if RANK == 0:
-        counts = write_answers(source, chunk_files(work, chunks), out, complement, THINK if opened else "")
+        counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
+        print("\n".join(f"{kind:<32}{n:>10,}" for kind, n in counts.items()))
+        if not counts["samples kept"]:
+            for path in partial:
+                os.remove(path)
+            raise UserError(f"no sample was kept, so nothing is written: {work}/samples says why")
+        open(ready, "w").close()
         write_json(report, {**vars(args), "counts": counts})
-        shutil.rmtree(os.path.join(work, "samples"))
-        os.remove(os.path.join(work, "settings.json"))
+        for path in (complement, out):
+            os.replace(f"{path}.partial", path)
+        for name in ("samples", "settings.json", "ready"):
+            remove = shutil.rmtree if name == "samples" else os.remove
+            remove(os.path.join(work, name))
         with contextlib.suppress(OSError):  # not empty, if it holds the samples of other settings
             os.rmdir(work)
-        print("\n".join(f"{kind:<32}{n:>10,}" for kind, n in counts.items()) + f"\nwrote {out}, {complement}, {report}")
+        print(f"wrote {out}, {complement}, {report}")
     if WORLD > 1:
         torch.distributed.barrier()  # nobody leaves while another still needs it
     if engine:
@@ -376,7 +384,7 @@ def write_answers(source, paths, out, complement, opening):
     counts = dict.fromkeys(("problems", "problems with a trace", "samples", "samples kept"), 0)
     answers = read_lines(paths)
     answer = next(answers)
-    with pq.ParquetWriter(f"{out}.partial", SCHEMA) as right, pq.ParquetWriter(f"{complement}.partial", SCHEMA) as rest:
+    with pq.ParquetWriter(out, SCHEMA) as right, pq.ParquetWriter(complement, SCHEMA) as rest:
         waiting = {right: [], rest: []}
         for index, row in read_rows(source):
             if answer is None or index != answer["id"]:  # a row without question or answer, or beyond the context
@@ -409,8 +417,6 @@ def write_answers(source, paths, out, complement, opening):
             answer = next(answers, None)
         for writer, rows in waiting.items():
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    for path in (complement, out):
-        os.replace(f"{path}.partial", path)
     return counts
 
 
@@ -514,7 +520,8 @@ def edit_template(folder, template, positions, name):
     path = os.path.join(folder, "tokenizer_config.json")
     if os.path.isfile(path):
         with edited(path) as config:
-            if config.get("model_max_length", positions) < positions:
+            room = config.get("model_max_length")
+            if isinstance(room, (int, float)) and room < positions:
                 config["model_max_length"] = positions  # vLLM takes the smaller of this and the model's positions
             if template is not None:
                 config["chat_template"] = template

@@ -6,7 +6,8 @@ between the first "</think>" and a second one, if any. A grader is one of
 
     math_verify   training's rule, LUFFY's: math-verify on that text, ground truth first; no \\boxed{} required
     oat           the rule of LUFFY's evaluation: the last \\boxed{} alone, by three lenient comparisons
-    FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a number
+    FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a number, or that
+                  and the answer it read, a string, for majority votes (else what is boxed has the vote)
 
 No format reward. Some inputs (9^{9^{9^9}}, 100000000! under gmpy2) never return and defy signals, so a worker
 has a soft time limit inside and a hard one outside, after which it is killed and replaced, and nothing but that
@@ -85,6 +86,8 @@ class Verifier:
             self.idle.put(worker)
 
     def __enter__(self):
+        if self.grader not in GRADERS:  # a mistake in your file shows now, and not after hours of sampling
+            self.workers[0].start()
         return self
 
     def __exit__(self, *_):
@@ -210,7 +213,13 @@ def by_oat(text, answer):
 def by_file(path):
     """The grader that a user's file defines. Raises what the file raises."""
     function = runpy.run_path(path, run_name="grader")["grade"]
-    return lambda text, answer: (float(function(text, answer)), last_boxed(text) or "")
+
+    def grade_by(text, answer):
+        found = function(text, answer)
+        reward, read = found if isinstance(found, tuple) else (found, last_boxed(text))
+        return float(reward), str(read or "")
+
+    return grade_by
 
 
 GRADERS = {"math_verify": by_math_verify, "oat": by_oat}

@@ -3,7 +3,9 @@ The statistics of an evaluation: avg@k and its interval, unbiased pass@k, maj@k,
 bootstrap that compares two. Functions over rows as eval.evaluate makes them.
 """
 
+import contextlib
 import json
+import os
 
 import numpy as np
 
@@ -13,6 +15,10 @@ AVERAGES = {  # of the papers: unweighted means over their sources
     "six benchmarks": ("aime", "aime25", "amc", "math", "minerva", "olympiad_bench"),
     "out of distribution": ("arc_c", "gpqa", "mmlu_pro"),
 }
+# Knobs of eval.py that should be the same where two models are compared.
+PROTOCOL = set(
+    "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line".split()
+)
 
 
 def summarize(rows):
@@ -76,13 +82,15 @@ def interval(means):
 
 
 def averages(rows, table):
-    """{name: {avg@k, its interval, sources}} for each of AVERAGES that has all its sources."""
+    """{name: {n, sources, avg@k and its interval, pass@k, maj@k, length, truncated, format}} for each of AVERAGES whose
+    sources are all there; every figure is the unweighted mean of theirs, n the number of problems."""
     found = {}
     for name, members in AVERAGES.items():
         if all(m in table for m in members):
             scores = [np.array([np.mean(r["reward"]) for r in rows if r["source"] == m]) for m in members]
-            mean = sum(table[m]["avg@k"] for m in members) / len(members)
-            found[name] = {"avg@k": mean, "avg@k_ci": interval(resample(scores)), "sources": members}
+            columns = ("avg@k", "pass@k", "maj@k", "length", "truncated", "format")
+            means = {column: sum(table[m][column] for m in members) / len(members) for column in columns}
+            found[name] = {"n": sum(map(len, scores)), "sources": members, **means, "avg@k_ci": interval(resample(scores))}
     return found
 
 
@@ -104,19 +112,20 @@ def compare(paths):
     paired bootstrap over problems (1000 resamples, as the paper), per source and average."""
     if len(paths) != 2:
         raise UserError("compare takes two files: python eval.py compare A/eval.json B/eval.json")
-    a, b = (read_scores(p) for p in paths)
-    shared = [s for s in a if s in b]
-    if not shared:
-        raise UserError(f"{paths[0]} and {paths[1]} have no source in common: {', '.join(a)}; {', '.join(b)}")
+    (a, knobs_a), (b, knobs_b) = map(read_scores, paths)
+    for name in sorted(knobs_a.keys() & knobs_b.keys() & PROTOCOL):
+        if knobs_a[name] != knobs_b[name]:
+            print(f"note: {name} is {knobs_a[name]!r} in A and {knobs_b[name]!r} in B: the difference is not the models' alone")
     pairs = {}
-    for source in shared:
-        common = sorted(a[source].keys() & b[source].keys())
-        if not common:
-            raise UserError(f"{source}: the two evaluations have no problem in common; were they the same files?")
-        if len(common) < max(len(a[source]), len(b[source])):
-            print(f"note: {source}: compared on the {len(common)} problems of {len(a[source])} and {len(b[source])} in both")
-        pairs[source] = np.array([[a[source][key], b[source][key]] for key in common])
-    rows = {s: [pairs[s]] for s in shared}
+    for source in [*a, *(s for s in b if s not in a)]:
+        ours, theirs = a.get(source, {}), b.get(source, {})
+        if common := sorted(ours.keys() & theirs.keys()):
+            pairs[source] = np.array([[ours[key], theirs[key]] for key in common])
+        if len(common) < max(len(ours), len(theirs)):
+            print(f"note: {source}: {len(common)} problems are in both, of {len(ours)} and {len(theirs)}")
+    if not pairs:
+        raise UserError(f"{paths[0]} and {paths[1]} have no problem in common; were they the same files?")
+    rows = {s: [pairs[s]] for s in pairs}
     rows |= {name: [pairs[m] for m in members] for name, members in AVERAGES.items() if all(m in pairs for m in members)}
     print(f"A = {paths[0]}\nB = {paths[1]}\n{'source':<20}{'n':>6}{'A':>9}{'B':>9}{'B - A':>9}{'95 % interval':>20}{'p':>8}")
     for name, scores in rows.items():
@@ -127,10 +136,14 @@ def compare(paths):
 
 
 def read_scores(path):
-    """{source: {problem's key: its mean reward}} of an eval.json."""
+    """{source: {problem's key: its mean reward}} of an eval.json, and the knobs that settings.json beside it has, if any."""
+    path, knobs = repo_path(path), {}
     try:
-        with open(repo_path(path)) as f:
-            return {source: row["problems"] for source, row in json.load(f).items()}
+        with open(path) as f:
+            scores = {s: {key: float(x) for key, x in row["problems"].items()} for s, row in json.load(f).items()}
+        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "settings.json")) as f:
+            knobs = json.load(f)["knobs"]
+        return scores, knobs
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

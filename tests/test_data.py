@@ -178,6 +178,9 @@ def test_set_aside(tokenizer, problems):
     assert [p.prompt_ids for p in again] == [p.prompt_ids for p in held]
     assert [p.prompt_ids for p in set_aside(twice, 10)[1]] == [p.prompt_ids for p in held[:10]]
     assert set_aside(twice, 0) == (twice, [])
+    for p in twice:
+        p.prompt_ids = [7, *p.prompt_ids]  # another chat template
+    assert [p.key for p in set_aside(twice, 20)[1]] == [p.key for p in held]
     with pytest.raises(UserError, match="holdout=100000 leaves nothing to train on: the file has"):
         set_aside(twice, 100000)
 
@@ -189,6 +192,8 @@ def test_a_problems_key_is_its_own(tmp_path, tokenizer):
     keys = [p.key for p in load(write(tmp_path / "a.parquet", rows), tokenizer)[0]]
     assert len(set(keys)) == 4 and keys[4] == keys[0]
     turned = write(tmp_path / "b.parquet", rows[::-1])
-    other = load_problems(turned, tokenizer, log=lambda line: None, render=lambda m, a: (m[0]["content"] + "+<think>\n", "x"))
+    other = load_problems(
+        turned, tokenizer, log=lambda line: None, render=lambda m, a, s: (m[0]["content"] + "+<think>\n", "x")
+    )
     assert [p.key for p in other] == keys[::-1] and {p.answer for p in other} == {"x"}
     assert tokenizer.decode(other[-1].prompt_ids) == "12+34=?+<think>\n"

@@ -12,6 +12,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 from test_data import a_row, write
+from tokenizers import processors
 
 from configurator import ROOT, UserError
 from data import load_templates, load_tokenizer
@@ -90,7 +91,7 @@ TURNS = [{"role": "system", "content": "SYS"}, {"role": "user", "content": "1+{1
 
 def test_templates(byte_model):
     tokenizer = load_tokenizer(byte_model)
-    text = lambda template, system: renderer(tokenizer, template, system)(TURNS, "2")
+    text = lambda template, system: renderer(tokenizer, template, system)(TURNS, "2", "math")
     assert text("own", "remove") == ("<user>1+{1}?\n<assistant><think>\n", "2")
     assert text("own", "keep") == ("<system>SYS\n<user>1+{1}?\n<assistant><think>\n", "2")
     suffix = "1+{1}?\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
@@ -114,12 +115,32 @@ def test_the_system_prompt_is_the_released_one():
     assert hashlib.sha256(text.encode()).hexdigest() == "a8747f1674d341836ab8fae3c29263fee4dd555f07259cdbc6dadf4104ea8926"
 
 
+def test_raw_prompts_begin_as_the_tokenizer_begins(byte_model):
+    """Given text, as in the released code, vLLM adds a BOS if the tokenizer does; a chat template has its own."""
+    tokenizer = load_tokenizer(byte_model)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    assert renderer(tokenizer, "no", "keep")(TURNS, "2", "math")[0] == "1+{1}?"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert renderer(tokenizer, "no", "keep")(TURNS, "2", "math")[0] == "<bos>1+{1}?"
+    assert renderer(tokenizer, "own", "remove")(TURNS, "2", "math")[0].startswith("<user>")
+
+
+def test_only_named_sources_are_shuffled(byte_model):
+    messages, render = [{"role": "user", "content": ARC}], renderer(load_tokenizer(byte_model), "no", "keep", ["arc_c"], 3)
+    assert render(messages, "C", "math") == (ARC, "C")
+    assert render(messages, "C", "arc_c") == shuffled(ARC, "C", 3) != (ARC, "C")
+
+
 def test_k():
-    of = samples_per_source("1,aime=32,amc=16")
-    assert (of("aime"), of("amc"), of("math")) == (32, 16, 1) and samples_per_source("8")("aime") == 8
-    for wrong in ("", "0", "a", "aime=32", "8,aime=0", "8,9", "8,aime=x", "-1"):
-        with pytest.raises(UserError, match="k="):
-            samples_per_source(wrong)
+    assert samples_per_source("1, aime =32,amc=16", {"aime", "amc", "x"}) == {"aime": 32, "amc": 16, "x": 1}
+    assert samples_per_source("8,x=2", {"x", "y"}) == {"x": 2, "y": 8}
+    for wrong in ("", "0", "a", "aime=32", "8,aime=0", "8,9", "8,aime=x", "-1", "1,=3", "²", "1,aime=1=2"):
+        with pytest.raises(UserError, match="k=.*: write a number above zero"):
+            samples_per_source(wrong, {"aime"})
+    with pytest.raises(UserError, match="there is no source 'aime24', the data has aime, math"):
+        samples_per_source("1,aime24=32", {"math", "aime"})
 
 
 def read(folder):
@@ -146,12 +167,13 @@ def test_the_command(sampler, tmp_path, byte_model):
     assert sorted(table) == SOURCES
     assert all(row["n"] == 2 and row["k"] == 3 and 0 <= row["avg@k"] <= row["pass@k"] <= 1 for row in table.values())
     assert all(0 < row["length"] <= 12 and row["truncated"] > 0 and len(row["problems"]) == 2 for row in table.values())
-    assert list(json.load(open(out / "averages.json"))) == ["six benchmarks"]
+    average = json.load(open(out / "averages.json"))["six benchmarks"]
+    assert average["n"] == 12 and average["length"] == pytest.approx(sum(row["length"] for row in table.values()) / 6)
     samples = samples_of(out)
     assert len(samples) == 12 and all(len(s["response"]) == 3 == len(s["reason"]) for s in samples)
     assert all(len(set(s["response"])) == 3 for s in samples)  # each sample has its own seed
     assert json.load(open(out / "settings.json"))["settings"]["max_tokens"] == 12
-    for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks"):
+    for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks", "mean reward here 0.000"):
         assert line in done.stdout
 
 
@@ -208,7 +230,7 @@ def test_other_settings_never_meet(run_eval, tmp_path, capsys):
     assert read(tmp_path / "out" / "before_1") == first and second["mine.txt"] == b"kept"
     for number, (change, name) in enumerate([("--seed=1", "k, seed"), ("--max_problems=2", "problems, seed"),
                                              ("--grade_unclosed=True", "grade_unclosed, problems"),
-                                             ("--template=prime_sft", "grade_unclosed, problems, template")], 2):  # fmt: skip
+                                             ("--template=prime_sft", "grade_unclosed, problems")], 2):  # fmt: skip
         run_eval(f"--data={path}", "--k=1", "--max_problems=1", change)
         assert f"other settings ({name}): moved to {tmp_path / 'out' / f'before_{number}'}" in capsys.readouterr().out
 
@@ -239,7 +261,9 @@ def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
         f.write(b"\x01")
     changed = weights_digest(str(folder))
     (folder / "chat_template.jinja").write_text("other")
-    assert len({before, changed, weights_digest(str(folder))}) == 3
+    other = weights_digest(str(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"0")
+    assert len({before, changed, other, weights_digest(str(folder))}) == 4
 
 
 def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
@@ -247,6 +271,22 @@ def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
     long = a_row(prompt=[{"content": "9" * 5000, "role": "user"}], target=None)
     table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', [a_row(), long])}", "--k=1")["eval.json"])
     assert (table["toy"]["n"], table["toy"]["truncated"]) == (2, 1.0) and table["toy"]["length"] <= 6
+
+
+def test_damaged_samples_are_named(run_eval, tmp_path):
+    argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
+    run_eval(*argv)
+    path = tmp_path / "out" / "samples" / "00002.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(UserError, match="00002.jsonl is damaged: remove it, and the same command makes it again"):
+        run_eval(*argv)
+
+
+def test_a_broken_grader_shows_before_anything_is_sampled(run_eval, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def grade(text, answer) return 1")
+    with pytest.raises(UserError, match="mine.py must run and define grade"):
+        run_eval(f"--data={benchmark(tmp_path)}", f"--grader={tmp_path / 'mine.py'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweep(run_eval, tmp_path):
@@ -324,7 +364,9 @@ def killed_runs(command, folder, n_chunks, kills):
         ("--k=0", "k='0': write a number above zero"),
         ("--template=foo", "template='foo': choose one of own"),
         ("--system=foo", "system='foo': choose keep or remove"),
-        ("--sources=aime", "sources='aime': toy/test.parquet has no 'aime'"),
+        ("--sources=aime", "sources: the data has no 'aime', it has toy"),
+        ("--shuffle_options=arc_c", "shuffle_options: the data has no 'arc_c', it has toy"),
+        ("--sweep=nan", "sweep='nan': temperatures are zero or more"),
         ("--sweep=0.1,x", "sweep='0.1,x': write temperatures"),
         ("--sweep=-1", "sweep='-1': temperatures are zero or more"),
         ("--chunk=0", "chunk=0 must be above zero"),

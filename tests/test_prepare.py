@@ -309,7 +309,70 @@ def test_unfinished_work_of_other_settings_is_kept_apart(tmp_path, reanswer, mon
     call(*reanswer("new.parquet", "--k=2"))
     assert "held work with other settings (k): moved to" in capsys.readouterr().out
     assert len(os.listdir(tmp_path / "new.work" / "before_1" / "samples")) == 15
+    assert os.listdir(tmp_path / "new.work") == ["before_1"]
     assert json.loads((tmp_path / "new.report.json").read_text())["counts"]["samples"] == 120
+
+
+def test_what_a_resumed_run_must_notice(tmp_path, reanswer, monkeypatch, capsys):
+    """Rows that moved, an edited grader: their samples belong to something else."""
+
+    def stop_and_change(change):
+        monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(*reanswer("new.parquet"))
+        change()
+        capsys.readouterr()
+        with pytest.raises(ZeroDivisionError):
+            call(*reanswer("new.parquet"))
+        monkeypatch.undo()
+        return capsys.readouterr().out
+
+    def shift():
+        rows = pq.read_table(tmp_path / "old.parquet")
+        empty = rows.slice(0, 1).to_pylist()[0] | {"reward_model": {"ground_truth": "", "style": "rule"}}
+        pq.write_table(pa.concat_tables([pa.Table.from_pylist([empty], rows.schema), rows]), tmp_path / "old.parquet")
+
+    assert "other settings (problems): moved" in stop_and_change(shift)
+    assert "other settings (grader): moved" in stop_and_change(lambda: (tmp_path / "even.py").write_text(GRADER + "\n"))
+    call(*reanswer("new.parquet"))
+    written_rows = [r for s in ("", ".complement") for r in pq.read_table(tmp_path / f"new{s}.parquet").to_pylist()]
+    assert sorted(r["extra_info"]["index"] for r in written_rows) == list(range(1, 61))
+
+
+def test_files_of_others_are_never_overwritten(tmp_path, reanswer, monkeypatch):
+    """Unfinished work is no licence, but for a kill between the two names that the run itself gives."""
+    monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(*reanswer("new.parquet"))
+    monkeypatch.undo()
+    (tmp_path / "new.parquet").write_text("mine")
+    with pytest.raises(UserError, match="new.parquet exists"):
+        call(*reanswer("new.parquet"))
+    assert (tmp_path / "new.parquet").read_text() == "mine"
+    os.remove(tmp_path / "new.parquet")
+
+    real, renamed = os.replace, []
+
+    def killed(old, new):
+        if renamed and new.endswith("new.parquet"):
+            raise KeyboardInterrupt
+        renamed.extend([new] * new.endswith("complement.parquet"))
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(*reanswer("new.parquet"))
+    monkeypatch.undo()
+    call(*reanswer("new.parquet"))
+    call(*reanswer("other.parquet"))
+    assert written(tmp_path, "new") == written(tmp_path, "other") and not os.path.exists(tmp_path / "new.work")
+
+
+def test_nothing_kept_is_nothing_written(tmp_path, reanswer):
+    (tmp_path / "even.py").write_text("def grade(text, answer):\n    return 0")
+    with pytest.raises(UserError, match="no sample was kept, so nothing is written"):
+        call(*reanswer("new.parquet"))
+    assert {f for f in os.listdir(tmp_path) if "new" in f} == {"new.work"}
 
 
 @pytest.mark.parametrize(

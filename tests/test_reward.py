@@ -223,18 +223,21 @@ def grade(text, answer):
                 pass
     if text == "exit":
         raise SystemExit
+    if text == "read":
+        return True, "x = 7"
     return {"half": 0.5, "nan": float("nan"), "none": None, "minus": -1}.get(text, answer in text)
 """
 
 
 def test_a_grader_of_ones_own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    texts = ["2 \\boxed{1/2}", "3", "half", "minus", "nan", "none", "exit", "hang", "deaf", "\\boxed{2}"]
+    texts = ["2 \\boxed{1/2}", "3", "half", "minus", "nan", "none", "exit", "hang", "deaf", "\\boxed{2}", "read"]
     with Verifier(workers=2, timeout=0.5, grader=str(tmp_path / "own.py")) as v:
         verdicts = v.score([f"</think>{t}" for t in texts], ["2"] * len(texts))
     assert verdicts[:2] == [(1.0, "correct", "\\frac{1}{2}"), (0.0, "wrong", "")]
     assert [v[:2] for v in verdicts[2:4]] == [(0.5, "correct"), (-1.0, "wrong")]
-    assert [v.reason for v in verdicts[4:]] == ["error", "error", "error", "timeout", "timeout", "correct"]
+    assert [v.reason for v in verdicts[4:]] == ["error", "error", "error", "timeout", "timeout", "correct", "correct"]
+    assert verdicts[-1] == (1.0, "correct", "7")  # normalised, so that x = 7 and 7 are one vote
 
 
 def test_a_grader_that_is_none(tmp_path):
@@ -244,10 +247,10 @@ def test_a_grader_that_is_none(tmp_path):
     for code, why in (("def score(): pass", "KeyError: 'grade'"), ("import nothing", "No module named 'nothing'"),
                       ("def", "SyntaxError"), ("raise SystemExit", "SystemExit")):  # fmt: skip
         (tmp_path / "own.py").write_text(code)
-        with Verifier(workers=1, grader=str(tmp_path / "own.py")) as v:
-            with pytest.raises(UserError, match=f"does not start: .*{why}.*own.py must run and define grade") as e:
-                v.score(["</think>x"], ["x"])
-            assert "\n" not in str(e.value)
+        why = f"does not start: .*{why}.*own.py must run and define grade"
+        with pytest.raises(UserError, match=why) as e, Verifier(workers=1, grader=str(tmp_path / "own.py")):
+            pytest.fail("it starts")
+        assert "\n" not in str(e.value)
 
 
 def test_without_think_everything_is_graded():

@@ -115,11 +115,13 @@ def test_averages_are_unweighted_and_whole():
     assert found["six benchmarks"]["avg@k"] == pytest.approx(np.mean([table[s]["avg@k"] for s in names]))
     low, high = found["six benchmarks"]["avg@k_ci"]
     assert low < found["six benchmarks"]["avg@k"] < high
+    assert found["six benchmarks"]["n"] == len(rows) and found["six benchmarks"]["length"] == 10
     assert averages(rows[6:], summarize(rows[6:])) == {}  # five of them are no average of six
 
 
 def evaluation(tmp_path, name, scores):
     path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({source: {"n": len(p), "problems": p} for source, p in scores.items()}))
     return str(path)
 
@@ -127,10 +129,14 @@ def evaluation(tmp_path, name, scores):
 def test_compare(tmp_path, capsys):
     first = {str(i): float(i % 3 == 0) for i in range(60)}
     a = evaluation(tmp_path, "a.json", {"math": first, "amc": {"1": 0.5, "2": 0.25}})
-    b = evaluation(tmp_path, "b.json", {"math": {key: min(1.0, x + 0.5) for key, x in first.items()}, "amc": {"2": 0.25}})
+    better = {key: min(1.0, x + 0.5) for key, x in first.items()}
+    b = evaluation(tmp_path, "b/eval.json", {"math": better, "amc": {"2": 0.25}, "gpqa": {"9": 1.0}})
+    for folder, grader in ((tmp_path, "oat"), (tmp_path / "b", "math_verify")):
+        (folder / "settings.json").write_text(json.dumps({"knobs": {"grader": grader, "temperature": 0.6, "seed": grader}}))
     compare([a, b])
     out = capsys.readouterr().out
-    assert "amc: compared on the 1 problems of 2 and 1 in both" in out
+    assert "note: amc: 1 problems are in both, of 2 and 1" in out and "note: gpqa: 0 problems are in both, of 0 and 1" in out
+    assert "note: grader is 'oat' in A and 'math_verify' in B" in out and "seed" not in out
     line = next(line for line in out.splitlines() if line.startswith("math"))
     assert line.split()[1:5] == ["60", "0.3333", "0.6667", "+0.3333"] and line.split()[-1] == "0.002"
 
@@ -142,7 +148,8 @@ def test_compare(tmp_path, capsys):
         (["a.json", "none.json"], "none.json: No such file"),
         (["a.json", "bad.json"], "is not an eval.json that this"),
         (["a.json", "old.json"], "is not an eval.json that this"),
-        (["a.json", "c.json"], "no source in common"),
+        (["a.json", "c.json"], "no problem in common"),
+        (["a.json", "list.json"], "is not an eval.json that this"),
         (["a.json", "d.json"], "no problem in common"),
     ],
 )
@@ -151,6 +158,7 @@ def test_compare_refuses(tmp_path, paths, words):
     evaluation(tmp_path, "c.json", {"amc": {"1": 1.0}})
     evaluation(tmp_path, "d.json", {"math": {"2": 1.0}})
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "list.json").write_text('{"math": {"problems": [1]}}')
     (tmp_path / "old.json").write_text('{"math": {"n": 1}}')
     with pytest.raises(UserError, match=words):
         compare([str(tmp_path / p) for p in paths])
