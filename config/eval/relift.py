@@ -1,6 +1,6 @@
 # ReLIFT's final evaluation: math-verify, and the whole text where no thought was closed.
 #
-#     torchrun --nproc_per_node=8 eval.py config/eval/relift.py --model=DIR --data=data/valid.all.parquet --out_dir=out/eval_relift
+#     torchrun --nproc_per_node=8 eval.py config/eval/relift.py --model=DIR --data=data/valid.all.parquet --out_dir=out/six
 
 template = "own"
 system = "remove"

@@ -1,6 +1,6 @@
 # TGPO's evaluation: LUFFY's with the data's system prompt kept.
 #
-#     torchrun --nproc_per_node=8 eval.py config/eval/tgpo.py --model=DIR --data=data/valid.all.parquet --out_dir=out/eval_tgpo
+#     torchrun --nproc_per_node=8 eval.py config/eval/tgpo.py --model=DIR --data=data/valid.all.parquet --out_dir=out/six
 #
 # Its scripts also call an answer right if either grader does, which lifts every number: not done here.
 
