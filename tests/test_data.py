@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import build
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,9 +180,8 @@ def test_set_aside(tokenizer, problems):
     assert [p.prompt_ids for p in again] == [p.prompt_ids for p in held]
     assert [p.prompt_ids for p in set_aside(twice, 10)[1]] == [p.prompt_ids for p in held[:10]]
     assert set_aside(twice, 0) == (twice, [])
-    for p in twice:
-        p.prompt_ids = [7, *p.prompt_ids]  # another chat template
-    assert [p.key for p in set_aside(twice, 20)[1]] == [p.key for p in held]
+    other = [replace(p, prompt_ids=[7, *p.prompt_ids]) for p in twice]  # another chat template
+    assert [p.key for p in set_aside(other, 20)[1]] == [p.key for p in held]
     with pytest.raises(UserError, match="holdout=100000 leaves nothing to train on: the file has"):
         set_aside(twice, 100000)
 
