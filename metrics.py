@@ -82,6 +82,21 @@ class Phases:
         return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
 
 
+def batch_warnings(rollouts):
+    """What is wrong with a batch of which nothing can be learnt, and where to look: a list of lines."""
+    own = [r for r in rollouts if not r.n_teacher_tokens]
+    every = lambda holds: bool(own) and all(map(holds, own))
+    found = {
+        "was cut off at max_tokens: raise it, or see in rollouts/ why no answer ends": every(
+            lambda r: r.finish_reason == "length"
+        ),
+        "ran into reward_timeout: see the answers in rollouts/, or raise it": every(lambda r: r.reason == "timeout"),
+        "lacks </think>: do template and require_think fit the model?": every(lambda r: r.reason == "no_think"),
+        "killed its verifier: is there memory left?": every(lambda r: r.reason == "error"),
+    }
+    return [f"every sample of this batch {words}" for words, holds in found.items() if holds]
+
+
 def step_line(m, max_steps, eta):
     """One aligned line; a dash where the method has no such number."""
     show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))

@@ -7,9 +7,12 @@ the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
+import ctypes
 import glob
 import inspect
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -187,6 +190,8 @@ def start_processes(device, shard):
     """Join torchrun's processes, before the engine would make a process group of its own."""
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
+        if sys.platform == "linux":  # torchrun ends its ranks, unless it is killed itself
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)

@@ -78,6 +78,8 @@ beta1 = 0.9  # AdamW
 beta2 = 0.99  # AdamW
 weight_decay = 0.0  # AdamW
 grad_clip = 1.0  # global norm
+skip_grad_norm = 0.0  # skip an update whose norm is above it, as one that is not finite always is; 0 is no limit
+max_skipped = 3  # updates skipped in a row that stop the run
 seed = 0  # of the data order and of every sample
 # ---------------------------------------------------------------- the verifier
 grader = "math_verify"  # or oat (the last \boxed{} counts), or a Python file that defines grade(text, answer)
@@ -134,7 +136,7 @@ from data import (
 )
 from eval import evaluate, load_benchmark, make_folder, write_json
 from loss import batch_loss, group_advantages, shape
-from metrics import Phases, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
+from metrics import Phases, batch_warnings, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
 from model import attention_backends, load_config, load_policy, model_path, save_policy, start_processes
 from plan import print_plan
 from replay import FailedQuestions, Successes
@@ -197,10 +199,10 @@ def check_knobs(n_ranks):
         globals(),
         "n_rollouts temperature max_tokens max_prompt_tokens max_teacher_tokens gamma max_steps prompts_per_step update_batches"
         " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit plan_gpus"
-        " plan_gib replay_limit sft_learning_rate sft_grad_clip",
+        " plan_gib replay_limit sft_learning_rate sft_grad_clip max_skipped",
         "n_teacher loss_constant policy_coef sft_coef kl_coef ce_coef ce_steps tis_cap clip_high warmup_steps weight_decay"
         " preflight_traces holdout eval_interval eval_k eval_temperature eval_max_problems save_interval rollout_interval"
-        " canary_interval sft_buffer teacher_share teacher_share_end",
+        " canary_interval sft_buffer teacher_share teacher_share_end skip_grad_norm",
         "clip_low beta1 beta2 min_teacher_pass replay_share replay_start",
     )
     if n_ranks % tensor_parallel:
@@ -290,7 +292,7 @@ def canary(policy, engine, problem, stamp):
 
 def update(policy, optimizer, micro_batches, max_norm, terms):
     """Forward and backward over the micro-batches, clip, step. terms: batch_loss's switches and coefficients. Returns
-    {name: (sum, count)} and the norm."""
+    {name: (sum, count)}, the norm, and whether it stepped: not if loss or norm is not finite on any rank, or too large."""
     counts = all_reduce(
         [sum(b.loss_mask.sum().item() for b in micro_batches),
          sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
@@ -310,11 +312,11 @@ def update(policy, optimizer, micro_batches, max_norm, terms):
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}: nothing was updated; lower learning_rate or look at the data")
-    optimizer.step()
+    broken = all_reduce([not math.isfinite(sums["loss"][0]) or not math.isfinite(norm) or 0 < skip_grad_norm < norm])[0]
+    if not broken:
+        optimizer.step()
     optimizer.zero_grad()  # now, so that the engine finds their memory free
-    return sums, norm
+    return sums, norm, not broken
 
 
 # ---------------------------------------------------------------- the run
@@ -413,6 +415,20 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
                  tis_cap=tis_cap)  # fmt: skip
     sft_terms = dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
     n_updates = 0  # optimizer steps taken: the stamp of the weights
+    n_skipped = 0  # updates skipped in a row
+
+    def step_or_skip(*arguments):
+        """update(), counted. Returns its sums and norm, or None if it did not step."""
+        nonlocal n_updates, n_skipped
+        sums, norm, stepped = update(wrapped, *arguments)
+        n_updates += stepped
+        n_skipped = 0 if stepped else n_skipped + 1
+        if stepped:
+            return sums, norm
+        print0(f"update skipped, {n_skipped} in a row: loss {sums['loss'][0]:.3g} on rank 0, gradient norm {norm:.3g}")
+        if n_skipped == max_skipped:
+            raise FloatingPointError(f"{n_skipped} updates in a row were skipped: lower learning_rate, or look at the rollouts")
+        return None
 
     def sync():
         if engine and engine.stamp != n_updates:
@@ -457,7 +473,6 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
 
     def remember(rollouts):
         """Let ExGRPO and ReLIFT see the batch's own samples; take ReLIFT's SFT step if it is due. Returns metrics."""
-        nonlocal n_updates
         groups, record = {}, {}
         for r in rollouts:
             if not r.n_teacher_tokens:
@@ -470,9 +485,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             if due := [by_id[q] for q in failed.take(sft_buffer)]:
                 pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in due]
                 micro_batches = [b.to(policy.hf.device) for _, b in spread(pairs, micro_tokens, RANK, WORLD)]
-                sums, norm = update(wrapped, sft_optimizer, micro_batches, sft_grad_clip, sft_terms)
-                n_updates += 1
-                record |= {"relift/sft_loss": means(sums)["loss"], "relift/grad_norm": norm}
+                if done := step_or_skip(sft_optimizer, micro_batches, sft_grad_clip, sft_terms):
+                    record |= {"relift/sft_loss": means(done[0])["loss"], "relift/grad_norm": done[1]}
             record["relift/waiting"] = len(failed.queue)
         return record
 
@@ -530,20 +544,20 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         # 7. Update, and what methods with memory do after it.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step)
-        results = []
-        for micro_batches in updates:
-            results.append(update(wrapped, optimizer, micro_batches, grad_clip, terms))
-            n_updates += 1
+        results = [step_or_skip(optimizer, micro_batches, grad_clip, terms) for micro_batches in updates]
         record = {"step": step, **rollout_metrics(rollouts), "groups/trained": len(trained) / len(rollouts)}
         record |= remember(rollouts)
         phases.end("update")
         # 8. Log.
-        if results:  # none, if every group was left out
+        record["updates/skipped"] = results.count(None)
+        if results := [r for r in results if r]:  # none, if every group was left out
             record |= means(merge([s for s, _ in results]))
             record["grad_norm"] = sum(n for _, n in results) / len(results)
         record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
         if RANK == 0 and rollout_interval and step % rollout_interval == 0:
             write_rollouts(folder, step, rollouts, by_id, tokenizer)
+        for warning in batch_warnings(rollouts):
+            print0(f"warning: {warning}")
         print0(step_line(record, max_steps, (time.time() - start) / step * (max_steps - step)))
         if step == 1:
             print0(phases.ledger())

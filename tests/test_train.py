@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 
 import build
 import pytest
@@ -205,10 +207,126 @@ def test_evaluation_knobs(script, tmp_path):
     assert json.load(open(out / "eval_1.json"))["toy"]["n"] == 30
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(script, tmp_path):
-    with pytest.raises(FloatingPointError, match="nothing was updated"):
-        run(script, tmp_path, "x", "--entropy_coef=1e40")
-    assert not [f for f in os.listdir(tmp_path / "x") if f.startswith("ckpt")]
+def test_updates_that_are_not_finite_stop_the_run(script, tmp_path, capsys):
+    with pytest.raises(FloatingPointError, match="3 updates in a row were skipped"):
+        run(script, tmp_path, "x", "--entropy_coef=1e40", "--max_steps=5")
+    assert "update skipped, 2 in a row: loss " in capsys.readouterr().out
+    assert not [f for f in os.listdir(tmp_path / "x") if f.startswith("ckpt")] and len(metrics(tmp_path / "x")) == 3
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient", "norm"])
+def test_a_bad_update_is_skipped_and_leaves_no_trace(script, tmp_path, fault):
+    """Of two updates a step the second of step 2 is spoilt: weights and moments are those of a run that never took it."""
+    argv = ["--update_batches=2", "--max_steps=3", "--rollout_interval=0"]
+    runs = {}
+    for name in ("skipped", "left_out"):
+        module = script(
+            "train", ["--sampler=torch", f"--out_dir={tmp_path / name}", "--eval_data=", "--reward_workers=1", *argv]
+        )
+        real, calls = module.update, []
+
+        def update(policy, optimizer, *rest, real=real, calls=calls, module=module, name=name):
+            calls.append(1)
+            if len(calls) != 4:
+                return real(policy, optimizer, *rest)
+            if name == "left_out":
+                return {"loss": (0.0, 1)}, 0.0, False
+            if fault == "norm":
+                module.skip_grad_norm = 1e-9
+            elif fault == "gradient":
+                handle = policy.hf.lm_head.weight.register_hook(lambda g: g * float("nan"))
+            else:
+                loss, module.batch_loss = module.batch_loss, lambda *a, **k: loss(*a, **k) * float("inf")
+            sums, norm, stepped = real(policy, optimizer, *rest)
+            module.skip_grad_norm = 0.0
+            if fault == "gradient":
+                handle.remove()
+            elif fault == "loss":
+                module.batch_loss = loss
+            assert not stepped
+            return sums, norm, stepped
+
+        module.update = update
+        module.main()
+        runs[name] = load_file(tmp_path / name / "ckpt_3" / "model.safetensors")
+        rows = metrics(tmp_path / name)
+        assert [r["updates/skipped"] for r in rows[1:]] == [0, 1, 0] and "loss" in rows[2]
+    assert all(torch.equal(runs["skipped"][k], runs["left_out"][k]) for k in runs["skipped"])
+
+
+@pytest.mark.slow
+def test_ranks_die_with_their_torchrun(tmp_path):
+    """Killed outright, torchrun cannot end its ranks: they must not go on, holding GPUs and writing files."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29542", "train.py"]
+    argv = ["--sampler=torch", "--reward_workers=1", "--max_steps=100000", f"--out_dir={tmp_path / 'x'}"]
+    process = subprocess.Popen([*command, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert any(line.startswith("step ") for line in process.stdout)  # it is at work
+
+    def alive():
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it may end meanwhile
+                found += [entry] * (str(tmp_path / "x").encode() in open(f"/proc/{entry}/cmdline", "rb").read())
+        return found
+
+    assert len(alive()) >= 3
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not alive():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still there: {alive()}")
+
+
+SPOILT = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from conftest import load_script
+train = load_script("train", sys.argv[1:])
+real, calls = train.batch_loss, []
+
+def batch_loss(*a, **k):
+    calls.append(1)
+    return real(*a, **k) * (float("nan") if train.RANK == 1 and len(calls) == 2 else 1.0)
+
+train.batch_loss = batch_loss
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_one_ranks_nan_skips_the_update_on_all(tmp_path, shard):
+    (tmp_path / "spoilt.py").write_text(SPOILT.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29541",
+        tmp_path / "spoilt.py",
+    ]
+    argv = ["--sampler=torch", "--eval_data=", "--reward_workers=1", "--max_steps=3", f"--shard={shard}"]
+    done = subprocess.run([*command, *argv, f"--out_dir={tmp_path / 'x'}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [r["updates/skipped"] for r in metrics(tmp_path / "x")[1:]] == [0, 1, 0]
+    assert done.stdout.count("update skipped, 1 in a row") == 1
+
+
+def test_batches_of_which_nothing_can_be_learnt_are_named():
+    from data import Rollout
+    from metrics import batch_warnings
+
+    own = lambda finish, reason: Rollout(0, [1], 0, [0.0], finish, 0.0, reason)
+    teacher = Rollout(0, [1], 1, [], "teacher", 1.0, "correct")
+    assert batch_warnings([own("stop", "wrong"), own("length", "timeout"), teacher]) == [] == batch_warnings([teacher])
+    cases = {("length", "no_think"): ["max_tokens", "</think>"], ("stop", "timeout"): ["reward_timeout"],
+             ("stop", "error"): ["killed its verifier"]}  # fmt: skip
+    for case, words in cases.items():
+        rollout = own(*case)
+        found = batch_warnings([rollout, rollout, teacher])
+        assert len(found) == len(words) and all(w in line for w, line in zip(words, found, strict=True))
 
 
 def test_two_updates_make_the_second_off_policy(script, tmp_path):
