@@ -223,10 +223,10 @@ def open_work(folder, settings, knobs):
         old = before["settings"]
         if old != settings:
             move_aside(folder, [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)])
-            make_folder(os.path.join(folder, "samples"))
             write_json(path, {"settings": settings, "knobs": knobs, "written_by": provenance()})
         elif before["written_by"] != provenance():
             print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
+        make_folder(os.path.join(folder, "samples"))
     if WORLD > 1:
         torch.distributed.barrier()
 

@@ -208,6 +208,8 @@ def test_repeated_rows_are_the_problem_once(run_eval, tmp_path):
 def test_it_goes_on_where_it_stopped(run_eval, tmp_path, capsys):
     argv = [f"--data={benchmark(tmp_path)}", "--k=2", "--chunk=4"]
     whole = run_eval(*argv)
+    shutil.rmtree(tmp_path / "out" / "samples")
+    assert run_eval(*argv) == whole
     os.remove(tmp_path / "out" / "samples" / "00003.jsonl")
     os.remove(tmp_path / "out" / "eval.json")
     (tmp_path / "out" / "samples" / "00005.jsonl.partial").write_text('{"half": ')
