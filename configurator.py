@@ -10,12 +10,14 @@ every key and its type, in files as on the command line, and answers a mistake i
 
 import ast
 import contextlib
+import ctypes
 import difflib
 import importlib.metadata
 import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +46,13 @@ def run(main):
         time.sleep(2 * (rank > 0))
         print(f"error: rank {rank}: {e}" if rank else f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def die_with_parent():
+    """Let the kernel kill this process when its parent dies, however that happens: a parent that is killed outright cannot
+    do it. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def require(scope, above_zero=(), not_negative=(), below_one=()):

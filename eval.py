@@ -100,9 +100,10 @@ def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_thi
 
 def renderer(tokenizer, template, system, shuffle=(), seed=0):
     """load_problems' `render` for a template of config/templates.toml. Options of the sources in `shuffle` are permuted."""
-    chosen = load_templates()["eval"].get(template)
-    if chosen is None:
-        raise UserError(f"template={template!r}: choose one of {', '.join(load_templates()['eval'])}")
+    templates = load_templates()["eval"]
+    if template not in templates:
+        raise UserError(f"template={template!r}: choose one of {', '.join(templates)}")
+    chosen = templates[template]
     adds_bos = tokenizer.bos_token is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
 
     def render(messages, answer, source):

@@ -7,12 +7,9 @@ the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
-import ctypes
 import glob
 import inspect
 import os
-import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -25,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from configurator import UserError, repo_path
+from configurator import UserError, die_with_parent, repo_path
 from data import first_line
 
 CHUNK = 2048  # tokens whose logits exist together; 2048 x 152,064 in fp32 is 1.2 GiB, and backward holds five such
@@ -190,8 +187,7 @@ def start_processes(device, shard):
     """Join torchrun's processes, before the engine would make a process group of its own."""
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
-        if sys.platform == "linux":  # torchrun ends its ranks, unless it is killed itself
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        die_with_parent()  # torchrun ends its ranks, unless it is killed itself
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)

@@ -97,6 +97,8 @@ from model import load_config, load_policy, model_path, start_processes, tensor_
 from reward import Verifier
 from rollout import TorchSampler, VLLMSampler, open_sampler, wants_vllm
 
+QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
+
 
 def from_hub(name, **options):
     try:
@@ -322,8 +324,9 @@ def prepare_reanswer(args):
     """
     require(vars(args), "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "temperature")
     out = repo_path(args.out)
-    complement, report, work = (out.removesuffix(".parquet") + s for s in (".complement.parquet", ".report.json", ".work"))
-    if out == out.removesuffix(".parquet"):
+    stem, ending = os.path.splitext(out)
+    complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
+    if ending != ".parquet":
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
     ready, partial = os.path.join(work, "ready"), [f"{path}.partial" for path in (out, complement)]
     if taken := [path for path in (out, complement, report) if os.path.exists(path)]:
@@ -337,13 +340,13 @@ def prepare_reanswer(args):
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
     with Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader) as verifier:
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
-        opened = render_prompt(tokenizer, [{"role": "user", "content": "?"}]).endswith(THINK)
+        opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
         start_processes(device, "none")
-        knobs = {name: getattr(args, name) for name in ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout")}
-        knobs |= {"require_think": args.require_think}
+        matter = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
+        knobs = {knob: getattr(args, knob) for knob in matter}
         open_work(work, settings_of(knobs, problems, name, args.sampler, dtype, args.grader), vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
@@ -367,9 +370,9 @@ def prepare_reanswer(args):
         write_json(report, {**vars(args), "counts": counts})
         for path in (complement, out):
             os.replace(f"{path}.partial", path)
-        for name in ("samples", "settings.json", "ready"):
-            remove = shutil.rmtree if name == "samples" else os.remove
-            remove(os.path.join(work, name))
+        shutil.rmtree(os.path.join(work, "samples"))
+        os.remove(os.path.join(work, "settings.json"))
+        os.remove(ready)
         with contextlib.suppress(OSError):  # not empty, if it holds the samples of other settings
             os.rmdir(work)
         print(f"wrote {out}, {complement}, {report}")
@@ -398,13 +401,10 @@ def write_answers(source, paths, out, complement, opening):
                 else:
                     fault = f"sample dropped: {'cut off' if finish == 'length' else reason}"
                     counts[fault] = counts.get(fault, 0) + 1
-            found = {
-                "problems": 1,
-                "problems with a trace": bool(traces),
-                "samples": len(answer["reward"]),
-                "samples kept": len(traces),
-            }
-            counts |= {name: counts[name] + n for name, n in found.items()}
+            counts["problems"] += 1
+            counts["problems with a trace"] += bool(traces)
+            counts["samples"] += len(answer["reward"])
+            counts["samples kept"] += len(traces)
             writer = right if traces else rest
             waiting[writer].append({
                 "data_source": row.get("data_source") or "unknown", "prompt": row["prompt"], "target": traces or None,
@@ -423,7 +423,6 @@ def write_answers(source, paths, out, complement, opening):
 # ---------------------------------------------------------------- model
 
 SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.py", "consolidated*", ".*", "*/*")
-QUESTION = {"role": "user", "content": "What is 1 + 1?"}
 
 
 def prepare_model(args):

@@ -28,7 +28,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from configurator import UserError, repo_path
+from configurator import UserError, die_with_parent, repo_path
 
 START = 120.0  # seconds a worker may take to import math-verify
 GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one outside
@@ -336,11 +336,9 @@ def grade(grader, text, answer, timeout):
 
 
 def work(timeout, name):
-    import ctypes
     import resource
 
-    if sys.platform == "linux":  # if the trainer is killed in the middle of an answer that never returns
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()  # the trainer may be killed in the middle of an answer that never returns
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
     try:  # before the limit on memory
         if name in GRADERS:
