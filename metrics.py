@@ -3,9 +3,12 @@ What a run measures, writes and shows: the metrics of a batch, the phases of a s
 metrics.jsonl and rollouts/step_N.jsonl.
 """
 
+import contextlib
+import glob
 import json
 import math
 import os
+import re
 import time
 
 from data import response_text
@@ -64,17 +67,23 @@ def rollout_metrics(rollouts):
 
 class Phases:
     """What each phase of a step takes: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
-    memory/NAME_after what is in use at its end (plan.measured_memory says of what)."""
+    memory/NAME_after what is in use at its end (plan.measured_memory says of what). told(NAME) is called as it begins."""
 
-    def __init__(self):
-        self.record, self.last = {}, time.time()
+    def __init__(self, told):
+        self.record, self.told, self.name = {}, told, None
+
+    def begin(self, name):
+        self.end()
+        self.name, self.start = name, time.time()
         measured_memory()
+        self.told(name)
 
-    def end(self, name):
-        now = time.time()
-        peak, in_use = measured_memory()
-        self.record[f"time/{name}"], self.last = now - self.last, now
-        self.record |= {f"memory/{name}": peak / 2**30, f"memory/{name}_after": in_use / 2**30}
+    def end(self):
+        if self.name:
+            peak, in_use = measured_memory()
+            self.record[f"time/{self.name}"] = time.time() - self.start
+            self.record |= {f"memory/{self.name}": peak / 2**30, f"memory/{self.name}_after": in_use / 2**30}
+        self.name = None
 
     def ledger(self):
         names = [key.removeprefix("time/") for key in self.record if key.startswith("time/")]
@@ -97,6 +106,20 @@ def batch_warnings(rollouts):
     return [f"every sample of this batch {words}" for words, holds in found.items() if holds]
 
 
+def collapse(rewards, window=20):
+    """[] or [a warning]: at every window-th step, if the mean reward over the last `window` steps is less than half of what
+    it was over that many before. rewards: reward/own of all steps."""
+    if len(rewards) % window or len(rewards) < 2 * window:
+        return []
+    *before, last = [sum(rewards[i : i + window]) / window for i in range(0, len(rewards), window)]
+    if last >= max(before) / 2:
+        return []
+    return [
+        f"reward/own is {last:.3f} over the last {window} steps, it was {max(before):.3f}: look at entropy/own, length/own,"
+        " own/truncated and mismatch/abs, and at the answers in rollouts/"
+    ]
+
+
 def step_line(m, max_steps, eta):
     """One aligned line; a dash where the method has no such number."""
     show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
@@ -113,6 +136,27 @@ def write_metrics(folder, record):
     finite = {k: v for k, v in record.items() if math.isfinite(v)}
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(finite) + "\n")
+        f.flush()
+        os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
+
+
+def rewind(folder, last):
+    """Remove what a run left of the steps after `last`: lines of metrics.jsonl, files of rollouts and evaluations. Returns
+    the lines that stay."""
+    path, rows = os.path.join(folder, "metrics.jsonl"), []
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):  # the last may be cut short
+                rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= last]
+    with open(path + ".partial", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".partial", path)
+    for file in (*glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")),
+                 *glob.glob(os.path.join(glob.escape(folder), "eval_*.json"))):  # fmt: skip
+        if int(re.search(r"_(\d+)\.jsonl?$", file)[1]) > last:
+            os.remove(file)
+    return rows
 
 
 def row(problem, r, tokenizer):

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -180,7 +179,7 @@ class Policy(torch.nn.Module):
         return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
 
-# ---------------------------------------------------------------- processes; load, gather, save
+# ---------------------------------------------------------------- processes; load, gather
 
 
 def start_processes(device, shard):
@@ -266,26 +265,35 @@ def load_sharded(model, temperature, dtype, device, backend, weights, offload):
     decoder = hf.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
     files = tensor_files(model)
+    if not files:
+        raise OSError("sharded loading needs *.safetensors in a local folder")
     for name, p in hf.named_parameters():
         if name not in files:
             raise OSError(f"its weights lack {name}")
-        with safe_open(files[name], "pt") as f:
-            rows, local = f.get_slice(name), p.to_local()
-            size = -(-p.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
-            start = min(p.size(0), dist.get_rank() * size)
-            local.detach().copy_(rows[start : start + local.size(0)])
+        read_rows_of(files[name], name, p)
     return policy.eval()
 
 
-def tensor_files(model):
-    """{tensor name: safetensors file} of a local folder."""
+def tensor_files(folder, names="*"):
+    """{tensor name: file} of the safetensors files in a local folder, those with certain names."""
     files = {}
-    for path in sorted(glob.glob(os.path.join(model, "*.safetensors"))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), names + ".safetensors"))):
         with safe_open(path, "pt") as f:
             files |= dict.fromkeys(f.keys(), path)
-    if not files:
-        raise OSError("sharded loading needs *.safetensors in a local folder")
     return files
+
+
+@torch.no_grad()
+def read_rows_of(path, name, tensor):
+    """Fill a tensor, or this rank's rows of one that FSDP2 shards, from a safetensors file. Returns it."""
+    with safe_open(path, "pt") as f:
+        rows, local, start = f.get_slice(name), tensor, 0
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            size = -(-tensor.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
+            start = min(tensor.size(0), dist.get_rank() * size)
+        local.copy_(rows[start : start + local.size(0)])
+    return tensor
 
 
 def full_parameters(hf, dtype=None):
@@ -294,21 +302,3 @@ def full_parameters(hf, dtype=None):
     for name, p in hf.named_parameters():
         p = p.detach() if dtype is None else p.detach().to(dtype)
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
-
-
-def save_policy(policy, tokenizer, folder, memory=()):
-    """Write folder in Hugging Face format, whole or not at all. Every rank calls it, rank 0 writes. memory: tensors by
-    name (replay.py's), beside the model as replay.state, which has safetensors' format but not its ending: transformers
-    and vLLM would take it for weights."""
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    state = {}
-    for name, tensor in full_parameters(policy.hf):
-        if main:
-            state[name] = tensor.cpu()
-    if main:
-        partial = folder + ".partial"
-        policy.hf.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        if memory:
-            save_file(memory, os.path.join(partial, "replay.state"))
-        os.replace(partial, folder)

@@ -79,6 +79,7 @@ class Verifier:
         if grader not in GRADERS and not os.path.isfile(self.grader):
             words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
             raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
+        self.tick = lambda: None  # called after each answer; what it raises ends score
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
         self.workers = [Worker(timeout, self.grader) for _ in range(workers)]
@@ -97,7 +98,11 @@ class Verifier:
 
     def score(self, responses, answers):
         """list[str], list[str] -> list[Verdict]"""
-        return list(self.threads.map(self.verdict, responses, answers))
+        verdicts = []
+        for verdict in self.threads.map(self.verdict, responses, answers):
+            verdicts.append(verdict)
+            self.tick()
+        return verdicts
 
     def verdict(self, response, answer):
         text = graded_text(response, self.require_think, self.grade_unclosed)

@@ -131,6 +131,9 @@ class VLLMSampler:
             )
         self.eos_token_id, self.max_model_len, self.dtype = eos_token_id, max_model_len, getattr(torch, dtype)
         self.stamp, self.shapes, self.broken = model, None, None
+        self.tick = lambda: None  # called before each engine step; what it raises ends generate
+        step = self.llm.llm_engine.step
+        self.llm.llm_engine.step = lambda: (self.tick(), step())[1]
 
     def load(self, hf, stamp):
         """Replace the engine's weights in place by those of a Hugging Face module, a tensor at a time. Under FSDP
@@ -234,7 +237,7 @@ class TorchSampler:
 
     def __init__(self, hf, eos_token_id, max_model_len, max_rows=256):
         self.hf, self.eos_token_id, self.max_model_len, self.max_rows = hf, eos_token_id, max_model_len, max_rows
-        self.stamp = None
+        self.stamp, self.tick = None, lambda: None  # as VLLMSampler's
 
     @torch.no_grad()
     def load(self, hf, stamp):
@@ -281,6 +284,7 @@ class TorchSampler:
         lengths = limit.clone()
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows still in the batch
         for t in range(max_tokens):
+            self.tick()
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.size(1) :]
             out = self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                           use_cache=True, logits_to_keep=1)  # fmt: skip

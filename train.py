@@ -12,12 +12,14 @@ LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The
 
 Each step: the sampler takes over the policy's weights, answers a batch of prompts, the verifier grades the
 answers and the teacher traces beside them, and the policy takes `update_batches` optimizer steps.
-Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/}.
+Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest}. --resume=auto goes on
+from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; README, 'A long run', has the rest.
 """
 
 import contextlib
 import math
 import os
+import random
 import sys
 import time
 
@@ -29,6 +31,7 @@ data = "toy/train.parquet"  # prompts, answers and teacher traces, in LUFFY's pa
 eval_data = "toy/test.parquet"  # held-out problems; "" for none
 model = "toy/base"  # the base: a folder in Hugging Face format, or a hub name
 out_dir = "out/toy"  # an earlier run found there is moved aside, never overwritten
+resume = "no"  # auto: go on from out_dir's newest whole checkpoint, if there is one; force: under other knobs or data, too
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included
 n_teacher = 1  # of which teacher traces; 0 is on-policy GRPO
@@ -96,6 +99,8 @@ eval_k = 4  # and this many samples; 0 is none
 eval_temperature = 1.0  # of those
 eval_max_problems = 0  # per source; 0 is all
 save_interval = 0  # steps between checkpoints, besides the last; 0 is none
+keep_last = 2  # checkpoints that stay, the newest; 0 is all
+keep_every = 0  # and those of every so many steps; 0 is none
 rollout_interval = 1  # steps between files of rollouts; 0 is none
 # ---------------------------------------------------------------- system
 sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
@@ -106,7 +111,8 @@ tensor_parallel = 1  # consecutive ranks that share one engine
 micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
 canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's
-canary_limit = 0.001  # mean |difference| that stops the run; in bfloat16 it takes about 0.1
+canary_limit = 0.001  # mean |difference|, there or over a batch, that stops the run; in bfloat16 it takes about 0.1
+hang_timeout = 300.0  # seconds without progress on any rank that end the run
 dry_run = False  # print the plan and stop; needs no more than the model's config.json
 plan_gpus = 8  # GPUs a dry run plans for
 plan_gib = 80.0  # and the memory of each
@@ -122,6 +128,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from checkpoint import NotSaved, check_same, find, fingerprint, prune, restore, save
 from data import (
     Order,
     Rollout,
@@ -134,14 +141,25 @@ from data import (
     set_aside,
     spread,
 )
-from eval import evaluate, load_benchmark, make_folder, write_json
+from eval import evaluate, load_benchmark, make_folder, weights_digest, write_json
+from guard import Guard
 from loss import batch_loss, group_advantages, shape
-from metrics import Phases, batch_warnings, rollout_metrics, step_line, token_metrics, write_metrics, write_rollouts
-from model import attention_backends, load_config, load_policy, model_path, save_policy, start_processes
+from metrics import (
+    Phases,
+    batch_warnings,
+    collapse,
+    rewind,
+    rollout_metrics,
+    step_line,
+    token_metrics,
+    write_metrics,
+    write_rollouts,
+)
+from model import attention_backends, load_config, load_policy, model_path, start_processes
 from plan import print_plan
 from replay import FailedQuestions, Successes
 from reward import Verifier
-from rollout import TorchSampler, VLLMSampler, roll_out, wants_vllm
+from rollout import TorchSampler, VLLMSampler, request_seed, roll_out, wants_vllm
 from stats import summarize
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -199,10 +217,10 @@ def check_knobs(n_ranks):
         globals(),
         "n_rollouts temperature max_tokens max_prompt_tokens max_teacher_tokens gamma max_steps prompts_per_step update_batches"
         " learning_rate grad_clip reward_workers reward_timeout micro_tokens gpu_memory tensor_parallel canary_limit plan_gpus"
-        " plan_gib replay_limit sft_learning_rate sft_grad_clip max_skipped",
+        " plan_gib replay_limit sft_learning_rate sft_grad_clip max_skipped hang_timeout",
         "n_teacher loss_constant policy_coef sft_coef kl_coef ce_coef ce_steps tis_cap clip_high warmup_steps weight_decay"
         " preflight_traces holdout eval_interval eval_k eval_temperature eval_max_problems save_interval rollout_interval"
-        " canary_interval sft_buffer teacher_share teacher_share_end skip_grad_norm",
+        " canary_interval sft_buffer teacher_share teacher_share_end skip_grad_norm keep_last keep_every",
         "clip_low beta1 beta2 min_teacher_pass replay_share replay_start",
     )
     if n_ranks % tensor_parallel:
@@ -220,7 +238,8 @@ def check_knobs(n_ranks):
         raise UserError(f"micro_tokens={micro_tokens} cannot hold a prompt and its response at their limits: raise it")
     wants_vllm(sampler)
     for name, value, choices in (("dtype", dtype, ("auto", "float32", "bfloat16")), ("baseline", baseline, ("group", "own")),
-                                 ("lr_schedule", lr_schedule, ("constant", "cosine"))):  # fmt: skip
+                                 ("lr_schedule", lr_schedule, ("constant", "cosine")),
+                                 ("resume", resume, ("no", "auto", "force"))):  # fmt: skip
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
     if baseline == "own" and n_teacher == n_rollouts:
@@ -290,15 +309,17 @@ def canary(policy, engine, problem, stamp):
 # ---------------------------------------------------------------- one optimizer step
 
 
-def update(policy, optimizer, micro_batches, max_norm, terms):
-    """Forward and backward over the micro-batches, clip, step. terms: batch_loss's switches and coefficients. Returns
-    {name: (sum, count)}, the norm, and whether it stepped: not if loss or norm is not finite on any rank, or too large."""
+def update(policy, optimizer, micro_batches, max_norm, terms, safe_point):
+    """Forward and backward over the micro-batches, clip, step. terms: batch_loss's switches and coefficients; safe_point()
+    is called before each. Returns {name: (sum, count)}, the norm, and whether it stepped: not if loss or norm is not finite
+    on any rank, or too large."""
     counts = all_reduce(
         [sum(b.loss_mask.sum().item() for b in micro_batches),
          sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
     )  # fmt: skip
     sums = {}
     for i, batch in enumerate(micro_batches):
+        safe_point()
         last = i == len(micro_batches) - 1
         # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
         with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
@@ -312,6 +333,7 @@ def update(policy, optimizer, micro_batches, max_norm, terms):
         sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    safe_point()
     broken = all_reduce([not math.isfinite(sums["loss"][0]) or not math.isfinite(norm) or 0 < skip_grad_norm < norm])[0]
     if not broken:
         optimizer.step()
@@ -326,14 +348,18 @@ def main():
     check_knobs(plan_gpus if dry_run else WORLD)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    base = model_path(model)
     teacher_config = load_config(model_path(teacher_model)) if teacher_model and (kl_coef or ce_coef) else None
     if dry_run:
-        print_plan(config, load_config(base), count_rows(repo_path(data)), plan_gpus, True, plan_gib, print0, teacher_config)
+        shape_config = load_config(model_path(model))
+        print_plan(config, shape_config, count_rows(repo_path(data)), plan_gpus, True, plan_gib, print0, teacher_config)
         if (kl_coef or ce_coef) and not teacher_model:
             print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
         return
     start_processes(device, shard)
+    found, begun = (None, None) if resume == "no" else find(repo_path(out_dir), print0)
+    if begun and begun["step"] >= max_steps and not begun["tail"]:
+        return print0(f"nothing to do: {found} has {begun['step']} steps, max_steps is {max_steps}")
+    base = found or model_path(model)
     tokenizer = load_tokenizer(base)
     shape_config = load_config(base)
     needed, context = max_prompt_tokens + max(max_tokens, max_teacher_tokens), shape_config.max_position_embeddings
@@ -367,6 +393,9 @@ def main():
             raise UserError(
                 f"prompts_per_step={prompts_per_step} but {data} has only {len(problems)} usable problems: lower it"
             )
+        identity = identify(problems, kind, begun)
+        if begun:
+            check_same(found, begun, identity, FREE.split(), resume == "force", print0)
         gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
         print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0, teacher_config)
         make_folder(repo_path(out_dir))  # before the time is spent
@@ -393,18 +422,21 @@ def main():
             teacher = load_policy(
                 folder, temperature, getattr(torch, kind), device, sharded, frozen=True, offload=teacher_offload
             )
-        train(policy, engine, verifier, tokenizer, problems, held_out, teacher)
+        with Guard(hang_timeout) as guard:
+            train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guard, identity, found, begun)
     if engine:
         engine.close()
     if dist.is_initialized() and (WORLD > 1 or shard == "fsdp"):
         if WORLD > 1:
             dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
+    return 128 + guard.agreed if guard.agreed else 0
 
 
-def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
-    folder = open_folder()
-    order = Order(len(problems), seed)
+def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guard, identity, found, begun):
+    """The loop. found, begun: the checkpoint that it goes on from and its run.json, or None; identity: what that holds for
+    check_same."""
+    folder = open_folder(begun)
     by_id = {p.id: p for p in problems}
     wrapped = DDP(policy) if WORLD > 1 and shard == "ddp" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, (beta1, beta2), weight_decay=weight_decay)
@@ -414,13 +446,45 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
                  policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef, kl_coef=kl_coef,
                  tis_cap=tis_cap)  # fmt: skip
     sft_terms = dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
+    optimizers = {"adamw": optimizer} | ({"sft": sft_optimizer} if sft_buffer else {})
+    kept = failed if sft_buffer else successes if replay_share else None
+    # At the last step's end: its number, where the order stood, and what is known of the step if its evaluation is missing.
+    done, stood, tail = 0, {}, {"step": 0}
     n_updates = 0  # optimizer steps taken: the stamp of the weights
     n_skipped = 0  # updates skipped in a row
+    saved = None  # the step whose end is saved
+    if begun:
+        done, stood, tail, n_updates, n_skipped = (begun[k] for k in ("step", "order", "tail", "n_updates", "n_skipped"))
+        saved, memory = done, restore(found, begun, policy, optimizers)
+        if kept and memory:
+            kept.load_state_dict(memory)
+    order = Order(len(problems), seed, **stood)
+    past = rewind(folder, done - bool(tail)) if RANK == 0 and begun else []
+    curve = [row["reward/own"] for row in past if "reward/own" in row]
+
+    def save_boundary(must=True):
+        """Save the last step's end, if it is not yet."""
+        nonlocal saved
+        if saved == done:
+            return
+        guard.phase(done, "checkpoint")
+        state = {"step": done, "order": stood, "tail": tail, "n_updates": n_updates, "n_skipped": n_skipped}
+        memory = kept.state_dict() if kept else {}
+        try:
+            save(folder, done, policy, tokenizer, optimizers, memory, {**state, **identity}, guard.progress)
+        except NotSaved as e:
+            if must:
+                raise UserError(f"{e}; --resume=auto goes on from the one before") from None
+            return print0(f"warning: {e}; the next try is after the next step")
+        saved, guard.save_asked = done, False
+        if RANK == 0:
+            prune(folder, keep_last, keep_every)
 
     def step_or_skip(*arguments):
         """update(), counted. Returns its sums and norm, or None if it did not step."""
         nonlocal n_updates, n_skipped
-        sums, norm, stepped = update(wrapped, *arguments)
+        sums, norm, stepped = update(wrapped, *arguments, guard.safe_point)
+        guard.droppable = False
         n_updates += stepped
         n_skipped = 0 if stepped else n_skipped + 1
         if stepped:
@@ -437,10 +501,13 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
     def evaluation(step):
         """Greedy and sampled accuracy on the held-out problems, all ranks sharing the work."""
         sync()
+        guard.phase(step, "evaluation")
         table, record = {}, {}
         modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
         for name, k, t in modes:
-            rows = gather_engines(evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed))
+            with guard.interruptible():
+                rows = evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed)
+            rows = gather_engines(rows)
             for source, row in summarize(rows).items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
@@ -490,35 +557,55 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             record["relift/waiting"] = len(failed.queue)
         return record
 
-    record = {"step": 0}
-    if engine:
+    def finish(step):
+        """What follows a step's updates, and step 0: canary, evaluation, its line in metrics.jsonl."""
+        nonlocal tail
+        record = dict(tail)
+        if engine and step and canary_interval and step % canary_interval == 0:
+            sync()
+            record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
+        if held_out and (step in (0, max_steps) or (eval_interval and step % eval_interval == 0)):
+            record |= evaluation(step)
+        if RANK == 0:
+            write_metrics(folder, record)
+        tail = None
+
+    guard.on_stop = save_boundary
+    verifier.tick = guard.tick
+    if engine:  # ranks that share an engine must step alike
+        engine.tick = guard.tick if tensor_parallel == 1 else guard.progress
         sync()
-        record["mismatch/canary"] = gap = canary(policy, engine, problems[0], n_updates)
+        gap = canary(policy, engine, problems[0], n_updates)
         print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
-    record |= evaluation(0) if held_out else {}
-    if RANK == 0:
-        write_metrics(folder, record)
-    start = time.time()
-    for step in range(1, max_steps + 1):
-        phases = Phases()
+        if not begun:
+            tail["mismatch/canary"] = gap
+    print0(f"process {os.getpid()}: SIGUSR1 saves a checkpoint, SIGTERM and SIGINT save and end")
+    if tail:
+        finish(done)
+    start, first, late = time.time(), done, False
+    for step in range(done + 1, max_steps + 1):
+        reseed(step)
+        phases = Phases(lambda name, step=step: guard.phase(step, name))
         # 1. The engine takes over the policy's weights.
+        phases.begin("sync")
         sync()
-        phases.end("sync")
         # 2. Roll out: own samples from the engine, traces or replays beside them. Each engine has its own prompts.
+        phases.begin("rollout")
         batch, replays = next_batch(step)
         share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
-        rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates,
-                            share, replays)  # fmt: skip
-        phases.end("rollout")
-        if engine:
-            engine.sleep()
-        # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
-        texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
-        for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
-            r.reward, r.reason = v.reward, v.reason
+        with guard.interruptible():
+            rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates,
+                                share, replays)  # fmt: skip
+            if engine:
+                engine.sleep()
+            # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
+            phases.begin("reward")
+            texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
+            for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
+                r.reward, r.reason = v.reward, v.reason
         place = {p.id: i for i, p in enumerate(batch)}
         rollouts = sorted(gather_engines(rollouts), key=lambda r: place[r.problem])
-        phases.end("reward")
+        phases.begin("update")
         # 4. Advantage: reward minus the mean of the group, teacher included.
         rewards, groups = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.problem for r in rollouts])
         is_own = torch.tensor([r.n_teacher_tokens == 0 for r in rollouts])
@@ -537,6 +624,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         # model's opinion of every token.
         with torch.no_grad():
             for micro_batch in (b for micro_batches in updates[1:] for b in micro_batches):
+                guard.safe_point()
                 micro_batch.old_logp, _ = policy(micro_batch)
         terms["ce_coef"] = ce_coef * max(0.0, 1 - (step - 1) / ce_steps) if ce_steps else ce_coef
         if updates and (kl_coef or terms["ce_coef"]):
@@ -546,8 +634,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
             group["lr"] = learning_rate * schedule(step)
         results = [step_or_skip(optimizer, micro_batches, grad_clip, terms) for micro_batches in updates]
         record = {"step": step, **rollout_metrics(rollouts), "groups/trained": len(trained) / len(rollouts)}
+        guard.droppable = False
         record |= remember(rollouts)
-        phases.end("update")
+        phases.end()
         # 8. Log.
         record["updates/skipped"] = results.count(None)
         if results := [r for r in results if r]:  # none, if every group was left out
@@ -556,23 +645,23 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher):
         record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
         if RANK == 0 and rollout_interval and step % rollout_interval == 0:
             write_rollouts(folder, step, rollouts, by_id, tokenizer)
-        for warning in batch_warnings(rollouts):
+        curve += [record["reward/own"]] if "reward/own" in record else []
+        for warning in (*batch_warnings(rollouts), *collapse(curve)):
             print0(f"warning: {warning}")
-        print0(step_line(record, max_steps, (time.time() - start) / step * (max_steps - step)))
-        if step == 1:
+        print0(step_line(record, max_steps, (time.time() - start) / (step - first) * (max_steps - step)))
+        if step == first + 1:
             print0(phases.ledger())
-        # 9. Canary, evaluation, checkpoint.
-        if engine and canary_interval and step % canary_interval == 0:
-            sync()
-            record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
-        if held_out and (step == max_steps or (eval_interval and step % eval_interval == 0)):
-            record |= evaluation(step)
-        if RANK == 0:
-            write_metrics(folder, record)
-        if step == max_steps or (save_interval and step % save_interval == 0):
-            kept = failed if sft_buffer else successes if replay_share else None
-            memory = kept.state_dict() if kept and RANK == 0 else {}
-            save_policy(policy, tokenizer, os.path.join(folder, f"ckpt_{step}"), memory)
+        if record.get("mismatch/abs", 0) > canary_limit:
+            raise RuntimeError(f"engine and trainer disagree by {record['mismatch/abs']:.3g} in mean |log-prob| over a batch,"
+                               f" canary_limit is {canary_limit}: the engine does not hold the policy's weights")  # fmt: skip
+        # 9. The step is a whole. Canary, evaluation, checkpoint.
+        done, stood, tail, guard.droppable = step, order.state(), record, True
+        finish(step)
+        guard.agree()
+        late = late or step == max_steps or guard.save_asked or (save_interval > 0 and step % save_interval == 0)
+        if late:
+            save_boundary(must=step == max_steps)
+            late = saved != step
     print0(f"done in {time.time() - start:.0f} s: {folder}")
 
 
@@ -622,11 +711,50 @@ def ask(teacher, micro_batches, want_top1, n_tokens):
         teacher.to("cpu")
 
 
-def open_folder():
-    """Make out_dir, moving a run found there aside, and write config.json."""
+def reseed(step):
+    """Whatever draws from python's, numpy's or torch's own generators draws the same in a run that was resumed. Nothing
+    here does: orders and samples have seeds of their own."""
+    key = request_seed(seed, "step", step, RANK)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.manual_seed(key)
+
+
+# Knobs that may change in a run that is resumed: of its length, of what it shows, of the machine; and paths, because what
+# they lead to is compared.
+FREE = """data eval_data model teacher_model grader out_dir resume max_steps max_skipped min_teacher_pass preflight_traces
+    eval_interval eval_greedy eval_k eval_temperature eval_max_problems save_interval keep_last keep_every rollout_interval
+    shard recompute tensor_parallel teacher_offload micro_tokens gpu_memory reward_workers canary_interval canary_limit
+    hang_timeout plan_gpus plan_gib"""
+
+
+def identify(problems, kind, begun):
+    """What two runs must share to be one, and whose they are."""
+    sources = {"data": repo_path(data), "grader": repo_path(grader), "model": repo_path(model)}
+    sources |= {"teacher_model": repo_path(teacher_model)} if kl_coef or ce_coef else {}
+    inputs = {}
+    if RANK == 0:
+        for name, path in sources.items():
+            if os.path.isfile(path):
+                inputs[name] = fingerprint(path)[1]
+            elif os.path.isdir(path) or not begun:
+                inputs[name] = weights_digest(path if os.path.isdir(path) else globals()[name]) if name != "grader" else grader
+            else:  # gone, or a hub's: a run that goes on does not need it
+                inputs[name] = begun["inputs"].get(name)
+    inputs = gather([inputs])[0]
+    return {
+        "knobs": {**config, "sampler": "vllm" if wants_vllm(sampler) else "torch", "dtype": kind},
+        "inputs": inputs | {"problems": len(problems)},
+        "world_size": WORLD,
+        "written_by": provenance(),
+    }
+
+
+def open_folder(begun):
+    """Make out_dir, moving a run found there aside unless this one goes on from it, and write config.json."""
     folder = repo_path(out_dir)
     if RANK == 0:
-        if os.path.isdir(folder) and os.listdir(folder):
+        if not begun and os.path.isdir(folder) and os.listdir(folder):
             n = 1
             while os.path.exists(f"{folder}.{n}"):
                 n += 1
@@ -640,9 +768,10 @@ def open_folder():
 
 
 if __name__ == "__main__":
-    run(main)
+    code = run(main)
     # gloo's threads may still hold tensors, and then abort a process whose interpreter is shutting down. With a tensor
     # parallel engine on CPUs the lesser evil is to let it: vLLM's shared memory is only removed on the way.
     if WORLD > 1 and tensor_parallel == 1:
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code or 0)
+    sys.exit(code)

@@ -1,0 +1,268 @@
+"""
+Checkpoints: what a run needs to go on, written whole or not at all.
+
+    out_dir/ckpt_N/          the policy in Hugging Face format, fp32; transformers and vLLM load it as it is
+    out_dir/ckpt_N/state/    the rest: AdamW's moments, the memory of ReLIFT or ExGRPO, and run.json: step, order, knobs,
+                             and the SHA-256 of every file. Without it the folder is a model and nothing more
+    out_dir/latest           a link to the newest
+
+Tensors are whole, in safetensors, and the ranks share the writing: any number of ranks reads them under any sharding,
+and nothing is a pickle, as the metadata of torch.distributed.checkpoint are. Several machines need a common folder.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from configurator import UserError
+from data import partition
+from model import read_rows_of, tensor_files
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+FILE = 2 << 30  # bytes of tensors for which one more rank writes a file
+
+
+class NotSaved(Exception):
+    """The disk refused. Nothing is left of the new checkpoint, and those before it are untouched."""
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(item):
+    """Every rank's item, in a list, on every rank."""
+    found = [item] * rank_and_world()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, item)
+    return found
+
+
+def together(work, *arguments):
+    """Call work on every rank; if the disk refused it on any, raise NotSaved on all. Returns what work returned."""
+    result = error = None
+    try:
+        result = work(*arguments)
+    except (OSError, SafetensorError) as e:
+        error = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
+    if errors := [e for e in gather(error) if e]:
+        raise NotSaved(errors[0])
+    return result
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: None):
+    """Write folder/ckpt_{step} and point folder/latest to it. All ranks call it.
+
+    optimizers: {name: AdamW over policy's parameters}; memory: {name: tensor}, the same on every rank; run: what else
+    run.json shall hold, in JSON's types. tick() is called as files get done. Raises NotSaved.
+    """
+    rank, world = rank_and_world()
+    final = os.path.join(folder, f"ckpt_{step}")
+    partial, named = final + ".partial", dict(policy.hf.named_parameters())
+    tensors, steps = {"model": named}, {}
+    for name, optimizer in optimizers.items():
+        states = {n: optimizer.state[p] for n, p in named.items() if p in optimizer.state}
+        steps[name] = int(next(iter(states.values()))["step"]) if states else 0
+        if states:
+            tensors[f"state/{name}"] = {f"{m}.{n}": s[m] for m in MOMENTS for n, s in states.items()}
+    needed = sum(t.numel() * t.element_size() for group in (*tensors.values(), memory) for t in group.values())
+
+    def begin():
+        if rank:
+            return
+        for left in glob.glob(os.path.join(folder, "*.partial")):
+            shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise OSError(f"it needs {show(needed)}, {show(free)} are free, {show(needed - free)} are missing")
+        os.makedirs(os.path.join(partial, "state"))
+        policy.hf.config.save_pretrained(partial)
+        policy.hf.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if memory:
+            save_file(memory, os.path.join(partial, "state", "memory.safetensors"))
+
+    def write(paths, share):
+        if share:
+            save_file(share, os.path.join(partial, paths[rank]), {"format": "pt"})
+
+    def index():
+        """What transformers and vLLM read where the model has several files."""
+        weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
+        if rank == 0 and len(set(weight_map.values())) > 1:
+            with open(os.path.join(partial, "model.safetensors.index.json"), "w") as f:
+                json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
+
+    def seal():
+        """Flush this rank's share of the files; {path: [bytes, SHA-256]}."""
+        found = {}
+        for path in files_below(partial)[rank::world]:
+            to_disk(os.path.join(partial, path))
+            found[path] = fingerprint(os.path.join(partial, path))
+            tick()
+        return found
+
+    def finish():
+        if rank:
+            return
+        path = os.path.join(partial, "state", "run.json")
+        body = json.dumps({**run, "optimizer_steps": steps, "files": sealed}, indent=1, allow_nan=False)
+        with open(path, "w") as f:
+            f.write(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+        for name in (path, os.path.dirname(path), partial):
+            to_disk(name)
+        if os.path.isdir(final):  # it did not verify, or the run would have gone on from it
+            discard(final)
+        os.rename(partial, final)
+        link = os.path.join(folder, "latest.partial")
+        os.symlink(os.path.basename(final), link)
+        os.replace(link, os.path.join(folder, "latest"))
+        to_disk(folder)
+
+    try:
+        together(begin)
+        for stem, group in tensors.items():
+            paths, share = gather_share(stem, group, tick)
+            together(write, paths, share)
+            tick()
+        together(index)
+        sealed = {path: found for part in gather(together(seal)) for path, found in part.items()}
+        together(finish)
+    except NotSaved as e:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise NotSaved(f"{final} is not saved: {e}") from None
+
+
+def gather_share(stem, tensors, tick):
+    """Cut {name: tensor} into files, one a rank; gather whole tensors on all ranks, and keep what this one shall write.
+    Returns the files' names and {name: tensor}. A collective under FSDP."""
+    rank, world = rank_and_world()
+    sizes = [t.numel() * t.element_size() for t in tensors.values()]
+    files = partition(sizes, max(1, min(world, -(-sum(sizes) // FILE))))
+    names = [stem if len(files) == 1 else f"{stem}-{i + 1:05d}-of-{len(files):05d}" for i in range(len(files))]
+    share = {}
+    for i, (name, t) in enumerate(tensors.items()):
+        whole = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        if rank < len(files) and i in files[rank]:
+            share[name] = whole.cpu().contiguous()
+        tick()
+    return [name + ".safetensors" for name in names], share
+
+
+def files_below(folder):
+    return sorted(os.path.relpath(os.path.join(d, f), folder) for d, _, files in os.walk(folder) for f in files)
+
+
+def fingerprint(path):
+    with open(path, "rb") as f:
+        return [os.path.getsize(path), hashlib.file_digest(f, "sha256").hexdigest()]
+
+
+def to_disk(path):
+    """Flush a file, or a folder's entries, even if the machine dies."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(path):
+    """Remove a checkpoint; what a kill leaves of it has no checkpoint's name."""
+    shutil.rmtree(path + ".partial", ignore_errors=True)
+    os.rename(path, path + ".partial")
+    shutil.rmtree(path + ".partial")
+
+
+def prune(folder, keep_last, keep_every):
+    """Remove all checkpoints but the newest keep_last (0: all stay) and those whose step keep_every divides (0: none)."""
+    for step in sorted(steps_in(folder))[:-keep_last] if keep_last else ():
+        if not keep_every or step % keep_every:
+            discard(os.path.join(folder, f"ckpt_{step}"))
+
+
+def show(n):
+    return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def steps_in(folder):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [int(m[1]) for m in map(re.compile(r"ckpt_(\d+)").fullmatch, names) if m]
+
+
+def find(folder, log):
+    """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is none at
+    all. All ranks call it. Raises UserError if there are some and none verifies."""
+    faults = []
+    for step in sorted(steps_in(folder), reverse=True):
+        path = os.path.join(folder, f"ckpt_{step}")
+        run, fault = read_run(path)
+        rank, world = rank_and_world()
+        for name in sorted(run["files"])[rank::world] if run else ():
+            if not os.path.isfile(file := os.path.join(path, name)) or fingerprint(file) != run["files"][name]:
+                fault = f"{name} is missing" if not os.path.isfile(file) else f"{name} is damaged"
+        if not (found := [f for f in gather(fault) if f]):
+            return path, run
+        log(f"warning: {path} does not verify ({found[0]}): skipped")
+        faults.append(f"{path}: {found[0]}")
+    if faults:
+        raise UserError(f"no checkpoint verifies ({faults[0]}): copy it again, or start anew with another out_dir")
+    return None, None
+
+
+def read_run(path):
+    """(run.json's content, None), or (None, what is wrong with it)."""
+    try:
+        with open(os.path.join(path, "state", "run.json")) as f:
+            digest, _, body = f.read().partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None, "state/run.json is missing"
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        return None, "state/run.json is damaged"
+    return json.loads(body), None
+
+
+def check_same(path, before, now, free, force, log):
+    """Compare what two runs must share (train.identify): raise UserError for the first knob or input that differs, or with
+    `force` say so. Other knobs, ranks and versions may differ; of the last two it speaks."""
+    for kind in ("knobs", "inputs"):
+        for name in sorted(before[kind].keys() | now[kind].keys()):
+            old, new = before[kind].get(name), now[kind].get(name)
+            if old == new or (kind == "knobs" and name in free):
+                continue
+            what = f"{name}={new!r} now, {old!r} then" if kind == "knobs" else f"{name} has another content now"
+            if not force:
+                raise UserError(f"{path} is of another run ({what}): restore it, take --resume=force, or another out_dir")
+            log(f"note: {path} is of another run ({what}), resumed by force")
+    for name in ("world_size", "written_by"):
+        if before[name] != now[name]:
+            log(f"note: {path} was written under another {name}: {before[name]}; it is {now[name]} now")
+    if before["knobs"]["max_steps"] != now["knobs"]["max_steps"]:
+        log("note: max_steps changed; schedules that end with it (cosine, teacher_share_end) change from here")
+
+
+def restore(path, run, policy, optimizers):
+    """Fill the optimizers' moments from a checkpoint, each rank its rows. The policy was loaded from path already.
+    Returns the memory, {name: tensor}, or {}."""
+    for name, optimizer in optimizers.items():
+        files = tensor_files(os.path.join(path, "state"), f"{name}*")
+        for n, p in policy.hf.named_parameters() if files else ():
+            moments = {m: read_rows_of(files[f"{m}.{n}"], f"{m}.{n}", torch.zeros_like(p)) for m in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(run["optimizer_steps"][name])), **moments}
+    memory = os.path.join(path, "state", "memory.safetensors")
+    return load_file(memory) if os.path.isfile(memory) else {}
