@@ -455,6 +455,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     saved = None  # the step whose end is saved
     if begun:
         done, stood, tail, n_updates, n_skipped = (begun[k] for k in ("step", "order", "tail", "n_updates", "n_skipped"))
+        print0(f"going on after step {done}: {found}")
         saved, memory = done, restore(found, begun, policy, optimizers)
         if kept and memory:
             kept.load_state_dict(memory)

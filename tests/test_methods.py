@@ -20,7 +20,7 @@ from test_train import launch, run
 from configurator import ROOT, UserError
 from data import Packed, check_same_tokens, load_tokenizer
 from loss import batch_loss, token_loss
-from model import load_policy, save_policy
+from model import load_policy
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))
@@ -195,7 +195,8 @@ def other_model(tmp_path_factory):
     policy, folder = load_policy("toy/base"), str(tmp_path_factory.mktemp("teacher") / "model")
     with torch.no_grad():
         policy.hf.lm_head.weight.mul_(0.5)
-    save_policy(policy, load_tokenizer("toy/base"), folder)
+    policy.hf.save_pretrained(folder)
+    load_tokenizer("toy/base").save_pretrained(folder)
     return folder
 
 
@@ -309,7 +310,9 @@ def test_replay_starts_and_fills_half_the_batch(script, tmp_path, easy_data):
     }
     for r in replayed:  # ids and log-probs are those of its own sampling
         assert earlier[tuple(r["response_ids"])]["sampler_logps"] == pytest.approx(r["sampler_logps"], abs=1e-6)
-    assert load_file(tmp_path / "x" / "ckpt_4" / "replay.state")["question"].numel() >= rows[4]["replay/questions"]
+    assert (
+        load_file(tmp_path / "x" / "ckpt_4" / "state" / "memory.safetensors")["question"].numel() >= rows[4]["replay/questions"]
+    )
     load_policy(str(tmp_path / "x" / "ckpt_4"))  # which the replay's state does not disturb
 
 
@@ -324,7 +327,7 @@ def test_relift_interleaves(script, tmp_path):
     assert sum(fired) >= 3
     losses = [r["relift/sft_loss"] for r in rows[1:] if "relift/sft_loss" in r]
     assert losses[-1] < losses[0]
-    assert load_file(tmp_path / "x" / "ckpt_4" / "replay.state")["queue"].numel() == waiting
+    assert load_file(tmp_path / "x" / "ckpt_4" / "state" / "memory.safetensors")["queue"].numel() == waiting
 
 
 def spied(script, tmp_path, *argv):

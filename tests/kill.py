@@ -1,0 +1,221 @@
+"""
+Kill a run at named points and at random times, resume it each time, and compare with a run that was left in peace.
+
+    python tests/kill.py                        19 points, then 15 random times, torch sampler
+    python tests/kill.py --sampler=vllm         the same through the engine
+
+A checkpoint every step. Each time the run must go on, lose no step but the one under way, and end with the same weights,
+optimizer, metrics and rollouts, byte for byte. Exit code 1 if not.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+POINTS = (
+    "load weights", "generate", "generated", "score", "advantages", "backward", "before the optimizer", "behind the optimizer",
+    "rollouts half written", "evaluation", "metrics half written", "checkpoint begun", "model half written",
+    "optimizer written", "files hashed", "run.json half written", "before the rename", "before latest", "pruning",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the child: train.py with one point that kills
+
+
+def child(point, at_step, argv):
+    """Run train.py; in step `at_step`, die by SIGKILL where `point` says."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import runpy
+
+    import torch
+
+    import checkpoint
+    import eval
+    import guard
+    import loss
+    import metrics
+    import reward
+    import rollout
+
+    step = [0]
+
+    def note(self, number, name, phase=guard.Guard.phase):
+        step[0] = number
+        phase(self, number, name)
+
+    guard.Guard.phase = note
+
+    def kill(owner, name, before=None, after=None, when=lambda *a, **k: True):
+        """Let owner.name call before(), do its work, call after(), and die; or die between them."""
+        real = getattr(owner, name)
+
+        def wrapped(*arguments, **keywords):
+            if step[0] != at_step or not when(*arguments, **keywords):
+                return real(*arguments, **keywords)
+            if after is None:
+                (before or (lambda *a, **k: None))(*arguments, **keywords)
+            else:
+                real(*arguments, **keywords)
+                after(*arguments, **keywords)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, wrapped)
+
+    def halve(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+
+    def half_a_line(folder, record):
+        with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
+            f.write(json.dumps(record)[:50])
+
+    done = lambda *a, **k: None
+    sampler = rollout.VLLMSampler if "--sampler=vllm" in argv else rollout.TorchSampler
+    ends = lambda end: lambda path, *rest: str(path).endswith(end)
+    goes_to = lambda end: lambda source, target: str(target).endswith(end)
+    {
+        "load weights": lambda: kill(sampler, "load"),
+        "generate": lambda: kill(sampler, "generate"),
+        "generated": lambda: kill(sampler, "generate", after=done),
+        "score": lambda: kill(reward.Verifier, "score"),
+        "advantages": lambda: kill(loss, "group_advantages"),
+        "backward": lambda: kill(torch.Tensor, "backward", after=done),
+        "before the optimizer": lambda: kill(torch.optim.AdamW, "step"),
+        "behind the optimizer": lambda: kill(torch.optim.AdamW, "step", after=done),
+        "rollouts half written": lambda: kill(
+            metrics, "write_rollouts", after=lambda folder, n, *a: halve(os.path.join(folder, "rollouts", f"step_{n}.jsonl"))
+        ),
+        "evaluation": lambda: kill(eval, "evaluate", after=done),
+        "metrics half written": lambda: kill(metrics, "write_metrics", before=half_a_line),
+        "checkpoint begun": lambda: kill(checkpoint, "gather_share"),
+        "model half written": lambda: kill(
+            checkpoint, "save_file", after=lambda tensors, path, *a: halve(path), when=lambda t, path, *a: "model" in path
+        ),
+        "optimizer written": lambda: kill(checkpoint, "save_file", after=done, when=lambda t, path, *a: "adamw" in path),
+        "files hashed": lambda: kill(checkpoint, "fingerprint", after=done, when=ends("adamw.safetensors")),
+        "run.json half written": lambda: kill(checkpoint, "to_disk", before=halve, when=ends("run.json")),
+        "before the rename": lambda: kill(os, "rename", when=goes_to(f"ckpt_{at_step}")),
+        "before latest": lambda: kill(os, "symlink"),
+        "pruning": lambda: kill(checkpoint, "discard", before=lambda path: os.remove(os.path.join(path, "model.safetensors"))),
+    }[point]()
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(os.path.join(os.path.dirname(HERE), "train.py"), run_name="__main__")
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def command(out, steps, more):
+    return [
+        "--eval_k=0", "--eval_interval=1", "--eval_max_problems=8", "--reward_workers=1", "--save_interval=1",
+        f"--max_steps={steps}", f"--out_dir={out}", "--resume=auto", *more,
+    ]  # fmt: skip
+
+
+def launch(argv, *front):
+    script = front or (os.path.join(os.path.dirname(HERE), "train.py"),)
+    return subprocess.Popen([sys.executable, *script, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def resumed_after(text):
+    found = re.search(r"going on after step (\d+)", text)
+    return int(found[1]) if found else 0
+
+
+def steps_done(out):
+    """The newest step whose line in metrics.jsonl is whole."""
+    done = 0
+    for line in open(os.path.join(out, "metrics.jsonl")):
+        if line.endswith("\n"):
+            done = json.loads(line)["step"]
+    return done
+
+
+def outcome(out, steps):
+    """What must not depend on kills: final files, metrics without time and memory, rollouts."""
+    found = {}
+    for name in ("model.safetensors", os.path.join("state", "adamw.safetensors")):
+        found[name] = open(os.path.join(out, f"ckpt_{steps}", name), "rb").read()
+    for line in open(os.path.join(out, "metrics.jsonl")):
+        row = json.loads(line)
+        found[f"metrics {row['step']}"] = {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+    for name in sorted(os.listdir(os.path.join(out, "rollouts"))):
+        found[name] = open(os.path.join(out, "rollouts", name), "rb").read()
+    return found
+
+
+def at_points(folder, points, more):
+    """One run of len(points) + 2 steps, killed at the i-th point in step i + 2. Returns its folder and the steps."""
+    out, steps = os.path.join(folder, "points"), len(points) + 2
+    for i, point in enumerate(points):
+        process = launch(command(out, steps, more), os.path.abspath(__file__), "child", point, str(i + 2))
+        text, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{point}: not killed (exit code {process.returncode})\n{text[-2000:]}"
+        at = resumed_after(text)
+        # Killed in step i + 1 last time: that one may be lost, or saved already; no other.
+        assert i == 0 or at in (i, i + 1), f"{point}: killed in step {i + 1} before, resumed after {at}"
+        print(f"killed in step {i + 2}: {point}; resumed after step {at}", flush=True)
+    return out, steps
+
+
+def at_random(folder, times, more, seed=0):
+    """One run, killed `times` times at random moments after its first step (and after each resumption's)."""
+    out, steps, rng = os.path.join(folder, "random"), 3 * times, random.Random(seed)
+    before = 0
+    for i in range(times):
+        process = launch(command(out, steps, more))
+        text = ""
+        for line in process.stdout:
+            text += line
+            if re.match(r"step +\d", line):
+                break
+        time.sleep(rng.random() * 0.7)
+        process.send_signal(signal.SIGKILL)
+        text += process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: more steps are needed\n{text[-2000:]}"
+        at = resumed_after(text)
+        assert i == 0 or at in (before, before + 1), f"killed after step {before}, resumed after {at}"
+        before = steps_done(out)
+        print(f"killed after step {before}; resumed after step {at}", flush=True)
+    return out, steps
+
+
+def check(folder, out, steps, more):
+    process = launch(command(out, steps, more))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text[-2000:]
+    peace = os.path.join(folder, "peace")
+    shutil.rmtree(peace, ignore_errors=True)
+    process = launch(command(peace, steps, more))
+    text, _ = process.communicate()
+    assert process.returncode == 0, text[-2000:]
+    killed, left_alone = outcome(out, steps), outcome(peace, steps)
+    assert killed.keys() == left_alone.keys(), killed.keys() ^ left_alone.keys()
+    different = [name for name in killed if killed[name] != left_alone[name]]
+    assert not different, different
+    print(f"the same as a run left in peace: {len(killed)} items, {steps} steps", flush=True)
+
+
+def main():
+    more = sys.argv[1:] or ["--sampler=torch"]
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        check(folder, *at_points(folder, POINTS, more), more)
+        check(folder, *at_random(folder, 15, more), more)
+    print(f"{len(POINTS)} points and 15 random times in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    else:
+        main()
