@@ -181,9 +181,9 @@ def to_disk(path):
 
 def discard(path):
     """Remove a checkpoint; what a kill leaves of it has no checkpoint's name."""
-    shutil.rmtree(path + ".partial", ignore_errors=True)
-    os.rename(path, path + ".partial")
-    shutil.rmtree(path + ".partial")
+    shutil.rmtree(path + ".old.partial", ignore_errors=True)
+    os.rename(path, path + ".old.partial")
+    shutil.rmtree(path + ".old.partial")
 
 
 def prune(folder, keep_last, keep_every):

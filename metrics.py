@@ -140,21 +140,21 @@ def write_metrics(folder, record):
         os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
 
 
-def rewind(folder, last):
-    """Remove what a run left of the steps after `last`: lines of metrics.jsonl, files of rollouts and evaluations. Returns
-    the lines that stay."""
+def rewind(folder, step, evaluated):
+    """Remove what a run left of later steps, lines of metrics.jsonl and files of rollouts and evaluations; and of this one,
+    if it shall be evaluated again, its line. Returns the lines that stay, as dicts."""
     path, rows = os.path.join(folder, "metrics.jsonl"), []
     with contextlib.suppress(FileNotFoundError), open(path) as f:
         for line in f:
             with contextlib.suppress(ValueError):  # the last may be cut short
                 rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= last]
+    rows = [row for row in rows if row["step"] <= (step if evaluated else step - 1)]
     with open(path + ".partial", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(path + ".partial", path)
     for file in (*glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")),
                  *glob.glob(os.path.join(glob.escape(folder), "eval_*.json"))):  # fmt: skip
-        if int(re.search(r"_(\d+)\.jsonl?$", file)[1]) > last:
+        if int(re.search(r"_(\d+)\.jsonl?$", file)[1]) > step:
             os.remove(file)
     return rows
 

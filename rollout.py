@@ -132,8 +132,8 @@ class VLLMSampler:
         self.eos_token_id, self.max_model_len, self.dtype = eos_token_id, max_model_len, getattr(torch, dtype)
         self.stamp, self.shapes, self.broken = model, None, None
         self.tick = lambda: None  # called before each engine step; what it raises ends generate
-        step = self.llm.llm_engine.step
-        self.llm.llm_engine.step = lambda: (self.tick(), step())[1]
+        self.engine_step, self.llm.llm_engine.step = self.llm.llm_engine.step, self.step
+        self.vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
 
     def load(self, hf, stamp):
         """Replace the engine's weights in place by those of a Hugging Face module, a tensor at a time. Under FSDP
@@ -158,6 +158,7 @@ class VLLMSampler:
             raise StaleWeights(f"the engine holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
         if not prompts:
             return []
+        check_requests(prompts, self.max_model_len, self.vocab_size)
         from vllm import SamplingParams
 
         parameters = [
@@ -171,11 +172,23 @@ class VLLMSampler:
         with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
             self.wake("weights", "kv_cache")
             self.llm.reset_prefix_cache()  # so that a sample does not depend on what was asked before
-            outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
+            try:
+                outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
+            except Exception as e:
+                lengths, n_open = [len(p) for p in prompts], self.llm.llm_engine.get_num_unfinished_requests()
+                e.add_note(
+                    f"{n_open} of {len(prompts)} requests were open; the longest prompt, of {max(lengths)} tokens, is that of"
+                    f" request {lengths.index(max(lengths))}"
+                )
+                raise
         return [
             Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids, strict=True)], o.finish_reason)
             for o in outputs
         ]
+
+    def step(self):
+        self.tick()
+        return self.engine_step()
 
     def sleep(self):
         """Give the GPU's memory to the trainer: weights to the host, the KV cache dropped. Nothing on a CPU."""
@@ -340,6 +353,15 @@ def open_sampler(model, eos_token_id, max_model_len, sampler, dtype, gpu_memory,
     return engine
 
 
+def check_requests(prompts, max_model_len, vocab_size):
+    """Raise ValueError for the first prompt that would break an engine, which must not be used after an error."""
+    for i, p in enumerate(prompts):
+        if not 0 < len(p) < max_model_len:
+            raise ValueError(f"request {i} has a prompt of {len(p)} tokens, the engine takes 1 to {max_model_len - 1}")
+        if not 0 <= min(p) <= max(p) < vocab_size:
+            raise ValueError(f"request {i} has the token {max(p, key=abs)}, the engine takes 0 to {vocab_size - 1}")
+
+
 def per_prompt(limit, prompts):
     return list(limit) if isinstance(limit, list) else [limit] * len(prompts)
 
@@ -366,7 +388,11 @@ def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, 
                 seeds.append(request_seed(seed, step, p.id, i))
                 limits.append(max(1, max_tokens - len(r.response_ids)))
         rollouts += group
-    samples = sampler.generate(prompts, seeds, temperature, limits, stamp) if prompts else []
+    try:
+        samples = sampler.generate(prompts, seeds, temperature, limits, stamp) if prompts else []
+    except Exception as e:
+        e.add_note(f"requests, in order, are samples of the problems {[r.problem for r in open_rows]}")
+        raise
     for r, s in zip(open_rows, samples, strict=True):
         r.response_ids, r.sampler_logps, r.finish_reason = [*r.response_ids, *s.ids], s.logps, s.finish_reason
     return rollouts

@@ -460,7 +460,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         if kept and memory:
             kept.load_state_dict(memory)
     order = Order(len(problems), seed, **stood)
-    past = rewind(folder, done - bool(tail)) if RANK == 0 and begun else []
+    past = rewind(folder, done, not tail) if RANK == 0 and begun else []
     curve = [row["reward/own"] for row in past if "reward/own" in row]
 
     def save_boundary(must=True):
@@ -731,21 +731,15 @@ FREE = """data eval_data model teacher_model grader out_dir resume max_steps max
 
 def identify(problems, kind, begun):
     """What two runs must share to be one, and whose they are."""
-    sources = {"data": repo_path(data), "grader": repo_path(grader), "model": repo_path(model)}
-    sources |= {"teacher_model": repo_path(teacher_model)} if kl_coef or ce_coef else {}
-    inputs = {}
-    if RANK == 0:
-        for name, path in sources.items():
-            if os.path.isfile(path):
-                inputs[name] = fingerprint(path)[1]
-            elif os.path.isdir(path) or not begun:
-                inputs[name] = weights_digest(path if os.path.isdir(path) else globals()[name]) if name != "grader" else grader
-            else:  # gone, or a hub's: a run that goes on does not need it
-                inputs[name] = begun["inputs"].get(name)
-    inputs = gather([inputs])[0]
+    own = repo_path(grader)
+    inputs = {"data": fingerprint(repo_path(data)), "grader": fingerprint(own) if os.path.isfile(own) else grader}
+    for name, folder in (("model", model), ("teacher_model", teacher_model)):
+        if RANK == 0 and folder:  # one that is gone, or the hub's, is not needed to go on
+            there = not begun or os.path.isdir(repo_path(folder))
+            inputs[name] = weights_digest(model_path(folder)) if there else begun["inputs"].get(name)
     return {
         "knobs": {**config, "sampler": "vllm" if wants_vllm(sampler) else "torch", "dtype": kind},
-        "inputs": inputs | {"problems": len(problems)},
+        "inputs": {**gather([inputs])[0], "problems": len(problems)},
         "world_size": WORLD,
         "written_by": provenance(),
     }

@@ -336,9 +336,9 @@ def spied(script, tmp_path, *argv):
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", *argv])
     calls, stamps, update, sampler = [], [], module.update, module.TorchSampler
 
-    def spy(policy, optimizer, micro_batches, max_norm, terms):
+    def spy(policy, optimizer, micro_batches, max_norm, terms, safe_point):
         calls.append((id(optimizer), optimizer.param_groups[0]["lr"], max_norm, dict(terms), micro_batches))
-        return update(policy, optimizer, micro_batches, max_norm, terms)
+        return update(policy, optimizer, micro_batches, max_norm, terms, safe_point)
 
     class Spy(sampler):
         def load(self, hf, stamp):

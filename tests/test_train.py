@@ -45,7 +45,15 @@ def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
     assert final["luffy"] >= 0.6 and final["grpo"] <= 0.05
 
     out = tmp_path / "luffy"
-    assert sorted(os.listdir(out)) == ["ckpt_22", "config.json", "eval_0.json", "eval_22.json", "metrics.jsonl", "rollouts"]
+    assert sorted(os.listdir(out)) == [
+        "ckpt_22",
+        "config.json",
+        "eval_0.json",
+        "eval_22.json",
+        "latest",
+        "metrics.jsonl",
+        "rollouts",
+    ]
     config = json.load(open(out / "config.json"))
     assert config["max_steps"] == 22 and config["gamma"] == 0.1 and config["torch"] and config["world_size"] == 1
     table = json.load(open(out / "eval_22.json"))

@@ -1,0 +1,282 @@
+"""Faults, each injected for real into a run under torchrun: it ends soon, says where, and goes on from there."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from kill import outcome
+
+from configurator import ROOT, UserError
+from guard import Guard, Stopped
+from metrics import collapse, rewind
+
+# ---------------------------------------------------------------- one process
+
+
+def test_stopped_only_where_it_is_safe():
+    with Guard(60) as guard:
+        os.kill(os.getpid(), signal.SIGTERM)
+        guard.tick()  # not inside interruptible(): no
+        guard.droppable = False
+        guard.safe_point()
+        done = []
+        with guard.interruptible():
+            done.append(1)
+            guard.tick()
+            done.append(2)
+        pytest.fail("it went on")
+    assert guard.agreed == signal.SIGTERM and done == [1]
+
+
+def test_what_to_do_is_done_once_and_errors_pass():
+    calls = []
+    with Guard(60) as guard:
+        guard.on_stop = lambda: calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        guard.agree()
+    assert calls == [1]
+    with pytest.raises(UserError, match="no room"), Guard(60) as guard:
+
+        def on_stop():
+            raise UserError("no room")
+
+        guard.on_stop = on_stop
+        raise Stopped
+
+
+def test_an_error_says_where(capsys):
+    with pytest.raises(ZeroDivisionError), Guard(60) as guard:
+        guard.phase(7, "update")
+        _ = 1 / 0
+    assert "rank 0 failed in step 7, update" in capsys.readouterr().err
+
+
+def child(text, **more):
+    return subprocess.Popen(
+        [sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def test_a_second_signal_ends_at_once():
+    process = child(
+        "import time; from guard import Guard\nwith Guard(60):\n    print('in', flush=True)\n    while True: time.sleep(0.1)"
+    )
+    assert process.stdout.readline() == "in\n"
+    process.terminate()
+    assert "once more ends it now" in process.stderr.readline()
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == 128 + signal.SIGTERM
+    process.communicate()
+
+
+def test_a_hang_ends_with_the_place_and_a_traceback():
+    process = child(
+        "import time; from guard import Guard\ndef stuck():\n    time.sleep(1000)\n"
+        "with Guard(2) as g:\n    g.phase(3, 'rollout')\n    stuck()"
+    )
+    start = time.time()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.time() - start < 30
+    assert "no rank got on for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
+
+
+def test_progress_is_not_a_hang():
+    with Guard(1.5) as guard:
+        for _ in range(30):
+            time.sleep(0.1)
+            guard.progress()
+
+
+def test_collapse():
+    steady, fallen = [0.5] * 40, [0.5] * 20 + [0.2] * 20
+    assert collapse(steady) == [] == collapse(fallen[:39]) == collapse([0.1] * 20 + [0.9] * 20) == collapse([0.0] * 40)
+    assert "reward/own is 0.200 over the last 20 steps, it was 0.500: look at entropy" in collapse(fallen)[0]
+    assert collapse([*fallen, 0.2]) == [] and collapse(fallen + [0.3] * 20) == []
+
+
+def test_rewind(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    for n in range(5):
+        (tmp_path / "rollouts" / f"step_{n}.jsonl").touch()
+        (tmp_path / f"eval_{n}.json").touch()
+    lines = [json.dumps({"step": n}) + "\n" for n in range(5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines)[:-4])  # the last one cut short
+    assert [r["step"] for r in rewind(str(tmp_path), 3, True)] == [0, 1, 2, 3]
+    assert [r["step"] for r in rewind(str(tmp_path), 2, False)] == [0, 1]
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
+    assert sorted(os.listdir(tmp_path / "rollouts")) == [f"step_{n}.jsonl" for n in range(3)]
+    assert sorted(os.listdir(tmp_path)) == ["eval_0.json", "eval_1.json", "eval_2.json", "metrics.jsonl", "rollouts"]
+
+
+# ---------------------------------------------------------------- two ranks under torchrun
+
+ARGV = ["--sampler=torch", "--eval_data=", "--reward_workers=1", "--max_steps=6", "--save_interval=1", "--hang_timeout=8"]
+
+FAULTY = """
+import os, runpy, signal, sys, time
+sys.path.insert(0, {root!r})
+import guard, reward, rollout
+if os.environ["RANK"] == "1":
+    phase = guard.Guard.phase
+    def faulty(self, step, name):
+        phase(self, step, name)
+        if (step, name) == (4, {place!r}):
+            time.sleep(2.5)  # let the watch see it
+            {fault}
+    guard.Guard.phase = faulty
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def torchrun(out, *argv, script="train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29562", str(script)]
+    return subprocess.Popen(
+        [*command, *ARGV, f"--out_dir={out}", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def peace(tmp_path_factory):
+    out = tmp_path_factory.mktemp("peace") / "run"
+    process = torchrun(out)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    return outcome(out, 6)
+
+
+def goes_on(out, peace, after):
+    process = torchrun(out, "--resume=auto")
+    printed, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    assert int(re.search(r"going on after step (\d)", printed)[1]) == after
+    assert outcome(out, 6) == peace
+
+
+FAULTS = {  # where, what, within how many seconds it ends, what it says
+    "killed in a rollout": (
+        "rollout",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        35,
+        "last seen: rank 0: .*; rank 1: step 4, rollout",
+    ),
+    "killed in an update": (
+        "update",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        35,
+        "last seen: rank 0: .*; rank 1: step 4, update",
+    ),
+    "hangs in a rollout": ("rollout", "time.sleep(1000)", 60, r"no rank got on for 8 s.*rank 0: .*; rank 1: step 4, rollout"),
+    "frozen in an update": (
+        "update",
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+        60,
+        r"no rank got on for 8 s.*rank 1: step 4, update",
+    ),
+    "its engine raises": (
+        "rollout",
+        "rollout.TorchSampler.decode = lambda *a: [][1]",
+        35,
+        r"(?s)requests, in order, are samples of the problems \[.*rank 1 failed in step 4, rollout"
+        r"|rank 1 failed in step 4, rollout.*requests, in order, are samples of the problems \[",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_ranks_end_is_the_runs(tmp_path, peace, fault, capsys):
+    place, what, limit, says = FAULTS[fault]
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(root=ROOT, place=place, fault=what))
+    process = torchrun(tmp_path / "x", script=script)
+    reached = next((time.time() for line in process.stdout if line.startswith("step    3/6")), None)
+    _, err = process.communicate(timeout=limit + 60)
+    taken = time.time() - reached
+    with capsys.disabled():
+        print(f"\n{fault}: over after {taken:.1f} s")
+    assert process.returncode not in (0, None) and taken < limit
+    assert re.search(says, err), err[-4000:]
+    goes_on(tmp_path / "x", peace, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_torchrun_passes_signals_on(tmp_path, peace, name):
+    """Both ranks save the same boundary and leave within the grace time; torchrun's exit code is its own."""
+    process = torchrun(tmp_path / "x", "--save_interval=0")
+    assert any(line.startswith("step    3/6") for line in process.stdout)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count(f"{name}: saving") == 2, err[-3000:]
+    (saved,) = [int(n[5:]) for n in os.listdir(tmp_path / "x") if n.startswith("ckpt")]
+    assert saved >= 3
+    if saved < 6:
+        goes_on(tmp_path / "x", peace, saved)
+
+
+@pytest.mark.slow
+def test_one_rank_alone_is_signalled(tmp_path, peace):
+    """SIGUSR1 to one rank saves on all; SIGTERM to one stops all."""
+    process = torchrun(tmp_path / "x", "--save_interval=0", "--max_steps=10000", "--rollout_interval=0")
+    rank0 = next(int(m[1]) for line in process.stdout if (m := re.match(r"process (\d+): SIGUSR1 saves", line)))
+    assert any(line.startswith("step ") for line in process.stdout)
+    os.kill(rank0, signal.SIGUSR1)
+    for _ in range(100):
+        if os.path.islink(tmp_path / "x" / "latest"):
+            break
+        time.sleep(0.1)
+    first = os.readlink(tmp_path / "x" / "latest")
+    assert process.poll() is None
+    assert [line for line, _ in zip(process.stdout, range(2), strict=False)]
+    os.kill(rank0, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and os.readlink(tmp_path / "x" / "latest") != first
+
+
+@pytest.mark.slow
+def test_a_read_only_out_dir(tmp_path):
+    """It is said before any work is done, once, and nothing is left."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    with contextlib.ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "-l", disk])
+        process = torchrun(disk / "run")
+        _, err = process.communicate(timeout=100)
+        assert process.returncode != 0 and err.count(f"error: out_dir {disk}/run cannot be written: Read-only file system") == 1
+        assert os.listdir(disk) == []
+
+
+@pytest.mark.slow
+def test_a_verifier_killed_in_the_midst_of_training(tmp_path):
+    """Its workers are killed at every step: they are replaced, and the run is the one left alone."""
+    script = tmp_path / "killer.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {ROOT!r})\n"
+        "import reward\n"
+        "score = reward.Verifier.score\n"
+        "def killing(self, *a):\n"
+        "    for w in self.workers:\n"
+        "        w.process and w.process.kill()\n"
+        "    return score(self, *a)\n"
+        "reward.Verifier.score = killing\n"
+        "reward.fast_verdict = lambda *a: None\n"  # so that every answer needs a worker
+        f"runpy.run_path({ROOT!r} + '/train.py', run_name='__main__')\n"
+    )
+    results = {}
+    for name, file in (("killed", script), ("peace", os.path.join(ROOT, "train.py"))):
+        subprocess.run(
+            [sys.executable, str(file), *ARGV, "--max_steps=3", f"--out_dir={tmp_path / name}"],
+            check=True, capture_output=True, cwd=ROOT,
+        )  # fmt: skip
+        results[name] = outcome(tmp_path / name, 3)
+    assert results["killed"] == results["peace"]
