@@ -44,8 +44,15 @@ def run(main):
     except UserError as e:
         rank = int(os.environ.get("RANK", 0))
         time.sleep(2 * (rank > 0))
-        print(f"error: rank {rank}: {e}" if rank else f"error: {e}", file=sys.stderr, flush=True)
+        print(printable(f"error: rank {rank}: {e}" if rank else f"error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # once training has begun, guard.py has the signal
+        sys.exit(130)
+
+
+def printable(text):
+    """Data may hold what a terminal obeys: escape everything but line breaks and what shows."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def die_with_parent():

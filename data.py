@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, printable
 
 THINK = "<think>\n"
 
@@ -75,7 +75,7 @@ def load_tokenizer(model):
         if not found or not os.path.isfile(os.path.join(model, "tokenizer_config.json")):  # transformers would make it up
             raise UserError(f"model {model} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"no tokenizer loads from model {model}: {first_line(e)}") from None
     if tokenizer.eos_token_id is None:
@@ -171,7 +171,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             else:
                 teacher.append(ids)
         key = digest(source, messages[-1]["content"], raw_answer)
-        problems.append(Problem(index, prompt_ids, answer, teacher, source, key))
+        problems.append(Problem(index, prompt_ids, answer, teacher, printable(source), key))
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")

@@ -42,7 +42,7 @@ require_think = True  # the prompt must end in "<think>\n" and the response must
 grade_unclosed = False  # grade a response that never closes its thought as a whole, instead of as wrong
 answer_line = False  # take "ANSWER: C" for \boxed{C} where a letter or digit is asked for and nothing is boxed
 reward_workers = 2  # verifier processes per rank
-reward_timeout = 5.0  # seconds of grading per answer
+reward_timeout = 2.0  # seconds of grading per answer
 # ---------------------------------------------------------------- system
 sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 dtype = "auto"  # weights and matrix products: float32, bfloat16, or auto: bfloat16 on a GPU

@@ -207,7 +207,7 @@ def model_path(model):
 def load_config(model):
     """The model's config. Raises UserError if there is none."""
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
 
@@ -227,7 +227,7 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
             policy = load_sharded(model, temperature, dtype, device, backend, weights, offload)
         else:
             hf, found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=weights, attn_implementation=backend, output_loading_info=True
+                model, dtype=weights, attn_implementation=backend, output_loading_info=True, trust_remote_code=False
             )
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
@@ -256,7 +256,7 @@ def shard_policy(policy, dtype, offload=False):
 
 
 def load_sharded(model, temperature, dtype, device, backend, weights, offload):
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=weights)
     policy = shard_policy(Policy(hf, temperature), dtype, offload)

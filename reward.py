@@ -20,11 +20,13 @@ import math
 import os
 import queue
 import re
+import resource
 import runpy
 import select
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -72,7 +74,7 @@ class Verifier:
     file fails, that is a UserError. So is, at once, a grader that does not exist.
     """
 
-    def __init__(self, workers=2, timeout=5.0, require_think=True, grader="math_verify",
+    def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
                  grade_unclosed=False, answer_line=False):  # fmt: skip
         self.require_think, self.grade_unclosed, self.answer_line = require_think, grade_unclosed, answer_line
         self.grader = grader if grader in GRADERS else repo_path(grader)
@@ -296,8 +298,8 @@ def prm800k_equal(given, gold):
 
 
 def sympy_equal(a, b):
-    """Is a - b zero? An integer equals only itself, as do text and what may hang: it is Python's eval that parses."""
-    from sympy import parse_expr, simplify
+    """Is a - b zero? An integer equals only itself, as do text and what may hang."""
+    from sympy import simplify
 
     a, b = integer(a), integer(b)
     difference = f"({a})-({b})"
@@ -306,9 +308,59 @@ def sympy_equal(a, b):
     if a == b or len(letters) > 2 or odd or any(re.fullmatch(r"-?\d+", s) for s in (a, b)):
         return a == b
     try:
-        return bool(simplify(parse_expr(difference.replace("^", "**"), transformations="implicit")) == 0)
+        return bool(simplify(expression(difference)) == 0)
     except Exception:  # it does not parse
         return False
+
+
+def expression(text):
+    """A string of sympy_equal's as a sympy expression, by recursive descent: sympy's own parser evaluates Python. Letters
+    are symbols but for pi, sqrt( and ln(; what stands side by side is multiplied. Raises IndexError or ValueError."""
+    import sympy
+
+    tokens = [*re.findall(r"\d+\.?\d*|\.\d+|sqrt(?=\()|ln(?=\()|pi|\S", text), ""][::-1]  # the next one is the last
+
+    def total():
+        value = product()
+        while tokens[-1] in ("+", "-"):
+            value = value + product() if tokens.pop() == "+" else value - product()
+        return value
+
+    def product():
+        value = signed()
+        while tokens[-1] not in ("", "+", "-", ")", "^"):
+            operator = tokens.pop() if tokens[-1] in ("*", "/") else "*"
+            value = value / signed() if operator == "/" else value * signed()
+        return value
+
+    def signed():
+        if tokens[-1] in ("+", "-"):
+            return signed() if tokens.pop() == "+" else -signed()
+        value = atom()
+        if tokens[-1] == "^":
+            tokens.pop()
+            value = value ** signed()
+        return value
+
+    def atom():
+        token = tokens.pop()
+        if token in ("sqrt", "ln"):
+            return getattr(sympy, token)(atom())
+        if token == "(":
+            value = total()
+            if tokens.pop() != ")":
+                raise ValueError(text)
+            return value
+        if token[:1].isdigit() or token[:1] == ".":
+            return sympy.Rational(token)
+        if not token.isalpha():
+            raise ValueError(text)
+        return sympy.pi if token == "pi" else sympy.Symbol(token)
+
+    value = total()
+    if tokens != [""]:
+        raise ValueError(text)
+    return value
 
 
 # ---------------------------------------------------------------- inside a worker
@@ -326,6 +378,8 @@ def grade(grader, text, answer, timeout):
 
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, timeout)
+    # Beyond this the kernel kills the worker, also where no signal is heard and the parent cannot look.
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout + GRACE) + 1, resource.RLIM_INFINITY))
     try:
         reward, read = grader(text, answer)
         if not math.isfinite(reward):
@@ -341,8 +395,6 @@ def grade(grader, text, answer, timeout):
 
 
 def work(timeout, name):
-    import resource
-
     die_with_parent()  # the trainer may be killed in the middle of an answer that never returns
     replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
     try:  # before the limit on memory

@@ -234,7 +234,7 @@ def kv_cache_bytes(model, max_model_len, max_num_seqs):
     """What the engine's fp32 cache needs for max_num_seqs full sequences, between 64 MiB and 2 GiB, and one at least."""
     from transformers import AutoConfig
 
-    c = AutoConfig.from_pretrained(model)
+    c = AutoConfig.from_pretrained(model, trust_remote_code=False)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     tokens = -(-max_model_len // 128) * 128  # blocks of 128 tokens
     sequence = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * 4 * tokens

@@ -88,7 +88,7 @@ seed = 0  # of the data order and of every sample
 grader = "math_verify"  # or oat (the last \boxed{} counts), or a Python file that defines grade(text, answer)
 require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
 reward_workers = 2  # processes per rank
-reward_timeout = 5.0  # seconds of grading per answer
+reward_timeout = 2.0  # seconds of grading per answer
 min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the toy's are 70 % right on purpose)
 preflight_traces = 512  # traces graded for that; 0 is all
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
@@ -282,7 +282,7 @@ def check_teachers(problems, tokenizer, verifier):
     print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {min_teacher_pass:.0%})")
     if share < min_teacher_pass:
         shown = "; ".join(
-            f"row {id}: {v.reason}, answer {answer}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3]
+            f"row {id}: {v.reason}, answer {answer!r}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3]
         )
         raise UserError(f"only {share:.1%} of the teacher traces in {data} verify, min_teacher_pass is {min_teacher_pass:.0%}:"
                         f" check template and answers.\n{shown}")  # fmt: skip

@@ -45,7 +45,7 @@ seed = 47
 
 require_think = True
 reward_workers = 4
-reward_timeout = 5.0
+reward_timeout = 2.0
 min_teacher_pass = 0.9
 preflight_traces = 512
 

@@ -48,7 +48,7 @@ seed = 0
 
 require_think = True
 reward_workers = 8
-reward_timeout = 5.0
+reward_timeout = 2.0
 min_teacher_pass = 0.9
 preflight_traces = 512
 
