@@ -69,6 +69,17 @@ def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):
     return left, max(0, int(left / per_token))
 
 
+def checkpoint_bytes(n, k):
+    """Of fp32 weights and Adam's two moments; ReLIFT has two more."""
+    return 4 * n * (5 if k["sft_buffer"] else 3)
+
+
+def checkpoints_kept(k):
+    """How many lie on the disk at once, at the most: one is written before another goes."""
+    times = [k["max_steps"] // every if every else 0 for every in (k["save_interval"], k["keep_every"])]
+    return 1 + (min(times[0], k["keep_last"] + times[1]) if k["keep_last"] else times[0])
+
+
 def show(n_bytes):
     return f"{n_bytes / GIB:.1f} GiB" if n_bytes > GIB else f"{n_bytes / 2**20:.1f} MiB"
 
@@ -124,6 +135,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
     for item, n_bytes in (*items.items(), ("together, at the update's peak", peak)):
         log(f"  {item:<34}{show(n_bytes):>12}")
+    log(f"checkpoints: {show(size_saved := checkpoint_bytes(n, k))} each, {show(size_saved * checkpoints_kept(k))} at the most")
     if not on_gpu:
         return True
     share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]

@@ -20,6 +20,7 @@ import contextlib
 import math
 import os
 import random
+import signal
 import sys
 import time
 
@@ -355,6 +356,7 @@ def main():
         if (kl_coef or ce_coef) and not teacher_model:
             print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
         return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     start_processes(device, shard)
     found, begun = (None, None) if resume == "no" else find(repo_path(out_dir), print0)
     if begun and begun["step"] >= max_steps and not begun["tail"]:

@@ -56,7 +56,9 @@ preflight_traces = 512
 
 shard = "fsdp"
 recompute = True
-save_interval = 50
+save_interval = 10  # what a crash may cost; see "A long run" in README
+keep_last = 2
+keep_every = 100
 rollout_interval = 10
 canary_limit = 0.1  # bfloat16
 micro_tokens = 32768

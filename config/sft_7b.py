@@ -54,7 +54,9 @@ preflight_traces = 512
 
 shard = "fsdp"
 recompute = True
-save_interval = 714
+save_interval = 102  # seven times an epoch
+keep_last = 2
+keep_every = 714
 rollout_interval = 0
 canary_limit = 0.1  # bfloat16
 micro_tokens = 32768

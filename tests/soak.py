@@ -21,9 +21,9 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def resident(pid):
-    """MiB, of the process and its children."""
-    pages = [int(open(f"/proc/{p}/statm").read().split()[1]) for p in (pid, *children(pid))]
+def resident(*pids):
+    """MiB, of all together."""
+    pages = [int(open(f"/proc/{p}/statm").read().split()[1]) for p in pids]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -55,26 +55,29 @@ def main():
         process = subprocess.Popen(
             [sys.executable, os.path.join(os.path.dirname(HERE), "train.py"), *argv], stdout=subprocess.PIPE, text=True
         )
-        seen = []  # step, MiB, open files, children
+        seen = []  # step, MiB, MiB of the children, open files, children
         for line in process.stdout:
             if m := re.match(r"step +(\d+)/", line):
-                pid = process.pid
-                seen.append((int(m[1]), resident(pid), len(os.listdir(f"/proc/{pid}/fd")), len(children(pid))))
+                pid, own = process.pid, children(process.pid)
+                seen.append((int(m[1]), resident(pid), resident(*own), len(os.listdir(f"/proc/{pid}/fd")), len(own)))
                 if seen[-1][0] % 100 == 0:
-                    print("step {}: {:.0f} MiB, {} files, {} children".format(*seen[-1]), flush=True)
+                    print("step {}: {:.0f} MiB, children {:.0f} MiB, {} files, {} children".format(*seen[-1]), flush=True)
         code = process.wait()
         left = [p for p in with_argument(folder) if p not in before]
-    steps, memory, files, kids = np.array(seen).T
+    steps, memory, kids_memory, files, kids = np.array(seen).T
     warm = steps > steps[-1] / 5
-    slope = np.polyfit(steps[warm], memory[warm], 1)[0] * 1000
+    slope, kids_slope = (np.polyfit(steps[warm], x[warm], 1)[0] * 1000 for x in (memory, kids_memory))
     span = lambda x: f"{int(x[warm].min())} to {int(x[warm].max())}"
     print(f"{int(steps[-1])} steps in {time.time() - start:.0f} s, exit code {code}")
-    first, last = memory[warm][[0, -1]]
-    print(f"after step {int(steps[warm][0]) - 1}: memory {first:.0f} to {last:.0f} MiB, slope {slope:+.2f} MiB per 1,000 steps")
+    print(f"after step {int(steps[warm][0]) - 1}, MiB and slope in MiB per 1,000 steps:")
+    for name, x, rise in (("the trainer and its engine", memory, slope), ("the verifier's workers", kids_memory, kids_slope)):
+        print(
+            f"  {name}: {x[warm][0]:.0f} to {x[warm][-1]:.0f}, least {x[warm].min():.0f}, most {x[warm].max():.0f}, {rise:+.2f}"
+        )
     print(f"open files {span(files)}; children {span(kids)}; processes left: {left or 'none'}")
     # A file that is being written when the step's line appears is open for a moment; what stays open moves the median.
     early, late = np.array_split(files[warm], 2)
-    steady = slope < 10 and np.median(early) == np.median(late) and len(set(kids[warm])) == 1
+    steady = max(slope, kids_slope) < 10 and np.median(early) == np.median(late) and len(set(kids[warm])) == 1
     sys.exit(code or (0 if steady and not left else 1))
 
 

@@ -280,3 +280,22 @@ def test_a_verifier_killed_in_the_midst_of_training(tmp_path):
         )  # fmt: skip
         results[name] = outcome(tmp_path / name, 3)
     assert results["killed"] == results["peace"]
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_engine_between_two_tokens(tmp_path):
+    """vLLM, long answers: the rollout is dropped within a second or two, and the run that goes on is the one left alone."""
+    argv = ["--sampler=vllm", "--eval_data=", "--reward_workers=1", "--max_steps=3", "--temperature=2.0", "--max_tokens=180",
+            "--max_teacher_tokens=180", "--prompts_per_step=64"]  # fmt: skip
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *argv]
+    process = subprocess.Popen([*command, f"--out_dir={tmp_path / 'x'}"], stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("step    1/3") for line in process.stdout)
+    time.sleep(0.3)
+    process.terminate()
+    start = time.time()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and time.time() - start < 15
+    assert os.readlink(tmp_path / "x" / "latest") == "ckpt_1"
+    for out in ("x", "peace"):
+        subprocess.run([*command, f"--out_dir={tmp_path / out}", "--resume=auto"], check=True, capture_output=True)
+    assert outcome(tmp_path / "x", 3) == outcome(tmp_path / "peace", 3)
