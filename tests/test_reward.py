@@ -1,14 +1,16 @@
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from sympy import simplify
 
 from configurator import ROOT, UserError
-from reward import Verifier, by_math_verify, by_oat, fast_verdict, grade, graded_text
+from reward import Verifier, by_math_verify, by_oat, expression, fast_verdict, grade, graded_text
 
 
 def started(grader):
@@ -342,6 +344,17 @@ def test_workers_are_limited(verifier):
     verifier.score(["</think>$x^2$"] * 4, ["x^2"] * 4)
     limits = open(f"/proc/{next(w.process.pid for w in verifier.workers if w.process)}/limits").read()
     assert f"Max address space         {4 << 30}" in limits
+    assert 5 <= int(re.search(r"Max cpu time +(\d+)", limits)[1]) < 60  # of this answer's, and it moves on with each
+
+
+def test_expressions():
+    """The few that are asked of sympy, parsed without Python's eval."""
+    for text, value in (("3sqrt(2)/2-sqrt(9/2)", 0), ("-2^2", -4), ("2^-1-0.5", 0), ("1/2x-x/2", 0), ("xy-yx", 0),
+                        ("2(x+1)(x-1)-2x^2", -2), ("1.5-3/2", 0), ("--2", 2), ("8/4/2", 1), ("2pi-pi-pi", 0)):  # fmt: skip
+        assert simplify(expression(text)) == value, text
+    for text in ("2+", "(2", "2)", "*2", "2^^2", "", "__import__(os)", "2;3"):
+        with pytest.raises((ValueError, IndexError)):
+            print(expression(text))
 
 
 def test_a_worker_dies_with_its_trainer(tmp_path):

@@ -262,6 +262,24 @@ def test_a_bad_update_is_skipped_and_leaves_no_trace(script, tmp_path, fault):
     assert all(torch.equal(runs["skipped"][k], runs["left_out"][k]) for k in runs["skipped"])
 
 
+def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path):
+    """The canary's one prompt may agree where the batch does not; the step is not saved."""
+    out = tmp_path / "x"
+    module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=4",
+                              "--save_interval=1"])  # fmt: skip
+
+    class Drifting(module.TorchSampler):
+        def generate(self, prompts, *rest):
+            samples = super().generate(prompts, *rest)
+            off = 0.01 * (len(prompts) > 1 and self.stamp >= 2)  # from step 3 on
+            return [s._replace(logps=[x + off for x in s.logps]) for s in samples]
+
+    module.TorchSampler = Drifting
+    with pytest.raises(RuntimeError, match=r"disagree by 0.01 in mean .* over a batch, canary_limit is 0.001"):
+        module.main()
+    assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
+
+
 @pytest.mark.slow
 def test_ranks_die_with_their_torchrun(tmp_path):
     """Killed outright, torchrun cannot end its ranks: they must not go on, holding GPUs and writing files."""
