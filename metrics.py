@@ -131,11 +131,15 @@ def step_line(m, max_steps, eta):
     )
 
 
+def finite(record):
+    """Without what JSON cannot say."""
+    return {k: v for k, v in record.items() if math.isfinite(v)}
+
+
 def write_metrics(folder, record):
-    """Append to metrics.jsonl, finite numbers only."""
-    finite = {k: v for k, v in record.items() if math.isfinite(v)}
+    """Append to metrics.jsonl."""
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
-        f.write(json.dumps(finite) + "\n")
+        f.write(json.dumps(finite(record)) + "\n")
         f.flush()
         os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
 

@@ -149,6 +149,7 @@ from metrics import (
     Phases,
     batch_warnings,
     collapse,
+    finite,
     rewind,
     rollout_metrics,
     step_line,
@@ -555,8 +556,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             if due := [by_id[q] for q in failed.take(sft_buffer)]:
                 pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in due]
                 micro_batches = [b.to(policy.hf.device) for _, b in spread(pairs, micro_tokens, RANK, WORLD)]
-                if done := step_or_skip(sft_optimizer, micro_batches, sft_grad_clip, sft_terms):
-                    record |= {"relift/sft_loss": means(done[0])["loss"], "relift/grad_norm": done[1]}
+                if result := step_or_skip(sft_optimizer, micro_batches, sft_grad_clip, sft_terms):
+                    record |= {"relift/sft_loss": means(result[0])["loss"], "relift/grad_norm": result[1]}
             record["relift/waiting"] = len(failed.queue)
         return record
 
@@ -601,12 +602,12 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
                                 share, replays)  # fmt: skip
             if engine:
                 engine.sleep()
-            # 3. Reward: the verifier grades samples and traces alike. From here every rank knows the whole batch.
+            # 3. Reward: the verifier grades samples and traces alike.
             phases.begin("reward")
             texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
             for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
                 r.reward, r.reason = v.reward, v.reason
-        place = {p.id: i for i, p in enumerate(batch)}
+        place = {p.id: i for i, p in enumerate(batch)}  # from here every rank knows the whole batch
         rollouts = sorted(gather_engines(rollouts), key=lambda r: place[r.problem])
         phases.begin("update")
         # 4. Advantage: reward minus the mean of the group, teacher included.
@@ -658,7 +659,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             raise RuntimeError(f"engine and trainer disagree by {record['mismatch/abs']:.3g} in mean |log-prob| over a batch,"
                                f" canary_limit is {canary_limit}: the engine does not hold the policy's weights")  # fmt: skip
         # 9. The step is a whole. Canary, evaluation, checkpoint.
-        done, stood, tail, guard.droppable = step, order.state(), record, True
+        done, stood, tail, guard.droppable = step, order.state(), finite(record), True
         finish(step)
         guard.agree()
         late = late or step == max_steps or guard.save_asked or (save_interval > 0 and step % save_interval == 0)
