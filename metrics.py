@@ -4,6 +4,7 @@ metrics.jsonl and rollouts/step_N.jsonl.
 """
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -136,12 +137,18 @@ def finite(record):
     return {k: v for k, v in record.items() if math.isfinite(v)}
 
 
-def write_metrics(folder, record):
-    """Append to metrics.jsonl."""
-    with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
-        f.write(json.dumps(finite(record)) + "\n")
-        f.flush()
-        os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
+def write_metrics(folder, records):
+    """Append a line for each to metrics.jsonl, all or none."""
+    with open(os.path.join(folder, "metrics.jsonl"), "ab", buffering=0) as f:
+        end = f.tell()
+        try:
+            written = f.write(lines := "".join(json.dumps(finite(r)) + "\n" for r in records).encode())
+            os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
+            if written < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 def rewind(folder, step, evaluated):

@@ -129,7 +129,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import NotSaved, check_same, find, fingerprint, prune, restore, save
+from checkpoint import NotSaved, check_same, find, fingerprint, prune, restore, save, together
 from data import (
     Order,
     Rollout,
@@ -456,6 +456,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     n_updates = 0  # optimizer steps taken: the stamp of the weights
     n_skipped = 0  # updates skipped in a row
     saved = None  # the step whose end is saved
+    unwritten = []  # lines of metrics.jsonl that the disk refused
     if begun:
         done, stood, tail, n_updates, n_skipped = (begun[k] for k in ("step", "order", "tail", "n_updates", "n_skipped"))
         print0(f"going on after step {done}: {found}")
@@ -474,7 +475,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         guard.phase(done, "checkpoint")
         state = {"step": done, "order": stood, "tail": tail, "n_updates": n_updates, "n_skipped": n_skipped}
         memory = kept.state_dict() if kept else {}
-        try:
+        try:  # a checkpoint must not be ahead of its curve
+            together(lambda: write_metrics(folder, unwritten) if RANK == 0 else None)
+            unwritten.clear()
             save(folder, done, policy, tokenizer, optimizers, memory, {**state, **identity}, guard.progress)
         except NotSaved as e:
             if must:
@@ -483,6 +486,15 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         saved, guard.save_asked = done, False
         if RANK == 0:
             prune(folder, keep_last, keep_every)
+
+    def write(function, *arguments):
+        """On rank 0, write what is for people: a disk that refuses it does not end the run. Returns whether it took it."""
+        try:
+            if RANK == 0:
+                function(*arguments)
+            return True
+        except OSError as e:
+            return print(f"warning: {function.__name__}: {e}", flush=True)
 
     def step_or_skip(*arguments):
         """update(), counted. Returns its sums and norm, or None if it did not step."""
@@ -516,8 +528,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
             record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
-        if RANK == 0:
-            write_json(os.path.join(folder, f"eval_{step}.json"), table)
+        write(write_json, os.path.join(folder, f"eval_{step}.json"), table)
         print0("  eval " + "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in record.items()))
         return record
 
@@ -570,8 +581,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
         if held_out and (step in (0, max_steps) or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
-        if RANK == 0:
-            write_metrics(folder, record)
+        unwritten.append(record)
+        if write(write_metrics, folder, unwritten):
+            unwritten.clear()
         tail = None
 
     guard.on_stop = save_boundary
@@ -647,8 +659,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             record |= means(merge([s for s, _ in results]))
             record["grad_norm"] = sum(n for _, n in results) / len(results)
         record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
-        if RANK == 0 and rollout_interval and step % rollout_interval == 0:
-            write_rollouts(folder, step, rollouts, by_id, tokenizer)
+        if rollout_interval and step % rollout_interval == 0:
+            write(write_rollouts, folder, step, rollouts, by_id, tokenizer)
         curve += [record["reward/own"]] if "reward/own" in record else []
         for warning in (*batch_warnings(rollouts), *collapse(curve)):
             print0(f"warning: {warning}")

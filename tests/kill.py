@@ -74,9 +74,9 @@ def child(point, at_step, argv):
     def halve(path):
         os.truncate(path, os.path.getsize(path) // 2)
 
-    def half_a_line(folder, record):
+    def half_a_line(folder, records):
         with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
-            f.write(json.dumps(record)[:50])
+            f.write(json.dumps(records[0])[:50])
 
     done = lambda *a, **k: None
     sampler = rollout.VLLMSampler if "--sampler=vllm" in argv else rollout.TorchSampler
@@ -131,13 +131,14 @@ def resumed_after(text):
     return int(found[1]) if found else 0
 
 
-def steps_done(out):
-    """The newest step whose line in metrics.jsonl is whole."""
-    done = 0
-    for line in open(os.path.join(out, "metrics.jsonl")):
-        if line.endswith("\n"):
-            done = json.loads(line)["step"]
-    return done
+def where_it_stands(out):
+    """The newest checkpoint's step, which the run must resume after. Only the step under way may be lost: its line in
+    metrics.jsonl is written before its checkpoint."""
+    saved = max(int(n[5:]) for n in os.listdir(out) if re.fullmatch(r"ckpt_\d+", n))
+    lines = [line for line in open(os.path.join(out, "metrics.jsonl")) if line.endswith("\n")]
+    done = json.loads(lines[-1])["step"]
+    assert done - 1 <= saved <= done, f"step {done} is done, {saved} is saved"
+    return saved
 
 
 def outcome(out, steps):
@@ -155,23 +156,23 @@ def outcome(out, steps):
 
 def at_points(folder, points, more):
     """One run of len(points) + 2 steps, killed at the i-th point in step i + 2. Returns its folder and the steps."""
-    out, steps = os.path.join(folder, "points"), len(points) + 2
+    out, steps, stands = os.path.join(folder, "points"), len(points) + 2, 0
     for i, point in enumerate(points):
         process = launch(command(out, steps, more), os.path.abspath(__file__), "child", point, str(i + 2))
         text, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"{point}: not killed (exit code {process.returncode})\n{text[-2000:]}"
         at = resumed_after(text)
-        # Killed in step i + 1 last time: that one may be lost, or saved already; no other.
-        assert i == 0 or at in (i, i + 1), f"{point}: killed in step {i + 1} before, resumed after {at}"
-        print(f"killed in step {i + 2}: {point}; resumed after step {at}", flush=True)
+        assert at == stands, f"{point}: step {stands} was saved, resumed after {at}"
+        stands = where_it_stands(out)
+        print(f"resumed after step {at}, killed in step {i + 2}: {point}", flush=True)
     return out, steps
 
 
 def at_random(folder, times, more, seed=0):
     """One run, killed `times` times at random moments after its first step (and after each resumption's)."""
     out, steps, rng = os.path.join(folder, "random"), 3 * times, random.Random(seed)
-    before = 0
-    for i in range(times):
+    stands = 0
+    for _ in range(times):
         process = launch(command(out, steps, more))
         text = ""
         for line in process.stdout:
@@ -183,9 +184,9 @@ def at_random(folder, times, more, seed=0):
         text += process.communicate()[0]
         assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: more steps are needed\n{text[-2000:]}"
         at = resumed_after(text)
-        assert i == 0 or at in (before, before + 1), f"killed after step {before}, resumed after {at}"
-        before = steps_done(out)
-        print(f"killed after step {before}; resumed after step {at}", flush=True)
+        assert at == stands, f"step {stands} was saved, resumed after {at}"
+        stands = where_it_stands(out)
+        print(f"resumed after step {at}, killed after the checkpoint of step {stands}", flush=True)
     return out, steps
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -295,6 +296,31 @@ def test_a_full_disk(script, peace, small_disk, capsys, monkeypatch, told_before
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
     assert train(script, out, *argv, "--resume=auto") == 0
     assert outcome(out, 4) == outcome(peace, 4)
+
+
+def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
+    """Rollouts and evaluations are for people and may be lost; lines of metrics.jsonl wait until there is room."""
+    out = small_disk / "run"
+    module = script("train", [*BASIC, "--max_steps=5", "--save_interval=0", f"--out_dir={out}"])
+    hog, evaluate, calls = small_disk / "hog", module.evaluate, []
+
+    def fill_and_empty(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation of step 2
+            with pytest.raises(OSError), open(hog, "wb", buffering=0) as f:
+                while True:
+                    f.write(bytes(10_000)) == 10_000 or f.write(b"0")
+        elif len(calls) == 5:
+            os.remove(hog)
+        return evaluate(*arguments)
+
+    module.evaluate = fill_and_empty
+    assert module.main() == 0
+    printed = capsys.readouterr().out
+    for what in ("write_rollouts", "write_metrics", "write_json"):
+        assert re.search(rf"warning: {what}: .*No space left on device", printed), printed
+    assert [json.loads(line)["step"] for line in open(out / "metrics.jsonl")] == list(range(6))
+    assert find(str(out), print)[0].endswith("ckpt_5")
 
 
 def test_a_failed_save_is_tried_again_after_the_next_step(script, tmp_path):
