@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import checkpoint
 from checkpoint import NotSaved, files_below, find
 from configurator import ROOT, UserError
+from metrics import write_metrics
 from model import load_policy
 
 BASIC = ["--sampler=torch", "--reward_workers=1", "--eval_max_problems=16", "--eval_k=0", "--eval_interval=1"]
@@ -317,10 +318,199 @@ def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
     module.evaluate = fill_and_empty
     assert module.main() == 0
     printed = capsys.readouterr().out
+    for what in ("write_rollouts", "write_json"):
+        assert re.search(rf"warning: {what}: .*No space left on device", printed), printed
+    assert [json.loads(line)["step"] for line in open(out / "metrics.jsonl")] == list(range(6))
+
+
+def test_what_may_change_freely(script, peace, tmp_path, capsys):
+    """Length, evaluation, logging, paths, the machine: and what is trained stays the same, bit for bit."""
+    shutil.copy(os.path.join(ROOT, "toy", "train.parquet"), tmp_path / "elsewhere.parquet")
+    shutil.copytree(os.path.join(ROOT, "toy", "base"), tmp_path / "base")
+    out = tmp_path / "moved"
+    os.rename(copy_of(peace, tmp_path, newest=3), out)
+    argv = ["--max_steps=6", f"--data={tmp_path / 'elsewhere.parquet'}", f"--model={tmp_path / 'base'}", "--eval_data=",
+            "--shard=none", "--reward_workers=2", "--canary_interval=1", "--rollout_interval=2", "--keep_every=2",
+            "--keep_last=1", "--hang_timeout=60"]  # fmt: skip
+    assert train(script, out, *argv, "--resume=auto") == 0
+    printed = capsys.readouterr().out
+    assert "going on after step 3" in printed and "max_steps changed" in printed
+    rows, old = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (out, peace))
+    assert [r["step"] for r in rows] == list(range(7)) and rows[4]["loss"] == old[4]["loss"]
+    assert "mismatch/canary" in rows[5] and "eval/greedy" not in rows[5] and "eval/greedy" in rows[3]
+    assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_2", "ckpt_6"]
+    assert sorted(os.listdir(out / "rollouts")) == [f"step_{n}.jsonl" for n in (1, 2, 3, 4, 6)]
+    # A base that is gone is not missed: the checkpoint has the model.
+    assert train(script, out, *argv[1:], "--max_steps=7", "--model=toy/no_such", "--resume=auto") == 0
+
+
+def test_an_export_that_others_load(peace):
+    hf = AutoModelForCausalLM.from_pretrained(peace / "latest", dtype=torch.float32)
+    for p, q in zip(load_policy(str(peace / "ckpt_4")).hf.parameters(), hf.parameters(), strict=True):
+        assert torch.equal(p, q)
+    config, base = (json.load(open(os.path.join(folder, "config.json"))) for folder in (peace / "ckpt_4", "toy/base"))
+    assert config["architectures"] == base["architectures"] and config["dtype"] == "float32"
+
+
+# ---------------------------------------------------------------- signals
+
+
+def interrupt(module, where, step, number=signal.SIGTERM):
+    """Let the run be signalled in the midst of a step's `where`."""
+    strike = lambda: os.kill(os.getpid(), number)
+    at = []
+    phase = module.Guard.phase
+
+    class Watched(module.Guard):
+        def phase(self, n, name):
+            at[:] = [n, name]
+            phase(self, n, name)
+
+        def tick(self):
+            self.ticks = getattr(self, "ticks", 0) + 1
+            if at == [step, where] and self.ticks % 3 == 0 and not self.received:
+                strike()
+            super().tick()
+
+    module.Guard = Watched
+    real, calls = module.batch_loss, []
+
+    def batch_loss(*arguments, **keywords):
+        calls.append(1)
+        if where == f"update {len(calls) - (step - 1) * 2}":
+            strike()
+        return real(*arguments, **keywords)
+
+    module.batch_loss = batch_loss
+
+
+TWO = ["--update_batches=2", "--max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def two_updates(tmp_path_factory):
+    from conftest import load_script
+
+    out = tmp_path_factory.mktemp("two") / "run"
+    train(load_script, out, *TWO)
+    return outcome(out, 4)
+
+
+@pytest.mark.parametrize(
+    ("where", "resumes_after"), [("rollout", 2), ("reward", 2), ("update 1", 2), ("update 2", 3), ("evaluation", 3)]
+)
+def test_sigterm_saves_the_last_boundary(script, tmp_path, capfd, monkeypatch, two_updates, where, resumes_after):
+    """In a rollout, or before its first update, the step is dropped; later it is finished. An evaluation that was cut short
+    is made up for. No checkpoint was due."""
+    monkeypatch.setattr("metrics.measured_memory", lambda: (math.nan, math.nan))  # as where there is no /proc
+    out = tmp_path / "x"
+    module = script("train", [*BASIC, *TWO, f"--out_dir={out}"])
+    interrupt(module, where, 3)
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert module.main() == 128 + signal.SIGTERM
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [n for n in os.listdir(out) if n.startswith("ckpt")] == [f"ckpt_{resumes_after}"]
+    assert "SIGTERM: saving" in capfd.readouterr().err
+    assert train(script, out, *TWO, "--resume=auto") == 0
+    assert f"going on after step {resumes_after}" in capfd.readouterr().out
+    assert outcome(out, 4) == two_updates
+
+
+def test_sigint_before_the_first_step(script, tmp_path, two_updates):
+    module = script("train", [*BASIC, *TWO, f"--out_dir={tmp_path / 'x'}"])
+    interrupt(module, "evaluation", 0, signal.SIGINT)
+    assert module.main() == 130
+    assert train(script, tmp_path / "x", *TWO, "--resume=auto") == 0
+    assert outcome(tmp_path / "x", 4) == two_updates
+
+
+def test_sigusr1_saves_and_goes_on(script, tmp_path, two_updates):
+    module = script("train", [*BASIC, *TWO, "--keep_last=0", f"--out_dir={tmp_path / 'x'}"])
+    interrupt(module, "update 1", 2, signal.SIGUSR1)
+    assert module.main() == 0
+    assert sorted(n for n in os.listdir(tmp_path / "x") if n.startswith("ckpt")) == ["ckpt_2", "ckpt_4"]
+    assert outcome(tmp_path / "x", 4) == two_updates
+
+
+# ---------------------------------------------------------------- a disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs with room for two checkpoints of the toy and not for three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("told_beforehand", [True, False])
+def test_a_full_disk(script, peace, small_disk, capsys, monkeypatch, told_beforehand):
+    """The last good checkpoint stays, what is missing is said, and once there is room the run goes on."""
+    out, argv = small_disk / "run", ["--max_steps=4", "--save_interval=1", "--keep_last=0"]
+    if not told_beforehand:  # as a quota that only the write itself finds
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    with pytest.raises(UserError, match="ckpt_4 is not saved: .*--resume=auto goes on from the one before") as e:
+        train(script, out, *argv)
+    wanted = "1.7 MiB, .* are free, .* are missing" if told_beforehand else "No space left on device"
+    assert e.match(wanted)
+    printed = capsys.readouterr().out
+    assert "warning:" in printed and "ckpt_3 is not saved" in printed and "the next try is after the next step" in printed
+    assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
+    assert os.readlink(out / "latest") == "ckpt_2" and not [f for f in files_below(out) if "partial" in f]
+    monkeypatch.undo()
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    assert train(script, out, *argv, "--resume=auto") == 0
+    assert outcome(out, 4) == outcome(peace, 4)
+
+
+def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
+    """Rollouts and evaluations are for people and may be lost; lines of metrics.jsonl wait until there is room."""
+    out = small_disk / "run"
+    module = script("train", [*BASIC, "--max_steps=5", "--save_interval=0", f"--out_dir={out}"])
+    hog, evaluate, calls = small_disk / "hog", module.evaluate, []
+
+    def fill_and_empty(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation of step 2
+            with pytest.raises(OSError), open(hog, "wb", buffering=0) as f:
+                while True:
+                    f.write(bytes(10_000)) == 10_000 or f.write(b"0")
+        elif len(calls) == 5:
+            os.remove(hog)
+        return evaluate(*arguments)
+
+    module.evaluate = fill_and_empty
+    assert module.main() == 0
+    printed = capsys.readouterr().out
     for what in ("write_rollouts", "write_metrics", "write_json"):
         assert re.search(rf"warning: {what}: .*No space left on device", printed), printed
     assert [json.loads(line)["step"] for line in open(out / "metrics.jsonl")] == list(range(6))
     assert find(str(out), print)[0].endswith("ckpt_5")
+
+
+def test_lines_of_metrics_are_whole_or_not_there(script, small_disk, tmp_path, capsys):
+    record = {f"key {i}": 1.0 for i in range(1000)}
+    with open(small_disk / "hog", "wb", buffering=0) as f, pytest.raises(OSError):
+        write_metrics(str(small_disk), [record])
+        while True:
+            f.write(bytes(10_000)) == 10_000 or f.write(b"0")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_metrics(str(small_disk), [record, record])
+    assert [json.loads(line) for line in open(small_disk / "metrics.jsonl")] == [record]
+    # Lines that were refused are written with the next, in their order.
+    module, real = script("train", [*BASIC, "--max_steps=5", f"--out_dir={tmp_path / 'x'}"]), write_metrics
+
+    def write(folder, records):
+        if records and records[-1]["step"] in (2, 3):
+            raise OSError("no room")
+        real(folder, records)
+
+    write.__name__, module.write_metrics = "write_metrics", write
+    assert module.main() == 0 and capsys.readouterr().out.count("warning: write_metrics: no room") == 2
+    assert [json.loads(line)["step"] for line in open(tmp_path / "x" / "metrics.jsonl")] == list(range(6))
 
 
 def test_a_failed_save_is_tried_again_after_the_next_step(script, tmp_path):
