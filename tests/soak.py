@@ -57,11 +57,15 @@ def main():
         )
         seen = []  # step, MiB, MiB of the children, open files, children
         for line in process.stdout:
-            if m := re.match(r"step +(\d+)/", line):
+            if m := re.match(r"step +(\d+)/.*len +([\d.]+)", line):
                 pid, own = process.pid, children(process.pid)
                 seen.append((int(m[1]), resident(pid), resident(*own), len(os.listdir(f"/proc/{pid}/fd")), len(own)))
                 if seen[-1][0] % 100 == 0:
-                    print("step {}: {:.0f} MiB, children {:.0f} MiB, {} files, {} children".format(*seen[-1]), flush=True)
+                    print(
+                        "step {}: {:.0f} MiB, children {:.0f} MiB, {} files, {} children;".format(*seen[-1]),
+                        f"length {m[2]}",
+                        flush=True,
+                    )
         code = process.wait()
         left = [p for p in with_argument(folder) if p not in before]
     steps, memory, kids_memory, files, kids = np.array(seen).T
