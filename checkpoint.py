@@ -28,7 +28,7 @@ from data import partition
 from model import read_rows_of, tensor_files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-FILE = 2 << 30  # bytes of tensors for which one more rank writes a file
+FILE = 2 << 30  # bytes of tensors in a file, about; the ranks take turns
 
 
 class NotSaved(Exception):
@@ -82,8 +82,9 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     def begin():
         if rank:
             return
-        for left in glob.glob(os.path.join(folder, "*.partial")):
-            shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
+        for name in ("ckpt_*.partial", "latest.partial"):
+            for left in glob.glob(os.path.join(glob.escape(folder), name)):
+                shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
         if needed > (free := shutil.disk_usage(folder).free):
             raise OSError(f"it needs {show(needed)}, {show(free)} are free, {show(needed - free)} are missing")
         os.makedirs(os.path.join(partial, "state"))
@@ -93,9 +94,10 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
         if memory:
             save_file(memory, os.path.join(partial, "state", "memory.safetensors"))
 
-    def write(paths, share):
-        if share:
-            save_file(share, os.path.join(partial, paths[rank]), {"format": "pt"})
+    def write(shares):
+        for path, share in shares.items():
+            save_file(share, os.path.join(partial, path), {"format": "pt"})
+            tick()
 
     def index():
         """What transformers and vLLM read where the model has several files."""
@@ -133,9 +135,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     try:
         together(begin)
         for stem, group in tensors.items():
-            paths, share = gather_share(stem, group, tick)
-            together(write, paths, share)
-            tick()
+            together(write, gather_shares(stem, group, tick))
         together(index)
         sealed = {path: found for part in gather(together(seal)) for path, found in part.items()}
         together(finish)
@@ -145,20 +145,21 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
         raise NotSaved(f"{final} is not saved: {e}") from None
 
 
-def gather_share(stem, tensors, tick):
-    """Cut {name: tensor} into files, one a rank; gather whole tensors on all ranks, and keep what this one shall write.
-    Returns the files' names and {name: tensor}. A collective under FSDP."""
+def gather_shares(stem, tensors, tick):
+    """Cut {name: tensor} into files; gather whole tensors on all ranks, and keep what this one shall write. Returns
+    {path: {name: tensor}}. A collective under FSDP."""
     rank, world = rank_and_world()
     sizes = [t.numel() * t.element_size() for t in tensors.values()]
-    files = partition(sizes, max(1, min(world, -(-sum(sizes) // FILE))))
-    names = [stem if len(files) == 1 else f"{stem}-{i + 1:05d}-of-{len(files):05d}" for i in range(len(files))]
-    share = {}
+    files = partition(sizes, -(-sum(sizes) // FILE))
+    file_of = {i: j for j, file in enumerate(files) for i in file}
+    shares = {}
     for i, (name, t) in enumerate(tensors.items()):
-        whole = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
-        if rank < len(files) and i in files[rank]:
-            share[name] = whole.cpu().contiguous()
+        whole, j = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach(), file_of[i]
+        if j % world == rank:
+            path = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{j + 1:05d}-of-{len(files):05d}.safetensors"
+            shares.setdefault(path, {})[name] = whole.cpu().contiguous()
         tick()
-    return [name + ".safetensors" for name in names], share
+    return shares
 
 
 def files_below(folder):
@@ -186,11 +187,20 @@ def discard(path):
     shutil.rmtree(path + ".old.partial")
 
 
-def prune(folder, keep_last, keep_every):
-    """Remove all checkpoints but the newest keep_last (0: all stay) and those whose step keep_every divides (0: none)."""
-    for step in sorted(steps_in(folder))[:-keep_last] if keep_last else ():
-        if not keep_every or step % keep_every:
-            discard(os.path.join(folder, f"ckpt_{step}"))
+def prune(folder, step, keep_last, keep_every):
+    """Of the checkpoints up to `step`, remove all but the newest keep_last (0: all stay) and those whose step keep_every
+    divides (0: none)."""
+    for old in sorted(n for n in steps_in(folder) if n <= step)[:-keep_last] if keep_last else ():
+        path = os.path.join(folder, f"ckpt_{old}")
+        if (not keep_every or old % keep_every) and not os.path.islink(path):
+            discard(path)
+
+
+def put_aside(folder, step):
+    """Rename the checkpoints of later steps, from which the run does not go on, to ckpt_N.damaged."""
+    for path in [os.path.join(folder, f"ckpt_{n}") for n in steps_in(folder) if n > step]:
+        shutil.rmtree(path + ".damaged", ignore_errors=True)
+        os.rename(path, path + ".damaged")
 
 
 def show(n):
@@ -201,8 +211,9 @@ def show(n):
 
 
 def steps_in(folder):
+    """Of the folders named ckpt_N."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [int(m[1]) for m in map(re.compile(r"ckpt_(\d+)").fullmatch, names) if m]
+    return [int(n[5:]) for n in names if re.fullmatch(r"ckpt_(0|[1-9]\d*)", n) and os.path.isdir(os.path.join(folder, n))]
 
 
 def find(folder, log):

@@ -10,6 +10,7 @@ Writes out_dir/{eval.json, averages.json, settings.json, samples/}. A killed eva
 other settings left in out_dir is moved to out_dir/before_1.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -421,9 +422,14 @@ def make_folder(folder):
 
 def write_json(path, value):
     """Whole or not at all."""
-    with open(path + ".partial", "w") as f:
-        json.dump(value, f, indent=1, allow_nan=False)
-    os.replace(path + ".partial", path)
+    try:
+        with open(path + ".partial", "w") as f:
+            json.dump(value, f, indent=1, allow_nan=False)
+        os.replace(path + ".partial", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".partial")
+        raise
 
 
 if __name__ == "__main__":

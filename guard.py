@@ -34,7 +34,7 @@ class Guard:
         self.hang_timeout = hang_timeout
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.received, self.agreed = 0, 0  # the signal to end, as this rank got it and as all know it
-        self.save_asked = False
+        self.save_asked, self.save_now = False, False  # the same of SIGUSR1
         self.droppable = True  # no optimizer step since the last boundary
         self.inside = False  # interruptible()
         self.on_stop = lambda: None  # what to do when all ranks agreed to stop
@@ -73,18 +73,20 @@ class Guard:
     def handle(self, number, frame):
         if number == signal.SIGUSR1:
             self.save_asked = True
-        elif self.received:
-            os._exit(128 + number)
-        else:
-            self.received = number
+        elif not self.received:
+            self.received, self.received_at = number, time.monotonic()
             os.write(2, f"rank {self.rank}: {signal.Signals(number).name}: saving; once more ends it now\n".encode())
+        elif time.monotonic() - self.received_at > 1:  # what comes at once is the same signal by another way
+            os._exit(128 + number)
 
     def agree(self):
-        """All ranks together: raise Stopped on each if any has the signal; and let save_asked be what any was asked."""
-        flags = torch.tensor([self.received, self.save_asked], dtype=torch.int64)
+        """All ranks together: raise Stopped on each if any has the signal, and set save_now if any was asked to save."""
+        asked = self.save_asked  # read once: a handler may set it at any time
+        flags = torch.tensor([self.received, asked], dtype=torch.int64)
         if self.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self.agreed, self.save_asked = int(flags[0]), self.save_asked or bool(flags[1])
+        self.save_asked = self.save_asked and not asked
+        self.agreed, self.save_now = int(flags[0]), self.save_now or bool(flags[1])
         if self.agreed:
             raise Stopped(signal.Signals(self.agreed).name)
 
@@ -122,28 +124,31 @@ class Guard:
             self.agree()
 
     def watch(self):
-        # A connection of its own: another thread's may be waiting. torchrun's agent holds the store.
-        store, since, told = None, time.monotonic(), None
+        """End the process when nobody gets on. The clock asks nobody: a store whose machine froze never answers."""
         if self.world > 1:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            threading.Thread(target=self.tell_and_ask, daemon=True).start()
+        told, since = None, time.monotonic()
         while not self.ended.wait(EVERY):
             self.seen[self.rank] = f"{self.count} {self.where}"
-            with contextlib.suppress(RuntimeError):  # without a store torchrun is gone, and this process is next
-                for rank in range(self.world) if store else ():
-                    if rank == self.rank:
-                        store.set(f"guard/{rank}", self.seen[rank])
-                    elif store.check([f"guard/{rank}"]):
-                        self.seen[rank] = store.get(f"guard/{rank}").decode()
             if self.seen != told:
                 told, since = dict(self.seen), time.monotonic()
-            elif time.monotonic() - since > self.hang_timeout:
-                if store and store.add("guard/reports", 1) > 1:
-                    time.sleep(2 * EVERY)  # another rank speaks
-                else:
-                    print(f"error: no rank got on for {self.hang_timeout:g} s (hang_timeout): {self.places()}", file=sys.stderr)
-                    faulthandler.dump_traceback(all_threads=True)
+            elif (
+                time.monotonic() - since > self.hang_timeout + EVERY * self.rank
+            ):  # one of them speaks before torchrun ends all
+                print(f"error: no rank got on for {self.hang_timeout:g} s (hang_timeout): {self.places()}", file=sys.stderr)
+                faulthandler.dump_traceback(all_threads=True)
                 sys.stderr.flush()
                 os._exit(1)
 
+    def tell_and_ask(self):
+        """Through torchrun's store, by a connection of its own, because another thread's may be waiting."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            while not self.ended.wait(EVERY):
+                store.set(f"guard/{self.rank}", f"{self.count} {self.where}")
+                for rank in range(self.world):
+                    if rank != self.rank and store.check([f"guard/{rank}"]):
+                        self.seen[rank] = store.get(f"guard/{rank}").decode()
+
     def places(self):
-        return "; ".join(f"rank {rank}: {place.partition(' ')[2]}" for rank, place in sorted(self.seen.items()))
+        return "; ".join(f"rank {rank}: {place.partition(' ')[2]}" for rank, place in sorted(dict(self.seen).items()))

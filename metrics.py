@@ -155,17 +155,18 @@ def rewind(folder, step, evaluated):
     """Remove what a run left of later steps, lines of metrics.jsonl and files of rollouts and evaluations; and of this one,
     if it shall be evaluated again, its line. Returns the lines that stay, as dicts."""
     path, rows = os.path.join(folder, "metrics.jsonl"), []
-    with contextlib.suppress(FileNotFoundError), open(path) as f:
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as f:
         for line in f:
             with contextlib.suppress(ValueError):  # the last may be cut short
                 rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= (step if evaluated else step - 1)]
+    rows = [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) <= (step if evaluated else step - 1)]
     with open(path + ".partial", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(path + ".partial", path)
     for file in (*glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")),
                  *glob.glob(os.path.join(glob.escape(folder), "eval_*.json"))):  # fmt: skip
-        if int(re.search(r"_(\d+)\.jsonl?$", file)[1]) > step:
+        number = re.search(r"_(\d+)\.jsonl?$", file)
+        if number and int(number[1]) > step:
             os.remove(file)
     return rows
 
@@ -189,6 +190,13 @@ def row(problem, r, tokenizer):
 
 
 def write_rollouts(folder, step, rollouts, by_id, tokenizer):
-    """rollouts/step_N.jsonl, a line per rollout."""
-    with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl"), "w") as f:
-        f.writelines(json.dumps(row(by_id[r.problem], r, tokenizer)) + "\n" for r in rollouts)
+    """rollouts/step_N.jsonl, a line per rollout; whole or not at all."""
+    path = os.path.join(folder, "rollouts", f"step_{step}.jsonl")
+    try:
+        with open(path + ".partial", "w") as f:
+            f.writelines(json.dumps(row(by_id[r.problem], r, tokenizer)) + "\n" for r in rollouts)
+        os.replace(path + ".partial", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".partial")
+        raise

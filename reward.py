@@ -282,7 +282,7 @@ def rewrite(s, rules):
 def integer(s):
     """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266; any other string, and what a float cannot hold, as it is."""
     try:
-        x = float(THOUSANDS.sub("", s))
+        x = float(THOUSANDS.sub("", s).replace("_", "?"))  # 1_0 is ten to Python alone
     except ValueError:
         return s
     return str(int(x)) if x.is_integer() and abs(x) < 2**53 else s
@@ -308,7 +308,7 @@ def sympy_equal(a, b):
     if a == b or len(letters) > 2 or odd or any(re.fullmatch(r"-?\d+", s) for s in (a, b)):
         return a == b
     try:
-        return bool(simplify(expression(difference)) == 0)
+        return bool(simplify(expression(a) - expression(b)) == 0)
     except Exception:  # it does not parse
         return False
 
@@ -352,6 +352,8 @@ def expression(text):
                 raise ValueError(text)
             return value
         if token[:1].isdigit() or token[:1] == ".":
+            if tokens[-1][:1] == ".":  # 1.5.2
+                raise ValueError(text)
             return sympy.Rational(token)
         if not token.isalpha():
             raise ValueError(text)

@@ -129,7 +129,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import NotSaved, check_same, find, fingerprint, prune, restore, save, together
+from checkpoint import NotSaved, check_same, find, fingerprint, prune, put_aside, restore, save, together
 from data import (
     Order,
     Rollout,
@@ -483,9 +483,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             if must:
                 raise UserError(f"{e}; --resume=auto goes on from the one before") from None
             return print0(f"warning: {e}; the next try is after the next step")
-        saved, guard.save_asked = done, False
-        if RANK == 0:
-            prune(folder, keep_last, keep_every)
+        saved, guard.save_now = done, False
+        write(prune, folder, done, keep_last, keep_every)
 
     def write(function, *arguments):
         """On rank 0, write what is for people: a disk that refuses it does not end the run. Returns whether it took it."""
@@ -506,7 +505,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         if stepped:
             return sums, norm
         print0(f"update skipped, {n_skipped} in a row: loss {sums['loss'][0]:.3g} on rank 0, gradient norm {norm:.3g}")
-        if n_skipped == max_skipped:
+        if n_skipped >= max_skipped:
             raise FloatingPointError(f"{n_skipped} updates in a row were skipped: lower learning_rate, or look at the rollouts")
         return None
 
@@ -598,6 +597,9 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     print0(f"process {os.getpid()}: SIGUSR1 saves a checkpoint, SIGTERM and SIGINT save and end")
     if tail:
         finish(done)
+        if begun and done == max_steps:
+            saved = None
+            save_boundary()
     start, first, late = time.time(), done, False
     for step in range(done + 1, max_steps + 1):
         reseed(step)
@@ -667,14 +669,15 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         print0(step_line(record, max_steps, (time.time() - start) / (step - first) * (max_steps - step)))
         if step == first + 1:
             print0(phases.ledger())
-        if record.get("mismatch/abs", 0) > canary_limit:
-            raise RuntimeError(f"engine and trainer disagree by {record['mismatch/abs']:.3g} in mean |log-prob| over a batch,"
+        gap = record.get("mismatch/abs", math.nan)  # missing where it is not finite
+        if "ratio/own" in record and not gap <= canary_limit:
+            raise RuntimeError(f"engine and trainer disagree by {gap:.3g} in mean |log-prob| over a batch,"
                                f" canary_limit is {canary_limit}: the engine does not hold the policy's weights")  # fmt: skip
         # 9. The step is a whole. Canary, evaluation, checkpoint.
         done, stood, tail, guard.droppable = step, order.state(), finite(record), True
         finish(step)
         guard.agree()
-        late = late or step == max_steps or guard.save_asked or (save_interval > 0 and step % save_interval == 0)
+        late = late or step == max_steps or guard.save_now or (save_interval > 0 and step % save_interval == 0)
         if late:
             save_boundary(must=step == max_steps)
             late = saved != step
@@ -768,10 +771,20 @@ def open_folder(begun):
             n = 1
             while os.path.exists(f"{folder}.{n}"):
                 n += 1
-            os.rename(folder, f"{folder}.{n}")
+            try:
+                os.rename(folder, f"{folder}.{n}")
+            except OSError as e:
+                raise UserError(
+                    f"{folder} is not empty and cannot be moved aside ({e.strerror}): take another out_dir"
+                ) from None
             print0(f"{folder} is not empty: moved to {folder}.{n}")
         make_folder(os.path.join(folder, "rollouts"))
-        write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
+        try:
+            if begun:
+                put_aside(folder, begun["step"])
+            write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
+        except OSError as e:
+            raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
     if WORLD > 1:
         dist.barrier()
     return folder

@@ -36,7 +36,8 @@ PIECES = [
     f"__import__('os').system('touch {OWNED}')", "lambda: 0", "\\sin", "\\log", "\\lim_{x\\to 0}", "\\int", "\\sum_{k=1}^{3}",
     "1e5", "0x1F", "1_000", "NaN", "inf", "None",
 ]  # fmt: skip
-GOLDS = ["104729.31", r"\frac{7919}{104729}", r"17\sqrt{7919}", "(7919, 104729)", r"x^2+7919x+104729", "7919"]
+GOLDS = ["104729.31", r"\frac{7919}{104729}", r"17\sqrt{7919}", "(7919, 104729)", r"x^2+7919x+104729", "7919", "8",
+         r"\frac{2}{9}", "8x^2", "(8, 92]", "E", r"\text{blue}"]  # fmt: skip
 
 
 def malformed(n, rng):

@@ -50,8 +50,8 @@ def main():
     before = with_argument("no such thing")
     with tempfile.TemporaryDirectory() as folder:
         # At the default rate the policy falls apart in step 1,600-odd and fills max_tokens, and memory follows the batch.
-        argv = ["--sampler=vllm", "--max_steps=2000", "--learning_rate=2e-5", "--eval_k=1", "--eval_interval=50", "--save_interval=50",
-                "--rollout_interval=50", f"--out_dir={folder}/run", *sys.argv[1:]]  # fmt: skip
+        argv = ["--sampler=vllm", "--max_steps=2000", "--learning_rate=2e-5", "--eval_k=1", "--eval_interval=50",
+                "--save_interval=50", "--rollout_interval=50", f"--out_dir={folder}/run", *sys.argv[1:]]  # fmt: skip
         start = time.time()
         process = subprocess.Popen(
             [sys.executable, os.path.join(os.path.dirname(HERE), "train.py"), *argv], stdout=subprocess.PIPE, text=True

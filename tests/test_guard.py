@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from kill import outcome
 
 from configurator import ROOT, UserError
@@ -70,6 +72,8 @@ def test_a_second_signal_ends_at_once():
     assert process.stdout.readline() == "in\n"
     process.terminate()
     assert "once more ends it now" in process.stderr.readline()
+    process.terminate()  # at once: the same signal by another way
+    time.sleep(1.2)
     assert process.poll() is None
     process.terminate()
     assert process.wait(10) == 128 + signal.SIGTERM
@@ -85,6 +89,39 @@ def test_a_hang_ends_with_the_place_and_a_traceback():
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.time() - start < 30
     assert "no rank got on for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
+
+
+def test_a_store_that_never_answers_stops_no_clock():
+    """As when the machine of torchrun's store froze: the connection stands, and nothing comes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = {
+            **os.environ,
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(silent.getsockname()[1]),
+        }
+        process = child("import time; from guard import Guard\nwith Guard(2) as g:\n    time.sleep(1000)", env=env)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "no rank got on for 2 s (hang_timeout): rank 0: start" in err
+
+
+def test_a_signal_to_save_is_agreed_on(monkeypatch):
+    """One that comes while the ranks agree counts the next time: what all know decides, not what one has heard."""
+    real = torch.tensor
+
+    def tensor(*arguments, **keywords):
+        found = real(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return found
+
+    with Guard(60) as guard:
+        with monkeypatch.context() as patch:
+            patch.setattr("guard.torch.tensor", tensor)
+            guard.agree()
+        assert not guard.save_now and guard.save_asked
+        guard.agree()
+        assert guard.save_now and not guard.save_asked
 
 
 def test_progress_is_not_a_hang():

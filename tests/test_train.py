@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -262,7 +263,8 @@ def test_a_bad_update_is_skipped_and_leaves_no_trace(script, tmp_path, fault):
     assert all(torch.equal(runs["skipped"][k], runs["left_out"][k]) for k in runs["skipped"])
 
 
-def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path):
+@pytest.mark.parametrize(("drift", "words"), [(0.01, "0.01"), (math.nan, "nan")])
+def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, drift, words):
     """The canary's one prompt may agree where the batch does not; the step is not saved."""
     out = tmp_path / "x"
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=4",
@@ -271,11 +273,11 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path):
     class Drifting(module.TorchSampler):
         def generate(self, prompts, *rest):
             samples = super().generate(prompts, *rest)
-            off = 0.01 * (len(prompts) > 1 and self.stamp >= 2)  # from step 3 on
+            off = drift if len(prompts) > 1 and self.stamp >= 2 else 0.0  # from step 3 on
             return [s._replace(logps=[x + off for x in s.logps]) for s in samples]
 
     module.TorchSampler = Drifting
-    with pytest.raises(RuntimeError, match=r"disagree by 0.01 in mean .* over a batch, canary_limit is 0.001"):
+    with pytest.raises(RuntimeError, match=f"disagree by {words} in mean .* over a batch, canary_limit is 0.001"):
         module.main()
     assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
 
@@ -420,7 +422,7 @@ def test_a_folder_that_cannot_be_written(script):
 def test_failing_teachers_are_shown(script, tmp_path):
     with pytest.raises(UserError) as e:
         run(script, tmp_path, "bad", f"--data={bad(tmp_path, 'wrong_teacher')}", "--prompts_per_step=1")
-    assert str(e.value).count("row ") == 3 and "answer 46, trace ends '1</think>\\\\boxed{1}'" in str(e.value)
+    assert str(e.value).count("row ") == 3 and "answer '46', trace ends '1</think>\\\\boxed{1}'" in str(e.value)
     assert len(str(e.value).splitlines()) == 2
 
 
