@@ -380,8 +380,6 @@ def grade(grader, text, answer, timeout):
 
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    # Beyond this the kernel kills the worker, also where no signal is heard and the parent cannot look.
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout + GRACE) + 1, resource.RLIM_INFINITY))
     try:
         reward, read = grader(text, answer)
         if not math.isfinite(reward):
@@ -410,6 +408,8 @@ def work(timeout, name):
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        # Beyond this the kernel kills the worker, also where no signal is heard and the parent cannot look.
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout + GRACE) + 1, resource.RLIM_INFINITY))
         print(json.dumps(grade(grader, request["text"], request["answer"], timeout)), file=replies, flush=True)
 
 
