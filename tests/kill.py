@@ -96,7 +96,7 @@ def child(point, at_step, argv):
         ),
         "evaluation": lambda: kill(eval, "evaluate", after=done),
         "metrics half written": lambda: kill(metrics, "write_metrics", before=half_a_line),
-        "checkpoint begun": lambda: kill(checkpoint, "gather_share"),
+        "checkpoint begun": lambda: kill(checkpoint, "gather_shares"),
         "model half written": lambda: kill(
             checkpoint, "save_file", after=lambda tensors, path, *a: halve(path), when=lambda t, path, *a: "model" in path
         ),
