@@ -41,6 +41,7 @@ class Rollout:
     reward: float = 0.0
     reason: str = ""  # the verifier's
     advantage: float = 0.0
+    teacher_logps: tuple = ()  # log-probs the policy gave the teacher's tokens when it was trained on them, for the trace page
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Packed:
     old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
     teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
     top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
+    logp: torch.Tensor | None = None  # (T,), the policy's own, once the update has computed it
 
     def to(self, device):
         return Packed(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})

@@ -12,6 +12,7 @@ import os
 import re
 import time
 
+from configurator import printable
 from data import response_text
 from loss import shape
 from plan import measured_memory
@@ -186,7 +187,31 @@ def row(problem, r, tokenizer):
         "finish_reason": r.finish_reason,
         "response_ids": r.response_ids,
         "sampler_logps": r.sampler_logps,
+        "teacher_logps": r.teacher_logps,
     }
+
+
+def eval_report(table, rows):
+    """An evaluation for people, a list of lines: a row per source, and the tails of a best and a worst answer. table:
+    {source: its numbers}; rows: evaluate()'s, of the sampled answers if there are any."""
+    columns = {"greedy": "7.3f", "avg@k": "7.3f", "pass@k": "7.3f", "maj@k": "7.3f", "length": "7.0f", "truncated": "10.3f"}
+    columns = {name: form for name, form in columns.items() if any(name in row for row in table.values())}
+    width = lambda form: int(form.split(".")[0])
+    lines = [f"  eval {'':<16}{'n':>6}" + "".join(f"{name:>{width(form) + 2}}" for name, form in columns.items())]
+    for source, row in table.items():
+        cells = (f"{row[c]:>{width(form) + 2}{form[form.index('.') :]}}" if c in row else "-".rjust(width(form) + 2)
+                 for c, form in columns.items())  # fmt: skip
+        lines.append(f"  eval {source:<16.16}{row['n']:>6}" + "".join(cells))
+    answers = [
+        (reward, -length, i, j)
+        for i, r in enumerate(rows)
+        for j, (reward, length) in enumerate(zip(r["reward"], r["length"], strict=True))
+    ]
+    for word, (reward, _, i, j) in (("best", max(answers)), ("worst", min(answers))):
+        r = rows[i]
+        tail = printable(r["response"][j][-80:].replace("\n", " "))
+        lines.append(f"  {word:<5} reward {reward:g}, {r['length'][j]} tokens, answer {printable(r['answer'][:30])}: ...{tail}")
+    return lines
 
 
 def write_rollouts(folder, step, rollouts, by_id, tokenizer):

@@ -2,12 +2,14 @@
 Curves and a table from runs' metrics.jsonl.
 
     python plot.py out/demo/luffy_0 out/demo/grpo_0 --out=curves.png
+    python plot.py trace out/demo/luffy_0 --step=5         a page that shows one group, token by token (trace.html)
 
 Runs whose folders differ only in a trailing _SEED are one method: their mean is drawn, with a band from the
 worst to the best seed.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from configurator import UserError, repo_path, run
+from configurator import ROOT, UserError, repo_path, run
 
 PANELS = [
     ("eval/greedy", "held-out accuracy, greedy"),
@@ -92,6 +94,97 @@ def draw_sweep(tables, path):
     figure.savefig(path, dpi=150)
 
 
+# ---------------------------------------------------------------- the trace page
+
+
+def trace(argv):
+    """Write a page of one group of one step: python plot.py trace RUN [--step=N] [--problem=ID] [--out=FILE.html]."""
+    folders, options = (
+        [a for a in argv if not a.startswith("--")],
+        dict(a[2:].partition("=")[::2] for a in argv if a[:2] == "--"),
+    )
+    if len(folders) != 1 or options.keys() - {"step", "problem", "out"}:
+        raise UserError("write: python plot.py trace RUN [--step=N] [--problem=ID] [--out=FILE.html]")
+    folder = repo_path(folders[0])
+    with (
+        open(os.path.join(folder, "config.json"))
+        if os.path.isfile(os.path.join(folder, "config.json"))
+        else no_run(folder) as f
+    ):
+        config = json.load(f)
+    names = os.listdir(os.path.join(folder, "rollouts"))
+    steps = sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
+    step = int(options["step"]) if options.get("step", "").isdecimal() else (steps or [0])[-1]
+    if step not in steps or not options.get("step", "0").isdecimal():
+        raise UserError(f"{folder} has rollouts of the steps {steps}: choose one of them by --step=N")
+    with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
+        groups = {}
+        for r in map(json.loads, f):
+            groups.setdefault(r["problem"], []).append(r)
+    wanted = options.get("problem")
+    # The first group that has a trace and from which something is learnt.
+    tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g))
+    chosen = int(wanted) if wanted and wanted.isdecimal() else max(groups, key=lambda q: tell(groups[q]))
+    if chosen not in groups:
+        raise UserError(f"step {step} has the problems {sorted(groups)}: choose one of them by --problem=ID")
+    out = options.get("out") or f"trace_{step}_{chosen}.html"
+    write_trace(out, config, folder, step, groups[chosen])
+    print(f"wrote {out}")
+
+
+def no_run(folder):
+    raise UserError(f"{folder} has no config.json: give a folder that train.py wrote")
+
+
+def write_trace(out, config, folder, step, group):
+    """Fill trace.html, in which nothing of a model's is markup or code: the data stand in it as JSON without a '<'."""
+    from data import load_tokenizer  # here, because torch takes seconds to load
+    from model import model_path
+
+    latest = os.path.join(folder, "latest")
+    tokenizer = load_tokenizer(latest if os.path.isdir(latest) else model_path(config["model"]))
+    rows = []
+    for r in group:
+        by = "replay" if r["finish_reason"] == "replay" else "teacher" if r["teacher_tokens"] else "policy"
+        logps = [*r["teacher_logps"], *(r["sampler_logps"] if by != "replay" else [])]  # a replay has both, of now and of then
+        if len(logps) != len(r["response_ids"]):
+            raise UserError(
+                f"{folder} has no probabilities of the teacher's tokens in step {step}: they were not trained on then"
+            )
+        rows.append(
+            {
+                "by": by,
+                "teacher_tokens": r["teacher_tokens"],
+                "reward": r["reward"],
+                "advantage": r["advantage"],
+                "reason": r["reason"],
+                "finish": r["finish_reason"],
+                "ids": r["response_ids"],
+                "tokens": token_texts(tokenizer, r["response_ids"]),
+                "p": [float(f"{math.exp(logp):.3g}") for logp in logps],
+            }
+        )
+    first = group[0]
+    data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
+            "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],
+            "rows": rows}  # fmt: skip
+    with open(os.path.join(ROOT, "trace.html")) as f:
+        page = f.read()
+    with open(out, "w") as f:
+        f.write(page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
+
+
+def token_texts(tokenizer, ids):
+    """The text of each token; of tokens that share a character, the last has it and the others nothing."""
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        whole = not text.endswith("\ufffd") or end - start >= 8 or end == len(ids)
+        texts.append(text if whole else "")
+        start = end if whole else start
+    return texts
+
+
 def table(methods):
     """The last evaluation of each method, a number per seed; seconds are those of the steps, not of starting up."""
     lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]
@@ -104,6 +197,8 @@ def table(methods):
 
 
 def main():
+    if sys.argv[1:2] == ["trace"]:
+        return trace(sys.argv[2:])
     folders = [a for a in sys.argv[1:] if not a.startswith("--")]
     out = next((a.removeprefix("--out=") for a in sys.argv[1:] if a.startswith("--out=")), "curves.png")
     if not folders:

@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import random
+import sys
 import threading
 import time
 import warnings
@@ -60,21 +61,30 @@ def kept_rng():
 
 
 @contextlib.contextmanager
-def heartbeat(what, every=30.0):
-    """Print a line every so many seconds while the block runs, so a long phase never looks like a hang."""
-    done, start = threading.Event(), time.time()
+def heartbeat(what, total, every=30.0):
+    """Show on rank 0 how far a long block is: a bar on a terminal, elsewhere a line every so many seconds. Yields a function
+    that takes how many of the total are done."""
+    ended, start, count, bar = threading.Event(), time.time(), [0], sys.stdout.isatty()
 
     def beat():
-        while not done.wait(every):
-            print(f"  ... {what}, {time.time() - start:.0f} s", flush=True)
+        while not ended.wait(0.2 if bar else every):
+            passed, filled = time.time() - start, 30 * count[0] // max(1, total)
+            if not bar:
+                print(f"  ... {what}: {count[0]} of {total}, {passed:.0f} s", flush=True)
+            elif passed > 1:  # a short block shows nothing
+                print(f"\r  {what} [{'#' * filled:<30}] {count[0]}/{total} {passed:4.0f} s ", end="", flush=True)
+        if bar:
+            print("\r\033[K", end="", flush=True)
 
     thread = threading.Thread(target=beat, daemon=True)
     if os.environ.get("RANK", "0") == "0":
         thread.start()
     try:
-        yield
+        yield lambda n: count.__setitem__(0, n)
     finally:
-        done.set()
+        ended.set()
+        if thread.is_alive():
+            thread.join()  # so that nothing is printed into what comes next
 
 
 # ---------------------------------------------------------------- vLLM
@@ -169,9 +179,10 @@ class VLLMSampler:
             for seed, limit in zip(seeds, per_prompt(max_tokens, prompts), strict=True)
         ]  # fmt: skip
         requests = [{"prompt_token_ids": p} for p in prompts]
-        with self.fatal(), kept_rng(), heartbeat(f"vLLM generates {len(prompts)} samples"):
+        with self.fatal(), kept_rng(), heartbeat("vLLM samples", len(prompts)) as self.show:
             self.wake("weights", "kv_cache")
             self.llm.reset_prefix_cache()  # so that a sample does not depend on what was asked before
+            self.n_done = 0
             try:
                 outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
             except Exception as e:
@@ -188,7 +199,10 @@ class VLLMSampler:
 
     def step(self):
         self.tick()
-        return self.engine_step()
+        outputs = self.engine_step()
+        self.n_done += sum(o.finished for o in outputs)
+        self.show(self.n_done)
+        return outputs
 
     def sleep(self):
         """Give the GPU's memory to the trainer: weights to the host, the KV cache dropped. Nothing on a CPU."""
@@ -271,8 +285,9 @@ class TorchSampler:
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
         samples, limits = [None] * len(prompts), per_prompt(max_tokens, prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with sampling(self.hf), heartbeat(f"torch generates {len(prompts)} samples"):
+        with sampling(self.hf), heartbeat("torch samples", len(prompts)) as show:
             for start in range(0, len(prompts), self.max_rows):
+                show(start)
                 rows = by_length[start : start + self.max_rows]
                 chosen = [[x[i] for i in rows] for x in (prompts, seeds, limits)]
                 batch = self.decode(*chosen, temperature)

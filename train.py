@@ -149,6 +149,7 @@ from metrics import (
     Phases,
     batch_warnings,
     collapse,
+    eval_report,
     finite,
     rewind,
     rollout_metrics,
@@ -326,9 +327,10 @@ def update(policy, optimizer, micro_batches, max_norm, terms, safe_point):
         # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
         with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
             logp, entropy, *top1_logp = policy(batch)
+            batch.logp = logp.detach()
             loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
             (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
-        found = token_metrics(logp.detach(), entropy.detach(), batch, shaping, gamma, clip_low, clip_high)
+        found = token_metrics(batch.logp, entropy.detach(), batch, shaping, gamma, clip_low, clip_high)
         for name, (total, count) in found.items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
@@ -528,7 +530,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
             record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
         write(write_json, os.path.join(folder, f"eval_{step}.json"), table)
-        print0("  eval " + "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in record.items()))
+        print0("\n".join(eval_report(table, rows)))
         return record
 
     def next_batch(step):
@@ -633,11 +635,13 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         trained = worth_training(rollouts)
         # 5. Pack: each update's sequences are spread over the ranks by tokens, and cut into as many micro-batches
         # on every rank.
-        updates = []
+        updates, cuts = [], []
         for u in range(update_batches):
             pairs = [(by_id[r.problem].prompt_ids, r) for r in trained if place[r.problem] * update_batches // len(batch) == u]
             if pairs:
-                updates.append([b.to(policy.hf.device) for _, b in spread(pairs, micro_tokens, RANK, WORLD)])
+                cut = [(i, b.to(policy.hf.device)) for i, b in spread(pairs, micro_tokens, RANK, WORLD)]
+                updates.append([b for _, b in cut])
+                cuts.append((pairs, cut))
         # 6. Old log-probs, for the updates that will find the policy moved; the first is its own. And the teacher
         # model's opinion of every token.
         with torch.no_grad():
@@ -662,6 +666,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             record["grad_norm"] = sum(n for _, n in results) / len(results)
         record |= {"micro_batches": sum(map(len, updates)), "lr": group["lr"], **phases.record}
         if rollout_interval and step % rollout_interval == 0:
+            note_teacher_logps(cuts)
             write(write_rollouts, folder, step, rollouts, by_id, tokenizer)
         curve += [record["reward/own"]] if "reward/own" in record else []
         for warning in (*batch_warnings(rollouts), *collapse(curve)):
@@ -701,6 +706,22 @@ def worth_training(rollouts):
             rewards.setdefault(r.problem, set()).add(r.reward)
         rollouts = [r for r in rollouts if len(rewards[r.problem]) > 1]
     return [r for r in rollouts if not (skip_truncated and r.finish_reason == "length")]
+
+
+def note_teacher_logps(cuts):
+    """Let the rollouts know, on all ranks, how probable the policy found the teacher's tokens. cuts: of each update
+    (pairs, [(indices into pairs, Packed), ...])."""
+    found = []
+    for u, (pairs, cut) in enumerate(cuts):
+        for rows, batch in cut:
+            ends = batch.cu_seqlens.tolist()
+            for i, end in zip(rows, ends[1:], strict=False):
+                r = pairs[i][1]
+                first = end - len(r.response_ids)
+                if r.n_teacher_tokens and batch.logp is not None:
+                    found.append((u, i, batch.logp[first : first + r.n_teacher_tokens].tolist()))
+    for u, i, logps in gather(found):
+        cuts[u][0][i][1].teacher_logps = logps
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 
 import build
 import pyarrow as pa
@@ -200,11 +201,32 @@ def other_model(tmp_path_factory):
     return folder
 
 
+def glossary():
+    """The names in README's table of metrics."""
+    text = open(os.path.join(ROOT, "README.md")).read().partition("## Metrics\n")[2].partition("\n## ")[0]
+    names = {
+        name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    }
+    return (names - {"_after"}) | {f"{name}_after" for name in names if name.startswith("memory/")}
+
+
+def test_the_glossary_names_nothing_else():
+    code = "".join(open(os.path.join(ROOT, name)).read() for name in ("train.py", "metrics.py"))
+    phases = {f"{kind}/{p}{end}" for p in ("sync", "rollout", "reward", "update") for kind, end in PHASE_METRICS}
+    for name in glossary() - phases:
+        assert f'"{name}"' in code or name in ("eval/greedy", "eval/avg@k"), name
+    assert all(f'begin("{p.split("/")[1]}")' in code for p in phases if p.startswith("time/"))
+
+
+PHASE_METRICS = (("time", ""), ("memory", ""), ("memory", "_after"))
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_overlay_runs(script, tmp_path, name, other_model):
     argv = [f"config/method/{name}.py", "--max_steps=2", *([f"--teacher_model={other_model}"] if name in WITH_TEACHER else [])]
     rows = run(script, tmp_path, name, *argv)
     assert [r["step"] for r in rows] == [0, 1, 2]
+    assert {key for row in rows for key in row} <= glossary()
     if name in WITH_TEACHER:
         assert rows[1]["teacher_model/kl"] > 0.01
     if name == "tgpo":

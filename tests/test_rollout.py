@@ -268,6 +268,20 @@ def test_partial_traces_leave_room_for_the_rest():
 def test_heartbeat_beats(capsys):
     import time
 
-    with heartbeat("waiting", every=0.05):
-        time.sleep(0.2)
-    assert capsys.readouterr().out.count("... waiting") >= 2
+    with heartbeat("waiting", 8, every=0.05) as show:
+        time.sleep(0.12)
+        show(5)
+        time.sleep(0.12)
+    out = capsys.readouterr().out
+    assert "... waiting: 0 of 8, 0 s" in out and "... waiting: 5 of 8, 0 s" in out and "\r" not in out
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    import time
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with heartbeat("waiting", 8) as show:
+        show(4)
+        time.sleep(1.5)
+    out = capsys.readouterr().out
+    assert "waiting [###############               ] 4/8" in out and out.endswith("\r\033[K") and "\n" not in out

@@ -41,7 +41,7 @@ def train(out, method, seed, arguments):
             log.write(line)
             if found := re.match(r"step +(\d+)/", line):
                 step = found[1]
-            if line.startswith(("  eval", "  ...")):
+            if line.startswith(("  eval toy", "  ...")):
                 print(f"{name:<15} step {step:>2} {line.rstrip()}", flush=True)
     if process.returncode:
         with open(folder + ".log") as log:
