@@ -169,11 +169,24 @@ def test_more_prompts_than_one_batch(policy, engine, problems):
 
 @pytest.mark.slow
 def test_a_failed_engine_is_not_used_again(problems, tokenizer):
-    engine = VLLMSampler("toy/base", tokenizer.eos_token_id, 64)
-    with pytest.raises(Exception):  # noqa: B017  whatever vLLM raises for a prompt beyond its length
-        engine.generate([[5] * 100], [0], 1.0, 4, "toy/base")
+    """What would break it is refused by name, and does it no harm; after an error of its own it is not asked again."""
+    engine, good = VLLMSampler("toy/base", tokenizer.eos_token_id, 64), problems[0].prompt_ids
+    for bad, words in (([5] * 100, "100 tokens, the engine takes 1 to 63"), ([], "0 tokens"), ([5, 10_000], "the token 10000"),
+                       ([-3], "the token -3")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"request 1 has .*{words}"):
+            engine.generate([good, bad], [0, 0], 1.0, 4, "toy/base")
+    assert len(engine.generate([good], [0], 1.0, 4, "toy/base")) == 1
+
+    def tick():
+        raise OSError("no more memory")
+
+    engine.tick = tick
+    with pytest.raises(OSError, match="no more memory") as e:
+        engine.generate([good, [*good, 5]], [0, 0], 1.0, 4, "toy/base")
+    (note,) = e.value.__notes__
+    assert note == f"2 of 2 requests were open; the longest prompt, of {len(good) + 1} tokens, is that of request 1"
     with pytest.raises(RuntimeError, match="must not be used again"):
-        engine.generate([problems[0].prompt_ids], [0], 1.0, 4, "toy/base")
+        engine.generate([good], [0], 1.0, 4, "toy/base")
     engine.close()
 
 
