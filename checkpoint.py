@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 from configurator import UserError
 from data import partition
-from model import read_rows_of, tensor_files
+from model import read_rows_of, tensor_files, whole_tensors
+from plan import show
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 FILE = 2 << 30  # bytes of tensors in a file, about; the ranks take turns
@@ -39,7 +39,7 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(item):
+def all_ranks(item):
     """Every rank's item, in a list, on every rank."""
     found = [item] * rank_and_world()[1]
     if len(found) > 1:
@@ -54,7 +54,7 @@ def together(work, *arguments):
         result = work(*arguments)
     except (OSError, SafetensorError) as e:
         error = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-    if errors := [e for e in gather(error) if e]:
+    if errors := [e for e in all_ranks(error) if e]:
         raise NotSaved(errors[0])
     return result
 
@@ -101,8 +101,10 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
 
     def index():
         """What transformers and vLLM read where the model has several files."""
+        if rank:
+            return
         weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
-        if rank == 0 and len(set(weight_map.values())) > 1:
+        if len(set(weight_map.values())) > 1:
             with open(os.path.join(partial, "model.safetensors.index.json"), "w") as f:
                 json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
 
@@ -137,7 +139,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
         for stem, group in tensors.items():
             together(write, gather_shares(stem, group, tick))
         together(index)
-        sealed = {path: found for part in gather(together(seal)) for path, found in part.items()}
+        sealed = {path: found for part in all_ranks(together(seal)) for path, found in part.items()}
         together(finish)
     except NotSaved as e:
         if rank == 0:
@@ -153,8 +155,8 @@ def gather_shares(stem, tensors, tick):
     files = partition(sizes, -(-sum(sizes) // FILE))
     file_of = {i: j for j, file in enumerate(files) for i in file}
     shares = {}
-    for i, (name, t) in enumerate(tensors.items()):
-        whole, j = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach(), file_of[i]
+    for i, (name, whole) in enumerate(whole_tensors(tensors.items())):
+        j = file_of[i]
         if j % world == rank:
             path = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{j + 1:05d}-of-{len(files):05d}.safetensors"
             shares.setdefault(path, {})[name] = whole.cpu().contiguous()
@@ -167,6 +169,7 @@ def files_below(folder):
 
 
 def fingerprint(path):
+    """[bytes, SHA-256] of a file."""
     with open(path, "rb") as f:
         return [os.path.getsize(path), hashlib.file_digest(f, "sha256").hexdigest()]
 
@@ -203,10 +206,6 @@ def put_aside(folder, step):
         os.rename(path, path + ".damaged")
 
 
-def show(n):
-    return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.1f} MiB"
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -225,9 +224,11 @@ def find(folder, log):
         run, fault = read_run(path)
         rank, world = rank_and_world()
         for name in sorted(run["files"])[rank::world] if run else ():
-            if not os.path.isfile(file := os.path.join(path, name)) or fingerprint(file) != run["files"][name]:
-                fault = f"{name} is missing" if not os.path.isfile(file) else f"{name} is damaged"
-        if not (found := [f for f in gather(fault) if f]):
+            if not os.path.isfile(file := os.path.join(path, name)):
+                fault = f"{name} is missing"
+            elif fingerprint(file) != run["files"][name]:
+                fault = f"{name} is damaged"
+        if not (found := [f for f in all_ranks(fault) if f]):
             return path, run
         log(f"warning: {path} does not verify ({found[0]}): skipped")
         faults.append(f"{path}: {found[0]}")

@@ -269,13 +269,24 @@ def chunk_files(folder, chunks):
     return [os.path.join(folder, "samples", f"{i:05d}.jsonl") for i in range(len(chunks))]
 
 
+@contextlib.contextmanager
+def whole(path):
+    """A text file that is at `path` when the block has ended, or not at all, even if the machine dies."""
+    try:
+        with open(path + ".partial", "w") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".partial", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".partial")
+        raise
+
+
 def write_lines(path, rows):
-    """Whole or not at all, even if the machine dies."""
-    with open(path + ".partial", "w") as f:
+    with whole(path) as f:
         f.writelines(json.dumps(r) + "\n" for r in rows)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".partial", path)
 
 
 def read_lines(paths):
@@ -421,15 +432,8 @@ def make_folder(folder):
 
 
 def write_json(path, value):
-    """Whole or not at all."""
-    try:
-        with open(path + ".partial", "w") as f:
-            json.dump(value, f, indent=1, allow_nan=False)
-        os.replace(path + ".partial", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".partial")
-        raise
+    with whole(path) as f:
+        json.dump(value, f, indent=1, allow_nan=False)
 
 
 if __name__ == "__main__":

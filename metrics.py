@@ -14,6 +14,7 @@ import time
 
 from configurator import printable
 from data import response_text
+from eval import write_lines
 from loss import shape
 from plan import measured_memory
 
@@ -161,9 +162,7 @@ def rewind(folder, step, evaluated):
             with contextlib.suppress(ValueError):  # the last may be cut short
                 rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) <= (step if evaluated else step - 1)]
-    with open(path + ".partial", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".partial", path)
+    write_lines(path, rows)
     for file in (*glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")),
                  *glob.glob(os.path.join(glob.escape(folder), "eval_*.json"))):  # fmt: skip
         number = re.search(r"_(\d+)\.jsonl?$", file)
@@ -217,11 +216,4 @@ def eval_report(table, rows):
 def write_rollouts(folder, step, rollouts, by_id, tokenizer):
     """rollouts/step_N.jsonl, a line per rollout; whole or not at all."""
     path = os.path.join(folder, "rollouts", f"step_{step}.jsonl")
-    try:
-        with open(path + ".partial", "w") as f:
-            f.writelines(json.dumps(row(by_id[r.problem], r, tokenizer)) + "\n" for r in rollouts)
-        os.replace(path + ".partial", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".partial")
-        raise
+    write_lines(path, (row(by_id[r.problem], r, tokenizer) for r in rollouts))

@@ -296,9 +296,9 @@ def read_rows_of(path, name, tensor):
     return tensor
 
 
-def full_parameters(hf, dtype=None):
-    """Yield (name, whole tensor), one at a time and in the same order on every rank: a collective under FSDP.
-    The cast comes before the gathering."""
-    for name, p in hf.named_parameters():
-        p = p.detach() if dtype is None else p.detach().to(dtype)
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+def whole_tensors(named, dtype=None):
+    """Yield (name, whole tensor) of (name, tensor) pairs, one at a time and in the same order on every rank: a collective
+    under FSDP. The cast comes before the gathering."""
+    for name, t in named:
+        t = t.detach() if dtype is None else t.detach().to(dtype)
+        yield name, t.full_tensor() if isinstance(t, DTensor) else t

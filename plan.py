@@ -135,7 +135,8 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
     for item, n_bytes in (*items.items(), ("together, at the update's peak", peak)):
         log(f"  {item:<34}{show(n_bytes):>12}")
-    log(f"checkpoints: {show(size_saved := checkpoint_bytes(n, k))} each, {show(size_saved * checkpoints_kept(k))} at the most")
+    each = checkpoint_bytes(n, k)
+    log(f"checkpoints: {show(each)} each, {show(each * checkpoints_kept(k))} at the most")
     if not on_gpu:
         return True
     share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]

@@ -99,41 +99,32 @@ def draw_sweep(tables, path):
 
 def trace(argv):
     """Write a page of one group of one step: python plot.py trace RUN [--step=N] [--problem=ID] [--out=FILE.html]."""
-    folders, options = (
-        [a for a in argv if not a.startswith("--")],
-        dict(a[2:].partition("=")[::2] for a in argv if a[:2] == "--"),
-    )
+    folders = [a for a in argv if not a.startswith("--")]
+    options = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
     if len(folders) != 1 or options.keys() - {"step", "problem", "out"}:
         raise UserError("write: python plot.py trace RUN [--step=N] [--problem=ID] [--out=FILE.html]")
     folder = repo_path(folders[0])
-    with (
-        open(os.path.join(folder, "config.json"))
-        if os.path.isfile(os.path.join(folder, "config.json"))
-        else no_run(folder) as f
-    ):
+    if not os.path.isfile(path := os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} has no config.json: give a folder that train.py wrote")
+    with open(path) as f:
         config = json.load(f)
     names = os.listdir(os.path.join(folder, "rollouts"))
     steps = sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
-    step = int(options["step"]) if options.get("step", "").isdecimal() else (steps or [0])[-1]
-    if step not in steps or not options.get("step", "0").isdecimal():
+    step = options.get("step") or str(max(steps, default=""))
+    if step not in map(str, steps):
         raise UserError(f"{folder} has rollouts of the steps {steps}: choose one of them by --step=N")
     with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
         groups = {}
         for r in map(json.loads, f):
-            groups.setdefault(r["problem"], []).append(r)
-    wanted = options.get("problem")
+            groups.setdefault(str(r["problem"]), []).append(r)
     # The first group that has a trace and from which something is learnt.
     tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g))
-    chosen = int(wanted) if wanted and wanted.isdecimal() else max(groups, key=lambda q: tell(groups[q]))
+    chosen = options.get("problem") or max(groups, key=lambda q: tell(groups[q]))
     if chosen not in groups:
-        raise UserError(f"step {step} has the problems {sorted(groups)}: choose one of them by --problem=ID")
+        raise UserError(f"step {step} has the problems {', '.join(groups)}: choose one of them by --problem=ID")
     out = options.get("out") or f"trace_{step}_{chosen}.html"
-    write_trace(out, config, folder, step, groups[chosen])
+    write_trace(out, config, folder, int(step), groups[chosen])
     print(f"wrote {out}")
-
-
-def no_run(folder):
-    raise UserError(f"{folder} has no config.json: give a folder that train.py wrote")
 
 
 def write_trace(out, config, folder, step, group):

@@ -42,7 +42,7 @@ def parse(argv):
     p.add_argument("--require_think", default="True", choices=["True", "False"], help="a thought must close (%(default)s)")
     p.add_argument("--grader", default="math_verify", help="or oat, or a file that defines grade(text, answer) (%(default)s)")
     p.add_argument("--reward_workers", type=int, default=2, help="verifier processes per rank (%(default)s)")
-    p.add_argument("--reward_timeout", type=float, default=5.0, help="seconds of grading per answer (%(default)s)")
+    p.add_argument("--reward_timeout", type=float, default=2.0, help="seconds of grading per answer (%(default)s)")
     p.add_argument("--sampler", default="auto", choices=["auto", "vllm", "torch"], help="auto: vllm where it is installed")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
     p.add_argument("--gpu_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM (%(default)s)")

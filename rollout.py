@@ -26,7 +26,7 @@ import torch
 
 from configurator import UserError
 from data import Rollout, digest
-from model import full_parameters, load_policy, sampling
+from model import load_policy, sampling, whole_tensors
 
 
 class Sample(NamedTuple):
@@ -155,7 +155,8 @@ class VLLMSampler:
         with self.fatal(), kept_rng():
             self.stamp = None
             self.wake("weights")
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_parameters(hf, self.dtype)})
+            weights = whole_tensors(hf.named_parameters(), self.dtype)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.apply_model(refresh_cpu_lm_head)
             self.wake("kv_cache")
             if not self.llm.reset_prefix_cache():  # it holds the old weights' keys and values
@@ -271,7 +272,7 @@ class TorchSampler:
         """Take over hf's weights, unless the sampler's module is hf itself."""
         if hf is not self.hf:
             own = dict(self.hf.named_parameters())
-            for name, tensor in full_parameters(hf):
+            for name, tensor in whole_tensors(hf.named_parameters()):
                 own[name].copy_(tensor)
         self.stamp = stamp
 

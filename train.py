@@ -129,7 +129,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import NotSaved, check_same, find, fingerprint, prune, put_aside, restore, save, together
+from checkpoint import NotSaved, all_ranks, check_same, find, fingerprint, prune, put_aside, restore, save, together
 from data import (
     Order,
     Rollout,
@@ -189,11 +189,7 @@ def mine(items):
 
 def gather(items):
     """All ranks' lists in one, the same on every rank."""
-    if WORLD == 1:
-        return items
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, items)
-    return [x for part in parts for x in part]
+    return [x for part in all_ranks(items) for x in part]
 
 
 def gather_engines(items):
@@ -478,7 +474,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         state = {"step": done, "order": stood, "tail": tail, "n_updates": n_updates, "n_skipped": n_skipped}
         memory = kept.state_dict() if kept else {}
         try:  # a checkpoint must not be ahead of its curve
-            together(lambda: write_metrics(folder, unwritten) if RANK == 0 else None)
+            together(lambda: write_metrics(folder, unwritten) if unwritten and RANK == 0 else None)
             unwritten.clear()
             save(folder, done, policy, tokenizer, optimizers, memory, {**state, **identity}, guard.progress)
         except NotSaved as e:
@@ -656,7 +652,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             group["lr"] = learning_rate * schedule(step)
         results = [step_or_skip(optimizer, micro_batches, grad_clip, terms) for micro_batches in updates]
         record = {"step": step, **rollout_metrics(rollouts), "groups/trained": len(trained) / len(rollouts)}
-        guard.droppable = False
+        guard.droppable = False  # also where no group was worth an update
         record |= remember(rollouts)
         phases.end()
         # 8. Log.
@@ -714,12 +710,12 @@ def note_teacher_logps(cuts):
     found = []
     for u, (pairs, cut) in enumerate(cuts):
         for rows, batch in cut:
-            ends = batch.cu_seqlens.tolist()
+            logps, ends = batch.logp.tolist(), batch.cu_seqlens.tolist()
             for i, end in zip(rows, ends[1:], strict=False):
                 r = pairs[i][1]
                 first = end - len(r.response_ids)
-                if r.n_teacher_tokens and batch.logp is not None:
-                    found.append((u, i, batch.logp[first : first + r.n_teacher_tokens].tolist()))
+                if r.n_teacher_tokens:
+                    found.append((u, i, logps[first : first + r.n_teacher_tokens]))
     for u, i, logps in gather(found):
         cuts[u][0][i][1].teacher_logps = logps
 
@@ -770,12 +766,13 @@ FREE = """data eval_data model teacher_model grader out_dir resume max_steps max
 
 def identify(problems, kind, begun):
     """What two runs must share to be one, and whose they are."""
-    own = repo_path(grader)
-    inputs = {"data": fingerprint(repo_path(data)), "grader": fingerprint(own) if os.path.isfile(own) else grader}
-    for name, folder in (("model", model), ("teacher_model", teacher_model)):
-        if RANK == 0 and folder:  # one that is gone, or the hub's, is not needed to go on
-            there = not begun or os.path.isdir(repo_path(folder))
-            inputs[name] = weights_digest(model_path(folder)) if there else begun["inputs"].get(name)
+    own, inputs = repo_path(grader), {}
+    if RANK == 0:  # it reads every file whole
+        inputs = {"data": fingerprint(repo_path(data)), "grader": fingerprint(own) if os.path.isfile(own) else grader}
+        for name, folder in (("model", model), ("teacher_model", teacher_model)):
+            if folder:  # one that is gone, or the hub's, is not needed to go on
+                there = not begun or os.path.isdir(repo_path(folder))
+                inputs[name] = weights_digest(model_path(folder)) if there else begun["inputs"].get(name)
     return {
         "knobs": {**config, "sampler": "vllm" if wants_vllm(sampler) else "torch", "dtype": kind},
         "inputs": {**gather([inputs])[0], "problems": len(problems)},

@@ -154,17 +154,20 @@ def outcome(out, steps):
     return found
 
 
+def after_the_kill(process, text, out, stood):
+    """It was killed, and had gone on after the checkpoint that stood. Returns the newest checkpoint's step now."""
+    assert process.returncode == -signal.SIGKILL, f"not killed (exit code {process.returncode})\n{text[-2000:]}"
+    assert resumed_after(text) == stood, f"step {stood} was saved, resumed after {resumed_after(text)}"
+    return where_it_stands(out)
+
+
 def at_points(folder, points, more):
     """One run of len(points) + 2 steps, killed at the i-th point in step i + 2. Returns its folder and the steps."""
     out, steps, stands = os.path.join(folder, "points"), len(points) + 2, 0
     for i, point in enumerate(points):
         process = launch(command(out, steps, more), os.path.abspath(__file__), "child", point, str(i + 2))
-        text, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"{point}: not killed (exit code {process.returncode})\n{text[-2000:]}"
-        at = resumed_after(text)
-        assert at == stands, f"{point}: step {stands} was saved, resumed after {at}"
-        stands = where_it_stands(out)
-        print(f"resumed after step {at}, killed in step {i + 2}: {point}", flush=True)
+        stands = after_the_kill(process, process.communicate()[0], out, stands)
+        print(f"killed in step {i + 2}, {point}: the checkpoint of step {stands} is whole", flush=True)
     return out, steps
 
 
@@ -181,12 +184,8 @@ def at_random(folder, times, more, seed=0):
                 break
         time.sleep(rng.random() * 0.7)
         process.send_signal(signal.SIGKILL)
-        text += process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: more steps are needed\n{text[-2000:]}"
-        at = resumed_after(text)
-        assert at == stands, f"step {stands} was saved, resumed after {at}"
-        stands = where_it_stands(out)
-        print(f"resumed after step {at}, killed after the checkpoint of step {stands}", flush=True)
+        stands = after_the_kill(process, text + process.communicate()[0], out, stands)
+        print(f"killed: the checkpoint of step {stands} is whole", flush=True)
     return out, steps
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sympy import parse_expr
 
 from configurator import UserError, configure, printable
 from data import Rollout, bins_needed, load_problems, load_tokenizer, partition, spread
@@ -235,6 +236,29 @@ def test_expressions_parse_or_raise(text):
         expression(text)
     except Exception as e:
         assert isinstance(e, (IndexError, ValueError, TypeError))
+
+
+LEAF = st.sampled_from(["2", "3", "x", "y", "pi", "1.5", "7", "10"])
+EXPRESSION = st.recursive(
+    LEAF,
+    lambda e: st.one_of(
+        *(
+            st.tuples(e, e).map(lambda t, form=form: form.format(*t))
+            for form in ("{}+{}", "{}-{}", "{}*{}", "({})/({})", "{}({})")
+        ),
+        *(e.map(form.format) for form in ("({})", "sqrt({})", "({})^2", "-{}")),
+    ),
+    max_leaves=5,
+)
+
+
+@fuzz
+@given(EXPRESSION)
+def test_expressions_are_read_as_sympy_reads_them(text):
+    """Its own parser evaluates Python: here it may, as the measure of ours."""
+    ours, theirs = expression(text), parse_expr(text.replace("^", "**"), transformations="implicit")
+    difference = (ours - theirs).subs({"x": 0.37, "y": 0.71}).evalf()
+    assert ours == theirs or abs(complex(difference)) < 1e-9, (ours, theirs)
 
 
 @fuzz
