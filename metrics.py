@@ -12,7 +12,7 @@ import os
 import re
 import time
 
-from configurator import printable
+from configurator import UserError, printable
 from data import response_text
 from eval import write_lines
 from loss import shape
@@ -151,6 +151,32 @@ def write_metrics(folder, records):
         except OSError:
             f.truncate(end)
             raise
+
+
+def start_wandb(name, config, run_id):
+    """Begin a run at Weights & Biases, or go on with run_id's; the package's own environment variables have the say over
+    project, mode and place. Returns the run's id. Raises UserError where it does not let us in."""
+    import wandb
+
+    try:
+        project = os.environ.get("WANDB_PROJECT", "nano-luffy")
+        return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow").id
+    except wandb.errors.Error as e:
+        raise UserError(f"log='wandb': {e}: see 'wandb login', or set WANDB_MODE=offline") from None
+
+
+def to_wandb(record):
+    """A step's metrics. What a resumed run does again is there already, and is not taken twice."""
+    import wandb
+
+    wandb.log(finite(record), step=record["step"])
+
+
+def end_wandb(exit_code):
+    """Wait until all is sent."""
+    import wandb
+
+    wandb.finish(exit_code)
 
 
 def rewind(folder, step, evaluated):

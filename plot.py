@@ -1,7 +1,8 @@
 """
-Curves and a table from runs' metrics.jsonl.
+Curves and a table from runs' metrics.jsonl, and the page that shows a group.
 
-    python plot.py out/demo/luffy_0 out/demo/grpo_0 --out=curves.png
+    python plot.py out/demo/luffy_0 out/demo/grpo_0        curves.png and curves.svg, also of runs that are not over
+    python plot.py out/a out/b --out=FILE.svg              that file alone
     python plot.py trace out/demo/luffy_0 --step=5         a page that shows one group, token by token (trace.html)
 
 Runs whose folders differ only in a trailing _SEED are one method: their mean is drawn, with a band from the
@@ -21,13 +22,24 @@ import matplotlib.pyplot as plt
 
 from configurator import ROOT, UserError, repo_path, run
 
+# (title, scale, {metric: its name in the panel}); "share" is from 0 to 1.
 PANELS = [
-    ("eval/greedy", "held-out accuracy, greedy"),
-    ("eval/avg@k", "held-out accuracy, sampled"),
-    ("reward/own", "training reward of own samples"),
+    ("held-out accuracy", "share", {"eval/greedy": "greedy", "eval/avg@k": "sampled"}),
+    ("reward", "share", {"reward/own": "own samples", "reward/teacher": "teacher"}),
+    ("prompts solved by", "share", {"groups/none_solved": "no sample", "groups/all_solved": "all samples"}),
+    ("entropy", "linear", {"entropy/own": "own tokens", "entropy/teacher": "teacher's tokens"}),
+    ("probability p of the teacher's tokens", "share", {"teacher/p": "p", "teacher/f": "f(p)"}),
+    ("tokens a response", "linear", {"length/own": "own samples", "length/teacher": "teacher"}),
+    ("engine against trainer", "log", {"mismatch/abs": "mean |difference of log-probs|"}),
+]
+OUTCOMES = [
+    ("held-out accuracy, greedy", "share", {"eval/greedy": ""}),
+    ("held-out accuracy, sampled", "share", {"eval/avg@k": ""}),
+    ("training reward of own samples", "share", {"reward/own": ""}),
 ]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-LINES = ["-", "-.", "--", (0, (1.5, 1.5))]  # where curves lie on each other, each stays visible
+MARKERS = "osD^vPX"  # for eyes and printers that see no colours
+PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#ffffff", "update": "#a6a6a6"}
 
 
 def read_run(folder):
@@ -36,16 +48,23 @@ def read_run(folder):
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give folders that train.py wrote")
     with open(path) as f:
-        return [json.loads(line) for line in f]
+        try:
+            records = [json.loads(line) for line in f]
+        except ValueError:
+            raise UserError(f"{path} has a line that is no JSON: remove that line") from None
+    if not records:
+        raise UserError(f"{path} is empty: wait for the run's first evaluation or step")
+    return records
 
 
 def by_method(folders):
-    """{method: [run, ...]} in the order given."""
-    methods = {}
+    """{method: [run, ...]} in the order given. A method is named by its folder, or its whole path if two would be alike."""
+    groups = {}
     for folder in folders:
-        name = re.sub(r"_\d+$", "", os.path.basename(os.path.normpath(folder)))
-        methods.setdefault(name, []).append(read_run(folder))
-    return methods
+        groups.setdefault(re.sub(r"_\d+$", "", os.path.normpath(repo_path(folder))), []).append(read_run(folder))
+    names = [os.path.basename(path) for path in groups]
+    shorten = lambda path, name: name if names.count(name) == 1 else os.path.relpath(path, ROOT)
+    return {shorten(path, name): runs for (path, runs), name in zip(groups.items(), names, strict=True)}
 
 
 def curve(runs, key):
@@ -56,23 +75,67 @@ def curve(runs, key):
     return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def draw(methods, path, panels=PANELS):
-    """One picture of the panels, (metric, title) each, of {method: [run, ...]}; a metric named p/... on a log scale."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for i, (color, (name, runs)) in enumerate(zip(COLORS * len(methods), methods.items(), strict=False)):
+def draw_panel(axis, methods, scale, metrics):
+    """Curves of one or two metrics, the second dashed: a colour and a marker for each method."""
+    for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
+        if name:
+            axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
+        for i, runs in enumerate(methods.values()):
             steps, mean, low, high = curve(runs, key)
             if steps:
-                axis.plot(steps, mean, color=color, label=name, linewidth=1.8, linestyle=LINES[i % len(LINES)])
-                axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="step")
-        if key.startswith("p/"):
-            axis.set(yscale="log")
-        elif not key.startswith("entropy/"):
-            axis.set(ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
-    figure.savefig(path, dpi=130)
+                color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+                # Where curves lie on each other, the earlier one is wider and stays visible.
+                axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.4 + 0.8 * (len(methods) - 1 - i), marker=marker,
+                          markersize=5, markevery=(i, max(1, len(steps) // 6)), markeredgecolor="white")  # fmt: skip
+                if len(runs) > 1:
+                    axis.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    if len(axis.lines) == sum(map(bool, metrics.values())):
+        axis.text(0.5, 0.5, "none of these runs has it", ha="center", va="center", transform=axis.transAxes, color="#555555")
+    elif scale == "log":
+        axis.set(yscale="log")
+    elif scale == "share":
+        axis.set(ylim=(-0.04, 1.04))
+    if any(metrics.values()):
+        axis.legend(fontsize=8, frameon=False, loc="best")
+    axis.set(xlabel="step")
+    axis.grid(alpha=0.3)
+
+
+def draw_phases(axis, methods):
+    """Mean seconds of a step, by phase: a bar for each method."""
+    names = list(methods)
+    rows = {name: [m for r in runs for m in r if "time/update" in m] for name, runs in methods.items()}
+    left = [0.0] * len(names)
+    for phase, color in PHASES.items():
+        seconds = [sum(m[f"time/{phase}"] for m in rows[name]) / max(1, len(rows[name])) for name in names]
+        axis.barh(range(len(names)), seconds, left=left, color=color, edgecolor="#333333", linewidth=0.6, label=phase)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axis.set(yticks=range(len(names)), yticklabels=[name[-18:] for name in names], xlabel="seconds")
+    axis.invert_yaxis()
+    axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0,
+                handlelength=1.2)  # fmt: skip
+
+
+def draw(methods, paths, panels, phases=False):
+    """Write one picture of {method: [run, ...]} to each path: panels (title, scale, {metric: name}), and, if `phases`, what
+    a step's seconds went to."""
+    count = len(panels) + phases
+    columns = 4 if count > 6 else 3
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows + 0.4), layout="constrained", squeeze=False)
+    for axis, (title, scale, metrics) in zip(axes.flat, panels, strict=False):
+        draw_panel(axis, methods, scale, metrics)
+        axis.set(title=title)
+    if phases:
+        draw_phases(axes.flat[len(panels)], methods)
+        axes.flat[len(panels)].set_title("a step, by phase", pad=20)
+    for axis in list(axes.flat)[count:]:
+        axis.remove()
+    keys = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markeredgecolor="white",
+                       linewidth=2, label=name) for i, name in enumerate(methods)]  # fmt: skip
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(methods), 7), frameon=False)
+    for path in paths:
+        figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -191,13 +254,18 @@ def main():
     if sys.argv[1:2] == ["trace"]:
         return trace(sys.argv[2:])
     folders = [a for a in sys.argv[1:] if not a.startswith("--")]
-    out = next((a.removeprefix("--out=") for a in sys.argv[1:] if a.startswith("--out=")), "curves.png")
-    if not folders:
-        raise UserError("name at least one run: python plot.py out/toy")
+    options = [a for a in sys.argv[1:] if a.startswith("--")]
+    if not folders or any(not re.fullmatch(r"--out=.+", a) for a in options):
+        raise UserError("write: python plot.py RUN ... [--out=FILE], or: python plot.py trace RUN")
+    out = options[-1].removeprefix("--out=") if options else "curves"
+    name, ending = os.path.splitext(out)
+    if ending not in ("", ".png", ".svg", ".pdf"):
+        raise UserError(f"--out={out}: choose a name that ends in .png, .svg or .pdf, or in nothing for .png and .svg")
+    paths = [out] if ending else [f"{name}.png", f"{name}.svg"]
     methods = by_method(folders)
     print(table(methods))
-    draw(methods, out)
-    print(f"wrote {out}")
+    draw(methods, paths, PANELS, phases=True)
+    print(f"wrote {' and '.join(paths)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves
 """
 
 import contextlib
+import importlib.util
 import math
 import os
 import random
@@ -103,6 +104,7 @@ save_interval = 0  # steps between checkpoints, besides the last; 0 is none
 keep_last = 2  # checkpoints that stay, the newest; 0 is all
 keep_every = 0  # and those of every so many steps; 0 is none
 rollout_interval = 1  # steps between files of rollouts; 0 is none
+log = "jsonl"  # metrics.jsonl, always; wandb: Weights & Biases besides (pip install wandb)
 # ---------------------------------------------------------------- system
 sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
 dtype = "auto"  # matrix products and the engine: float32, bfloat16, or auto: bfloat16 on a GPU
@@ -149,11 +151,14 @@ from metrics import (
     Phases,
     batch_warnings,
     collapse,
+    end_wandb,
     eval_report,
     finite,
     rewind,
     rollout_metrics,
+    start_wandb,
     step_line,
+    to_wandb,
     token_metrics,
     write_metrics,
     write_rollouts,
@@ -238,9 +243,11 @@ def check_knobs(n_ranks):
     wants_vllm(sampler)
     for name, value, choices in (("dtype", dtype, ("auto", "float32", "bfloat16")), ("baseline", baseline, ("group", "own")),
                                  ("lr_schedule", lr_schedule, ("constant", "cosine")),
-                                 ("resume", resume, ("no", "auto", "force"))):  # fmt: skip
+                                 ("resume", resume, ("no", "auto", "force")), ("log", log, ("jsonl", "wandb"))):  # fmt: skip
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if log == "wandb" and not importlib.util.find_spec("wandb"):
+        raise UserError("log='wandb' wants its package: pip install wandb, or leave log out: metrics.jsonl is always written")
     if baseline == "own" and n_teacher == n_rollouts:
         raise UserError(f"baseline='own' wants own samples, but n_teacher={n_teacher} leaves none: set baseline='group'")
     if max(teacher_share, teacher_share_end) > 1:
@@ -400,6 +407,8 @@ def main():
         gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
         print_plan(config, shape_config, len(problems), WORLD, device == "cuda", gpu_gib, print0, teacher_config)
         make_folder(repo_path(out_dir))  # before the time is spent
+        if log == "wandb" and RANK == 0:
+            identity["wandb_id"] = start_wandb(os.path.basename(repo_path(out_dir)), config, (begun or {}).get("wandb_id"))
         policy = load_policy(base, temperature, getattr(torch, kind), device, shard == "fsdp", recompute)
         print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, getattr(torch, kind))}")
         length = max_prompt_tokens + max(max_tokens, max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0)
@@ -427,6 +436,8 @@ def main():
             train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guard, identity, found, begun)
     if engine:
         engine.close()
+    if log == "wandb" and RANK == 0:
+        end_wandb(guard.agreed)
     if dist.is_initialized() and (WORLD > 1 or shard == "fsdp"):
         if WORLD > 1:
             dist.barrier()  # nobody leaves while another still needs it
@@ -581,6 +592,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         unwritten.append(record)
         if write(write_metrics, folder, unwritten):
             unwritten.clear()
+        if log == "wandb" and RANK == 0:
+            to_wandb(record)
         tail = None
 
     guard.on_stop = save_boundary
@@ -759,7 +772,7 @@ def reseed(step):
 # Knobs that may change in a run that is resumed: of its length, of what it shows, of the machine; and paths, because what
 # they lead to is compared.
 FREE = """data eval_data model teacher_model grader out_dir resume max_steps max_skipped min_teacher_pass preflight_traces
-    eval_interval eval_greedy eval_k eval_temperature eval_max_problems save_interval keep_last keep_every rollout_interval
+    eval_interval eval_greedy eval_k eval_temperature eval_max_problems save_interval keep_last keep_every rollout_interval log
     shard recompute tensor_parallel teacher_offload micro_tokens gpu_memory reward_workers canary_interval canary_limit
     hang_timeout plan_gpus plan_gib"""
 

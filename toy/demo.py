@@ -85,7 +85,7 @@ def main():
 
     methods = plot.by_method([f for m in METHODS for f in folders if os.path.basename(f).rpartition("_")[0] == m])
     picture = os.path.join(args.out, "demo.png")
-    plot.draw(methods, picture)
+    plot.draw(methods, [picture], plot.OUTCOMES)
     print(f"\n200 held-out problems after 60 steps; sampled is T=1, 4 samples a problem\n{plot.table(methods)}\n")
     claims = judge(methods)
     for claim, holds in claims:

@@ -131,11 +131,12 @@ def fork_probability(checkpoint):
 
 
 def draw(out, seeds):
-    """Two pictures: the curves of the imperfect world, and what happens at the shaping world's fork."""
+    """Three pictures: the curves of the imperfect world, what happens at the shaping world's fork, and the paper's."""
     import plot
 
+    draw_paper(out, seeds)
     folders = [os.path.join(out, "imperfect", f"{m}_{s}") for m in DRAWN for s in seeds]
-    plot.draw(plot.by_method(folders), os.path.join(out, "table.png"))
+    plot.draw(plot.by_method(folders), [os.path.join(out, "table.png")], plot.OUTCOMES)
     methods, base = {}, fork_probability(os.path.join(ROOT, "toy", "shaping", "base"))
     for m in ("grpo", "mixed", "luffy"):
         for s in seeds:
@@ -147,11 +148,33 @@ def draw(out, seeds):
                     r["p/fork"] = fork_probability(os.path.join(folder, f"ckpt_{r['step']}")) if r["step"] else base
             methods.setdefault(m, []).append(run)
     panels = [
-        ("hard", "hard problems, greedy"),
-        ("entropy/own", "entropy of own samples"),
-        ("p/fork", "probability of the fork"),
+        ("hard problems, greedy", "share", {"hard": ""}),
+        ("entropy of own samples", "linear", {"entropy/own": ""}),
+        ("probability of the fork", "log", {"p/fork": ""}),
     ]
-    plot.draw(methods, os.path.join(out, "shaping.png"), panels)
+    plot.draw(methods, [os.path.join(out, "shaping.png")], panels)
+
+
+def draw_paper(out, seeds):
+    """The panels of the paper's Figs. 2, 5 and 6, from the toy worlds: reward, entropy and p in the shaping world above,
+    reward, length and entropy in the imperfect one below."""
+    import plot
+
+    methods = {}
+    for m in ("grpo", "mixed", "luffy"):
+        for s in seeds:
+            runs = [plot.read_run(os.path.join(out, world, f"{m}_{s}")) for world in ("shaping", "imperfect")]
+            rows = [dict(a) | {f"below/{key}": value for key, value in b.items()} for a, b in zip(*runs, strict=True)]
+            methods.setdefault(m, []).append(rows)
+    panels = [
+        ("shaping world: training reward", "share", {"reward/own": ""}),
+        ("entropy of own samples", "linear", {"entropy/own": ""}),
+        ("probability of the teacher's tokens", "share", {"teacher/p": ""}),
+        ("demo's world: training reward", "share", {"below/reward/own": ""}),
+        ("tokens a response", "linear", {"below/length/own": "own samples", "below/length/teacher": "teacher"}),
+        ("entropy of own samples", "linear", {"below/entropy/own": ""}),
+    ]
+    plot.draw(methods, [os.path.join(out, "paper.png")], panels)
 
 
 def put(path, text):
@@ -181,7 +204,7 @@ def main():
     table = markdown(args.out, range(args.seeds))
     print(f"\n{table}\n{time.time() - start:.0f} s")
     if not args.only_print:
-        for name in ("table.png", "shaping.png"):
+        for name in ("table.png", "shaping.png", "paper.png"):
             shutil.copy(os.path.join(args.out, name), os.path.join(ROOT, "toy", name))
         put(os.path.join(ROOT, "README.md"), table)
         put(os.path.join(ROOT, "LOG.md"), table)
