@@ -28,7 +28,7 @@ PANELS = [
     ("reward", "share", {"reward/own": "own samples", "reward/teacher": "teacher"}),
     ("prompts solved by", "share", {"groups/none_solved": "no sample", "groups/all_solved": "all samples"}),
     ("entropy", "linear", {"entropy/own": "own tokens", "entropy/teacher": "teacher's tokens"}),
-    ("probability p of the teacher's tokens", "share", {"teacher/p": "p", "teacher/f": "f(p)"}),
+    ("probability p of the teacher's tokens", "linear", {"teacher/p": "p", "teacher/f": "f(p)"}),
     ("tokens a response", "linear", {"length/own": "own samples", "length/teacher": "teacher"}),
     ("engine against trainer", "log", {"mismatch/abs": "mean |difference of log-probs|"}),
 ]
@@ -76,7 +76,7 @@ def curve(runs, key):
 
 
 def draw_panel(axis, methods, scale, metrics):
-    """Curves of one or two metrics, the second dashed: a colour and a marker for each method."""
+    """Curves of one or two metrics, the second dashed and without its band: a colour and a marker for each method."""
     for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
         if name:
             axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
@@ -87,8 +87,8 @@ def draw_panel(axis, methods, scale, metrics):
                 # Where curves lie on each other, the earlier one is wider and stays visible.
                 axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.4 + 0.8 * (len(methods) - 1 - i), marker=marker,
                           markersize=5, markevery=(i, max(1, len(steps) // 6)), markeredgecolor="white")  # fmt: skip
-                if len(runs) > 1:
-                    axis.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+                if len(runs) > 1 and line == "-":
+                    axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     if len(axis.lines) == sum(map(bool, metrics.values())):
         axis.text(0.5, 0.5, "none of these runs has it", ha="center", va="center", transform=axis.transAxes, color="#555555")
     elif scale == "log":
@@ -221,11 +221,27 @@ def write_trace(out, config, folder, step, group):
     first = group[0]
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
             "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],
-            "rows": rows}  # fmt: skip
+            "curve": shaping_curve(config["shaping"], config["gamma"]), "rows": rows}  # fmt: skip
     with open(os.path.join(ROOT, "trace.html")) as f:
         page = f.read()
     with open(out, "w") as f:
         f.write(page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
+
+
+def shaping_curve(shaping, gamma, n=161):
+    """f and its weight p f'(p) as loss.shape has them, at n values of p from 1e-4 to 1, evenly in log p; of "none" and
+    "luffy" nothing, because the page computes them itself, for any gamma."""
+    import torch
+
+    from loss import shape
+
+    if shaping in ("none", "luffy"):
+        return None
+    p = torch.logspace(-4, 0, n, dtype=torch.float64).requires_grad_()
+    f = shape(p, shaping, gamma)
+    (slope,) = torch.autograd.grad(f.sum(), p)
+    brief = lambda values: [float(f"{v:.4g}") for v in values.tolist()]
+    return {"f": brief(f.detach()), "w": brief(p.detach() * slope)}
 
 
 def token_texts(tokenizer, ids):

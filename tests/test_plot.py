@@ -12,7 +12,7 @@ from test_train import run
 
 from configurator import UserError
 from data import load_tokenizer
-from plot import token_texts, trace, write_trace
+from plot import by_method, curve, main, read_run, shaping_curve, token_texts, trace, write_trace
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
 
@@ -66,6 +66,63 @@ def test_every_kind_of_row(script, tmp_path, overlay):
             overlay
         ]
     )
+
+
+def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
+    """Whatever loss.shape computes, a fork's as well: the page gets f and w = p f'(p)."""
+    assert shaping_curve("luffy", 0.1) is None
+    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-4 + i / 40) for i in range(161)]
+    assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
+    assert curve["w"] == pytest.approx([x**0.5 / 2 for x in p], rel=1e-3)
+
+
+def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
+    """Seeds are one method, folders of one name in two places are two; PNG and SVG, or what --out says."""
+    for name in ("a_0", "a_1", "elsewhere/a_0"):
+        shutil.copytree(done, tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("a_0", "a_1", "elsewhere/a_0")]
+    methods = by_method(folders)
+    assert [len(runs) for runs in methods.values()] == [2, 1] and all(name.endswith("a") for name in methods)
+    monkeypatch.setattr("sys.argv", ["plot.py", *folders, f"--out={tmp_path / 'c'}"])
+    main()
+    assert "wrote " in capsys.readouterr().out
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    svg = (tmp_path / "c.svg").read_text()
+    titles = [
+        "held-out accuracy",
+        "reward",
+        "prompts solved by",
+        "entropy",
+        "tokens a response",
+        "engine against trainer",
+        "a step, by phase",
+    ]
+    assert all(f"<!-- {title} -->" in svg for title in titles)
+    monkeypatch.setattr("sys.argv", ["plot.py", folders[0], f"--out={tmp_path / 'd.svg'}"])
+    main()
+    assert (tmp_path / "d.svg").exists() and not (tmp_path / "d.png").exists()
+    for argv, words in (
+        ([], "write: python plot.py RUN"),
+        ([folders[0], "--ou=x"], "write: python plot.py RUN"),
+        ([folders[0], "--out=x.gif"], "ends in .png, .svg or .pdf"),
+        ([str(tmp_path)], "does not exist: give folders that train.py wrote"),
+    ):
+        monkeypatch.setattr("sys.argv", ["plot.py", *argv])
+        with pytest.raises(UserError, match=words):
+            main()
+    for text, words in (("", "is empty"), ('{"step": 0}\n{"st', "has a line that is no JSON")):
+        (tmp_path / "a_0" / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_run(tmp_path / "a_0")
+
+
+def test_a_curve_is_what_every_seed_has():
+    runs = [
+        [{"step": 0, "x": 1.0}, {"step": 1}, {"step": 2, "x": 3.0}],
+        [{"step": 0, "x": 2.0}, {"step": 1, "x": 9.0}, {"step": 2, "x": 5.0}],
+    ]
+    assert curve(runs, "x") == ([0, 2], [1.5, 4.0], [1.0, 3.0], [2.0, 5.0])
+    assert curve(runs, "y")[0] == []
 
 
 def test_wrong_arguments(done, tmp_path):
@@ -151,5 +208,20 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     assert float(numbers["p"]) == pytest.approx(p, rel=0.05)  # it begins at the least probable
     assert float(numbers["f(p)"]) == pytest.approx(p / (p + 0.1), rel=0.05)
     assert float(numbers["weight w"]) == pytest.approx(0.1 * p / (p + 0.1) ** 2, rel=0.05)
-    dom = render(large_page(tmp_path, byte_model), tmp_path, "--dump-dom")
+    page = large_page(tmp_path, byte_model)
+    dom = render(page, tmp_path, "--dump-dom")
     assert dom.count("<span data-i=") == 8192 and "<title>A group, token by token</title>" in dom and "<img" not in dom
+    # Nothing sticks out to the right, and nothing lies on anything else, on a desktop and on a phone.
+    measure = """<script>
+        const boxes = ["bar", "tokens", "curve", "detail"].map(id => document.getElementById(id).getBoundingClientRect());
+        const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+        const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).map(b => over(a, b)));
+        document.title = [innerWidth, document.documentElement.scrollWidth <= innerWidth, pairs.some(x => x)];
+    </script>"""
+    (tmp_path / "measured.html").write_text(page.read_text() + measure)
+    for width in (1280, 390):  # headless Chromium has no narrower window than 500: a frame has
+        frame = tmp_path / "frame.html"
+        frame.write_text(f"""<iframe src="measured.html" width={width} height=2000 onload="
+            document.title = this.contentWindow.document.title"></iframe>""")
+        dom = render(frame, tmp_path, "--dump-dom", "--allow-file-access-from-files", "--window-size=1400,2100")
+        assert f"<title>{width},true,false</title>" in dom, dom[:300]
