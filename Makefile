@@ -6,7 +6,7 @@ TORCH_FROM ?=
 # Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
 SEEDS ?= 1
 
-.PHONY: demo table test test-slow lint toy clean
+.PHONY: demo table test test-slow docs-check lint toy clean
 
 demo: .venv/ready
 	.venv/bin/python toy/demo.py --seeds=$(SEEDS)
@@ -19,6 +19,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow
+
+# The links of README and docs/, and every command in them, in a copy of this checkout.
+docs-check: .venv/ready
+	.venv/bin/python tests/docs_check.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

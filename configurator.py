@@ -153,13 +153,14 @@ def describe(script, knobs):
     """The --help text: the script's docstring, then each knob with its default and its comment."""
     with open(script) as f:
         source = f.read()
-    lines = [ast.get_docstring(ast.parse(source)), ""]
+    lines, heading = [ast.get_docstring(ast.parse(source)), ""], []
     for line in source.splitlines():
         section, knob = re.match(r"# -+ (.+)", line), re.match(r"(\w+) = .*?(?:  # (.*))?$", line)
         if section:
-            lines += ["", section[1]]
+            heading = ["", section[1]]
         elif knob and knob[1] in knobs:
-            lines.append(f"  --{knob[1]}={knobs[knob[1]]!r:<22} {knob[2] or ''}")
+            lines += [*heading, f"  {f'--{knob[1]}={knobs[knob[1]]!r}':<34} {knob[2] or ''}"]
+            heading = []
     return "\n".join(lines)
 
 

@@ -225,12 +225,12 @@ def read_rows(path):
     names = file.schema_arrow.names
     missing = [c for c in ("prompt", "reward_model") if c not in names]
     if missing:
-        raise UserError(f"{path} lacks the column {missing[0]!r}, it has {names}: see 'Data' in README for the schema")
+        raise UserError(f"{path} lacks the column {missing[0]!r}, it has {names}: see docs/data.md for the schema")
     columns = {"prompt": messages_type, "target": messages_type, "reward_model": answer_type, "data_source": text_type}
     columns = {name: fits for name, fits in columns.items() if name in names}
     for column, fits in columns.items():
         if not fits(t := file.schema_arrow.field(column).type) and not pa.types.is_null(t):
-            raise UserError(f"{path}: column {column!r} is {t}, not LUFFY's: see 'Data' in README for the schema")
+            raise UserError(f"{path}: column {column!r} is {t}, not LUFFY's: see docs/data.md for the schema")
     index = 0
     try:
         for batch in file.iter_batches(batch_size=1024, columns=list(columns)):

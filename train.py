@@ -13,7 +13,7 @@ LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The
 Each step: the sampler takes over the policy's weights, answers a batch of prompts, the verifier grades the
 answers and the teacher traces beside them, and the policy takes `update_batches` optimizer steps.
 Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest}. --resume=auto goes on
-from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; README, 'A long run', has the rest.
+from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
 """
 
 import contextlib

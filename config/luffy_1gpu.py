@@ -51,7 +51,7 @@ preflight_traces = 512
 
 shard = "ddp"
 recompute = True
-save_interval = 25  # what a crash may cost; see "A long run" in README
+save_interval = 25  # what a crash may cost; see docs/long_run.md
 keep_last = 2
 keep_every = 100
 rollout_interval = 10

@@ -157,14 +157,6 @@ def test_provenance_is_json():
     assert len(p["git"]) in (0, 40) and p["torch"] and json.dumps(p)
 
 
-def test_readmes_links_into_the_code():
-    """A link [`words`](file.py#Ln) points at a line that has the words."""
-    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", open(os.path.join(ROOT, "README.md")).read())
-    assert len(links) >= 9
-    for words, file, line in links:
-        assert words in open(os.path.join(ROOT, file)).read().splitlines()[int(line) - 1], (words, file, line)
-
-
 def test_readme_names_every_overlay():
     text = open(os.path.join(ROOT, "README.md")).read()
     for path in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):

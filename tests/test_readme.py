@@ -1,4 +1,4 @@
-"""README's own code runs, as it stands there."""
+"""The pages' own code runs, as it stands there."""
 
 import json
 import os
@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 
 from configurator import ROOT
 
-README = open(os.path.join(ROOT, "README.md")).read()
+PAGE = open(os.path.join(ROOT, "docs", "data.md")).read()
 
 
 def code_under(heading):
-    section = README[README.index(f"### {heading}\n") :]
+    section = PAGE[PAGE.index(f"## {heading}\n") :]
     return re.search(r"```python\n(.*?)```", section, re.S)[1]
 
 

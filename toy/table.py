@@ -4,7 +4,7 @@ Every method on the toy worlds, three seeds each, as one table and one picture.
     make table            about 40 minutes on two cores; runs that are there already are not repeated
 
 Each row is train.py itself with an overlay from config/method/, the torch sampler and the world's config. Runs are kept
-in out/table/WORLD/METHOD_SEED/. The table goes to README.md and LOG.md, between the lines that mark its place.
+in out/table/WORLD/METHOD_SEED/. The table goes to docs/toy.md and LOG.md, between the lines that mark its place.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft
 WORLDS = {
     "imperfect": ([], ALL),
     "clean": (["config/toy/clean.py"], FOUR),
-    "shaping": (["config/toy/shaping.py", "--save_interval=10"], FOUR),  # checkpoints, to ask each for the fork
+    "shaping": (["config/toy/shaping.py", "--save_interval=10", "--keep_last=0"], FOUR),  # to ask each for the fork
 }
 # A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
 CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
@@ -130,13 +130,18 @@ def fork_probability(checkpoint):
         return hf(ids).logits[:, -1].softmax(-1)[:, tokenizer.convert_tokens_to_ids("*")].mean().item()
 
 
-def draw(out, seeds):
-    """Three pictures: the curves of the imperfect world, what happens at the shaping world's fork, and the paper's."""
+def draw_table(out, seeds):
+    """The curves of the imperfect world."""
     import plot
 
-    draw_paper(out, seeds)
     folders = [os.path.join(out, "imperfect", f"{m}_{s}") for m in DRAWN for s in seeds]
     plot.draw(plot.by_method(folders), [os.path.join(out, "table.png")], plot.OUTCOMES)
+
+
+def draw_fork(out, seeds):
+    """What happens at the shaping world's fork."""
+    import plot
+
     methods, base = {}, fork_probability(os.path.join(ROOT, "toy", "shaping", "base"))
     for m in ("grpo", "mixed", "luffy"):
         for s in seeds:
@@ -169,7 +174,7 @@ def draw_paper(out, seeds):
     panels = [
         ("shaping world: training reward", "share", {"reward/own": ""}),
         ("entropy of own samples", "linear", {"entropy/own": ""}),
-        ("probability of the teacher's tokens", "share", {"teacher/p": ""}),
+        ("probability of the teacher's tokens", "linear", {"teacher/p": ""}),
         ("demo's world: training reward", "share", {"below/reward/own": ""}),
         ("tokens a response", "linear", {"below/length/own": "own samples", "below/length/teacher": "teacher"}),
         ("entropy of own samples", "linear", {"below/entropy/own": ""}),
@@ -193,20 +198,21 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default 3)")
     parser.add_argument("--out", default=os.path.join(ROOT, "out", "table"), help="folder of the runs (default out/table)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
-    parser.add_argument("--only_print", action="store_true", help="print the table, leave README.md and LOG.md alone")
+    parser.add_argument("--only_print", action="store_true", help="print the table, leave docs/toy.md and LOG.md alone")
     args = parser.parse_args()
     start = time.time()
     jobs = [(w, m, s) for w, (_, methods) in WORLDS.items() for m in methods for s in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods start from it
         for stage in ([j for j in jobs if j[1] == "sft"], [j for j in jobs if j[1] != "sft"]):
             list(pool.map(lambda job: train(args.out, *job), stage))
-    draw(args.out, range(args.seeds))
+    for draw in (draw_table, draw_fork, draw_paper):
+        draw(args.out, range(args.seeds))
     table = markdown(args.out, range(args.seeds))
     print(f"\n{table}\n{time.time() - start:.0f} s")
     if not args.only_print:
         for name in ("table.png", "shaping.png", "paper.png"):
             shutil.copy(os.path.join(args.out, name), os.path.join(ROOT, "toy", name))
-        put(os.path.join(ROOT, "README.md"), table)
+        put(os.path.join(ROOT, "docs", "toy.md"), table)
         put(os.path.join(ROOT, "LOG.md"), table)
 
 

@@ -1,0 +1,279 @@
+"""
+Are README.md, LOG.md and docs/ true? Their links resolve, and every command in README and docs/ runs.
+
+    python tests/docs_check.py            links, then the commands, in a copy of this checkout (make docs-check)
+    python tests/docs_check.py --links    the links alone (make test does that, too)
+    python tests/docs_check.py --fix      the links, after the line numbers of those that name what they point at were set right
+
+COMMANDS says how each command is run: as it stands, or with a few words replaced where the page wants GPUs, hours, or a
+model of the hub; a command that is not there, or is in no page any more, is an error.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.join(ROOT, "toy")]
+
+# What stands for the 7B on this machine: a model of 0.1 M over bytes, two processes, a few tokens. The words after the
+# options are train.py's and eval.py's.
+TWO = ("--nproc_per_node=8", "--nproc_per_node=2")
+SMALL = (
+    " --sampler=torch --max_steps=2 --prompts_per_step=4 --max_tokens=16 --holdout=8 --reward_workers=1 --min_teacher_pass=0.5"
+)
+TINY = " --sampler=torch --max_tokens=16 --k=1 --reward_workers=1"
+BY_CI = "by .ci/run"
+HARMFUL = "not run: it changes the machine"
+COMMANDS = {
+    "make test": BY_CI,
+    "make test-slow": BY_CI,
+    "make docs-check": BY_CI,
+    "pip uninstall torchvision torchaudio torchcodec": HARMFUL,
+    "rm /dev/shm/*cpushm*": HARMFUL,
+    "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run --no-deps -q")],
+    "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
+    "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
+    "python tests/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
+    # Two commands, and a look round.
+    "make demo": [],
+    "make demo SEEDS=3": [("make", "make --dry-run")],
+    "source .venv/bin/activate": [],
+    "python plot.py out/demo/luffy_0 out/demo/grpo_0 out/demo/sft_0": [],
+    "python plot.py trace out/demo/luffy_0 --step=5 --out=trace.html": [],
+    "python train.py": [("train.py", "train.py --max_steps=2")],
+    "python train.py --help": [],
+    "python train.py config/method/sft_verified.py --out_dir=out/teacher": [],
+    "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp")],
+    "python bench.py": [],
+    # The 7B run.
+    "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
+    "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
+        [("openr1 ", "openr1 --src=raw.parquet ")],
+    "python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet":
+        [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --max_tokens=16 --grader=any.py --require_think=False")],
+    "python train.py config/luffy_7b.py --dry_run=True": [],
+    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
+    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [TWO, ("7b.py", "7b.py" + SMALL)],
+    "torchrun --nproc_per_node=8 train.py config/grpo_7b.py": [TWO, ("7b.py", "7b.py" + SMALL)],
+    "python train.py config/luffy_7b.py config/method/grpo.py --seed=2": [("seed=2", "seed=2 --dry_run=True")],
+    "python train.py config/luffy_7b.py config/method/relift.py": [("relift.py", "relift.py --dry_run=True")],
+    "python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192":
+        [("1.5b --tokens=32768 --shortest=2048 --longest=8192", "tiny --tokens=1024 --shortest=64 --longest=256")],
+    # Evaluation.
+    "torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=data/valid.all.parquet --out_dir=out/eval":
+        [TWO, ("DIR", "models/Qwen2.5-Math-7B-16k-think" + TINY)],
+    "python eval.py compare out/eval_a/eval.json out/eval_b/eval.json": [("eval_a", "eval"), ("eval_b", "eval")],
+    "python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc --model=DIR --data=data/valid.all.parquet":
+        [("--k=8", "--k=2"), ("DIR", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16")],
+    "python eval.py --model=out/demo/luffy_0/ckpt_60 --k=8 --out_dir=out/eval_luffy": [],
+    "python eval.py --model=out/demo/sft_0/ckpt_60 --k=8 --out_dir=out/eval_sft": [],
+    "python eval.py compare out/eval_sft/eval.json out/eval_luffy/eval.json": [],
+    "for m in Elliott/LUFFY-Qwen-Math-7B-Zero Elliott/Qwen2.5-Math-7B-SFT Elliott/Qwen2.5-Math-7B-SFT-RL"
+    " rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero; do torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
+    " --data=data/valid.all.parquet --out_dir=out/six/$m; torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
+    " --out_dir=out/ood/$m --data=data/valid.arc_c.parquet,data/valid.gpqa.parquet,data/valid.mmlu_pro.parquet; done":
+        [TWO, ("--model=$m", "--model=$m" + TINY)],
+    "python eval.py compare out/six/Elliott/Qwen2.5-Math-7B-SFT/eval.json"
+    " out/six/Elliott/LUFFY-Qwen-Math-7B-Zero/eval.json": [],
+    "torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=out/luffy_7b/ckpt_500 --data=data/valid.all.parquet"
+    " --out_dir=out/six/luffy": [TWO, ("ckpt_500", "ckpt_2" + TINY)],
+    # The toy worlds.
+    "python train.py config/toy/shaping.py": [("shaping.py", "shaping.py --max_steps=2")],
+    "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2")],
+    "make table": [("make table", ".venv/bin/python toy/table.py --seeds=1 --only_print")],
+    # The ablation.
+    "python -m pytest tests/test_ablation.py tests/test_loss.py": [],
+    "for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --seed=$s --out_dir=out/luffy_$s; python train.py"
+    " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done": [],
+    "python plot.py out/luffy_? out/exp_? --out=ablation": [],
+    "python plot.py trace out/exp_1 --step=5 --out=ablation.html": [],
+    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py config/ablation/exp.py --out_dir=out/exp_7b":
+        [TWO, ("exp_7b", "exp_7b" + SMALL)],
+    "make toy": [],  # last: it writes over the worlds that the others use
+}  # fmt: skip
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+        return f.read()
+
+
+def pages():
+    return ["README.md", "LOG.md", *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+
+
+def prose(page):
+    return re.sub(r"```.*?```", "", read(page), flags=re.S)
+
+
+# ---------------------------------------------------------------- links
+
+
+def slugs(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[*`]|\]\(.*?\)", "", h)).strip().lower().replace(" ", "-") for h in headings}
+
+
+def broken_links():
+    """Links that lead nowhere, and links to a line ([`words`](file#Ln)) on which the words are not: a list of lines."""
+    found = []
+    for page in pages():
+        for words, target in re.findall(r"!?\[(`[^`]+`|[^\]]*)\]\(([^)\s]+)\)", prose(page)):
+            path, _, anchor = target.partition("#")
+            if path.startswith("https://"):
+                continue
+            file = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+            if not os.path.exists(os.path.join(ROOT, file)):
+                found.append(f"{page}: [{words}]({target}): there is no {file}")
+            elif line := re.fullmatch(r"L(\d+)", anchor):
+                lines, n = read(file).splitlines(), int(line[1])
+                if n > len(lines) or words.strip("`") not in lines[n - 1]:
+                    places = [i for i, text in enumerate(lines, 1) if words.strip("`") in text]
+                    found.append(f"{page}: [{words}]({target}): it stands on {places or 'no line'}")
+            elif anchor and anchor not in slugs(file):
+                found.append(f"{page}: [{words}]({target}): {file} has no such heading")
+    return found
+
+
+def fix_lines():
+    """Set the line number of each link whose words stand on one line alone, or else on the first."""
+    for page in pages():
+
+        def fixed(match, page=page):
+            words, path, n = match.groups()
+            lines = read(os.path.normpath(os.path.join(os.path.dirname(page), path))).splitlines()
+            places = [i for i, text in enumerate(lines, 1) if words in text]
+            return f"[`{words}`]({path}#L{places[0] if places and int(n) not in places else n})"
+
+        old = read(page)
+        new = re.sub(r"\[`([^`]+)`\]\(([^)#\s]+)#L(\d+)\)", fixed, old)
+        if new != old:
+            with open(os.path.join(ROOT, page), "w", encoding="utf-8") as f:
+                f.write(new)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands(page):
+    """What a page tells its reader to type: lines of sh blocks, lines behind a $, and code in the text that starts with the
+    name of a program. Comments are cut off, a loop is one command."""
+    text, found = read(page), []
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        body = re.sub(r" *\\\n *", " ", body)
+        if language == "sh":
+            body = re.sub(r" +#.*", "", body)
+            body = re.sub(
+                r"^for .*?^done", lambda m: re.sub(r"\n *", "; ", m[0]).replace("do; ", "do "), body, flags=re.S | re.M
+            )
+            found += [line.strip() for line in body.splitlines() if line.strip()]
+        else:
+            found += re.findall(r"^\$ (.+)$", body, re.M)
+    inline = re.findall(r"`([^`]+)`", prose(page).replace("\n", " "))
+    return found + [code for code in inline if re.match(r"(python|torchrun|make|pip|rm|source) \S", code)]
+
+
+def unknown_commands():
+    """Commands that stand in README or docs/ but not in COMMANDS, and the reverse: a list of lines."""
+    typed = {command: page for page in pages() if page != "LOG.md" for command in commands(page)}
+    missing = [
+        f"{page}: `{command}` is run by nothing: add it to COMMANDS"
+        for command, page in typed.items()
+        if command not in COMMANDS
+    ]
+    return missing + [f"`{command}` in COMMANDS is in no page any more" for command in COMMANDS if command not in typed]
+
+
+def copy_checkout(folder):
+    """The checkout's files, not what git ignores; its .venv by a link."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+    )
+    for file in listed.stdout.splitlines():
+        target = os.path.join(folder, file)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copy2(os.path.join(ROOT, file), target)
+    os.symlink(os.path.join(ROOT, ".venv"), os.path.join(folder, ".venv"))
+
+
+def stand_ins(folder):
+    """What the commands want to find: models under the hub's names, OpenR1's rows, the benchmarks' files, the ablation."""
+    from pathlib import Path
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from test_prepare import a_row, build_model, trace, write_openr1
+
+    folder = Path(folder)
+    build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
+    loop = next(command for command in COMMANDS if command.startswith("for m in"))
+    for name in loop.partition(";")[0].split()[3:]:
+        build_model(folder / name)
+    write_openr1(folder / "raw.parquet", [a_row(f"problem {i}", [trace(40 + i % 7)]) for i in range(64)])
+    (folder / "any.py").write_text("def grade(text, answer):\n    return True\n")
+    (folder / "data").mkdir()
+    for file, sources in (("all", ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]), ("arc_c", ["arc_c"]),
+                          ("gpqa", ["gpqa"]), ("mmlu_pro", ["mmlu_pro"])):  # fmt: skip
+        rows = [
+            {"data_source": source, "prompt": [{"role": "user", "content": f"{source} {i}: A) 1 B) 2"}],
+             "reward_model": {"ground_truth": "1"}}
+            for source in sources for i in range(4)
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"valid.{file}.parquet")
+    page = read("docs/first_ablation.md")
+    (folder / "first.diff").write_text(re.search(r"^```diff\n(.*?)^```", page, re.S | re.M)[1])
+    subprocess.run(["patch", "-p1", "-i", "first.diff"], cwd=folder, check=True)
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
+        file = folder / re.match(r"# (\S+)\n", code)[1]
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+
+
+def run_all(folder):
+    """Run every command in its turn. Returns those that failed."""
+    path = os.path.join(folder, ".venv", "bin") + os.pathsep + os.environ["PATH"]
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    failed = []
+    for command, how in COMMANDS.items():
+        if isinstance(how, str):
+            print(f"  --     {command}: {how}", flush=True)
+            continue
+        line = command
+        for old, new in how:
+            assert old in line, (command, old)
+            line = line.replace(old, new)
+        start = time.time()
+        done = subprocess.run(["bash", "-ec", line], cwd=folder, env=environment, capture_output=True, text=True)
+        print(f"  {'FAILED' if done.returncode else 'ok    '} {time.time() - start:4.0f} s  {line}", flush=True)
+        if done.returncode:
+            failed.append(line)
+            print(done.stdout[-2000:], done.stderr[-2000:], flush=True)
+    return failed
+
+
+def main():
+    if "--fix" in sys.argv:
+        fix_lines()
+    faults = broken_links() + unknown_commands()
+    if not faults and not {"--links", "--fix"} & set(sys.argv):
+        with open(os.path.join(ROOT, ".ci", "run")) as f:
+            ci = f.read()
+        faults += [f".ci/run does not run `{c}`" for c, how in COMMANDS.items() if how == BY_CI and f"{c}\n" not in ci]
+        with tempfile.TemporaryDirectory() as folder:
+            copy_checkout(folder)
+            stand_ins(folder)
+            faults += [f"failed: {line}" for line in run_all(folder)]
+    print("\n".join(faults) or "nothing is broken")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
