@@ -267,6 +267,8 @@ def table(methods):
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__.strip())
     if sys.argv[1:2] == ["trace"]:
         return trace(sys.argv[2:])
     folders = [a for a in sys.argv[1:] if not a.startswith("--")]

@@ -37,7 +37,7 @@ COMMANDS = {
     "make docs-check": BY_CI,
     "pip uninstall torchvision torchaudio torchcodec": HARMFUL,
     "rm /dev/shm/*cpushm*": HARMFUL,
-    "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run --no-deps -q")],
+    "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run -q")],
     "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
     "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
     "python tests/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
@@ -215,8 +215,9 @@ def stand_ins(folder):
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
-    for name in loop.partition(";")[0].split()[3:]:
-        build_model(folder / name)
+    for name in loop.partition(";")[0].split()[3:]:  # trained models are what prepare.py will have made of the base
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(folder / "models" / "Qwen2.5-Math-7B-16k-think")
     write_openr1(folder / "raw.parquet", [a_row(f"problem {i}", [trace(40 + i % 7)]) for i in range(64)])
     (folder / "any.py").write_text("def grade(text, answer):\n    return True\n")
     (folder / "data").mkdir()
@@ -255,7 +256,7 @@ def run_all(folder):
         print(f"  {'FAILED' if done.returncode else 'ok    '} {time.time() - start:4.0f} s  {line}", flush=True)
         if done.returncode:
             failed.append(line)
-            print(done.stdout[-2000:], done.stderr[-2000:], flush=True)
+            print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
     return failed
 
 
