@@ -20,14 +20,14 @@ from plan import measured_memory
 
 
 def token_metrics(logp, entropy, batch, shaping, gamma, clip_low, clip_high):
-    """{name: (sum, count)} over this micro-batch's tokens."""
+    """{name: (sum, count)} over this micro-batch's tokens. shaping "": teacher tokens are not shaped."""
     teacher = batch.loss_mask & batch.is_teacher & batch.sampler_logp.isnan()  # without what is replayed
     own = batch.loss_mask & ~batch.is_teacher
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
     mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
-    judged = {}
+    judged = {"teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher)} if shaping else {}
     if batch.teacher_logp is not None:
         judged["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
     if batch.top1 is not None:
@@ -37,7 +37,6 @@ def token_metrics(logp, entropy, batch, shaping, gamma, clip_low, clip_high):
         "entropy/own": mean(entropy, own),
         "entropy/teacher": mean(entropy, teacher),
         "teacher/p": mean(logp.exp(), teacher),
-        "teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher),
         "ratio/own": mean(ratio, own),
         "ratio/outside_clip": mean(outside.float(), own),
         "mismatch/abs": mean((old_logp - batch.sampler_logp).abs(), own),

@@ -3,7 +3,8 @@ Curves and a table from runs' metrics.jsonl, and the page that shows a group.
 
     python plot.py out/demo/luffy_0 out/demo/grpo_0        curves.png and curves.svg, also of runs that are not over
     python plot.py out/a out/b --out=FILE.svg              that file alone
-    python plot.py trace out/demo/luffy_0 --step=5         a page that shows one group, token by token (trace.html)
+    python plot.py trace out/demo/luffy_0 --step=5         a page that shows one group, token by token
+    python plot.py trace RUN --step=N --problem=ID --out=FILE.html
 
 Runs whose folders differ only in a trailing _SEED are one method: their mean is drawn, with a band from the
 worst to the best seed.
@@ -39,7 +40,8 @@ OUTCOMES = [
 ]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "osD^vPX"  # for eyes and printers that see no colours
-PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#ffffff", "update": "#a6a6a6"}
+KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # which look alike in all pictures
+PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#0072B2", "update": "#a6a6a6"}
 
 
 def read_run(folder):
@@ -75,27 +77,44 @@ def curve(runs, key):
     return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
+def looks(methods):
+    """{method: (colour, marker)}: the known methods have their own, others what is left, in turn."""
+    taken = [KNOWN.index(name) for name in methods if name in KNOWN]
+    rest = [i for i in range(len(COLORS)) if i not in taken] or list(range(len(COLORS)))
+    others = [name for name in methods if name not in KNOWN]
+    place = {name: KNOWN.index(name) if name in KNOWN else rest[others.index(name) % len(rest)] for name in methods}
+    return {name: (COLORS[i], MARKERS[i]) for name, i in place.items()}
+
+
 def draw_panel(axis, methods, scale, metrics):
-    """Curves of one or two metrics, the second dashed and without its band: a colour and a marker for each method."""
+    """Curves of one or two metrics, the second dashed: of each method the mean, and of the first metric its seeds as thin
+    lines in a band."""
+    drawn = False
     for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
-        if name:
-            axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
-        for i, runs in enumerate(methods.values()):
+        found = False
+        for i, (method, (color, marker)) in enumerate(looks(methods).items()):
+            runs = methods[method]
             steps, mean, low, high = curve(runs, key)
-            if steps:
-                color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                # Where curves lie on each other, the earlier one is wider and stays visible.
-                axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.4 + 0.8 * (len(methods) - 1 - i), marker=marker,
-                          markersize=5, markevery=(i, max(1, len(steps) // 6)), markeredgecolor="white")  # fmt: skip
-                if len(runs) > 1 and line == "-":
-                    axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    if len(axis.lines) == sum(map(bool, metrics.values())):
+            if not steps:
+                continue
+            found = True
+            axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5,
+                      markevery=(i, max(1, len(steps) // 6)), markeredgecolor="white", zorder=3)  # fmt: skip
+            if len(runs) > 1 and line == "-":
+                axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+                for run_ in runs:
+                    own = [(m["step"], m[key]) for m in run_ if key in m]
+                    axis.plot(*zip(*own, strict=True), color=color, alpha=0.45, linewidth=0.7)
+        if found and name:
+            axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
+        drawn |= found
+    if not drawn:
         axis.text(0.5, 0.5, "none of these runs has it", ha="center", va="center", transform=axis.transAxes, color="#555555")
     elif scale == "log":
         axis.set(yscale="log")
     elif scale == "share":
         axis.set(ylim=(-0.04, 1.04))
-    if any(metrics.values()):
+    if drawn and any(metrics.values()):
         axis.legend(fontsize=8, frameon=False, loc="best")
     axis.set(xlabel="step")
     axis.grid(alpha=0.3)
@@ -131,8 +150,8 @@ def draw(methods, paths, panels, phases=False):
         axes.flat[len(panels)].set_title("a step, by phase", pad=20)
     for axis in list(axes.flat)[count:]:
         axis.remove()
-    keys = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markeredgecolor="white",
-                       linewidth=2, label=name) for i, name in enumerate(methods)]  # fmt: skip
+    keys = [plt.Line2D([], [], color=color, marker=marker, markeredgecolor="white", linewidth=2, label=name)
+            for name, (color, marker) in looks(methods).items()]  # fmt: skip
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(methods), 7), frameon=False)
     for path in paths:
         figure.savefig(path, dpi=130)
@@ -180,12 +199,15 @@ def trace(argv):
         groups = {}
         for r in map(json.loads, f):
             groups.setdefault(str(r["problem"]), []).append(r)
-    # The first group that has a trace and from which something is learnt.
-    tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g))
+    # The group that has a trace, something to learn, and the least probable token of a teacher.
+    rarest = lambda g: min((logp for r in g for logp in r["teacher_logps"]), default=0.0)
+    tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g), -rarest(g))
     chosen = options.get("problem") or max(groups, key=lambda q: tell(groups[q]))
     if chosen not in groups:
         raise UserError(f"step {step} has the problems {', '.join(groups)}: choose one of them by --problem=ID")
-    out = options.get("out") or f"trace_{step}_{chosen}.html"
+    out = options.get("out") or f"group_{step}_{chosen}.html"
+    if os.path.realpath(out) == os.path.realpath(os.path.join(ROOT, "trace.html")):
+        raise UserError(f"--out={out} is the page's template: choose another name")
     write_trace(out, config, folder, int(step), groups[chosen])
     print(f"wrote {out}")
 
@@ -218,14 +240,20 @@ def write_trace(out, config, folder, step, group):
                 "p": [float(f"{math.exp(logp):.3g}") for logp in logps],
             }
         )
+        if by == "replay":  # f is taken of pi / pi_then (ExGRPO)
+            pairs = zip(r["teacher_logps"], r["sampler_logps"], strict=True)
+            rows[-1]["ratio"] = [float(f"{math.exp(now - then):.3g}") for now, then in pairs]
     first = group[0]
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
             "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],
-            "curve": shaping_curve(config["shaping"], config["gamma"]), "rows": rows}  # fmt: skip
+            "likelihood": config["sft_coef"], "curve": shaping_curve(config["shaping"], config["gamma"]),
+            "rows": rows}  # fmt: skip
     with open(os.path.join(ROOT, "trace.html")) as f:
-        page = f.read()
+        before, mark, after = f.read().partition("{{data}}")
+    if not mark:
+        raise UserError("trace.html, the page's template, has no {{data}} any more: git checkout trace.html")
     with open(out, "w") as f:
-        f.write(page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
+        f.write(before + json.dumps(data, separators=(",", ":")).replace("<", "\\u003c") + after)
 
 
 def shaping_curve(shaping, gamma, n=161):
@@ -256,13 +284,17 @@ def token_texts(tokenizer, ids):
 
 
 def table(methods):
-    """The last evaluation of each method, a number per seed; seconds are those of the steps, not of starting up."""
+    """The last evaluation of each method, a number per seed, and of each source if there are several; seconds are those of
+    the steps, not of starting up."""
     lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]
     for name, runs in methods.items():
         last = [next((m for m in reversed(r) if "eval/greedy" in m), r[-1]) for r in runs]
         seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
         show = lambda key: " ".join(f"{m[key]:.3f}" if key in m else "-" for m in last)  # noqa: B023
         lines.append(f"{name:<14}{last[0]['step']:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
+        for source in sorted({key.split("/", 2)[2] for m in last for key in m if re.match("eval/[^/]+/", key)}):
+            cells = [f"{show(f'eval/{kind}/{source}'):<24}" for kind in ("greedy", "avg@k")]
+            lines.append(f"  {source:<17}   {''.join(cells)}".rstrip())
     return "\n".join(lines)
 
 

@@ -333,7 +333,7 @@ def update(policy, optimizer, micro_batches, max_norm, terms, safe_point):
             batch.logp = logp.detach()
             loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
             (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
-        found = token_metrics(batch.logp, entropy.detach(), batch, shaping, gamma, clip_low, clip_high)
+        found = token_metrics(batch.logp, entropy.detach(), batch, "" if sft_coef else shaping, gamma, clip_low, clip_high)
         for name, (total, count) in found.items():
             old = sums.get(name, (0, 0))
             sums[name] = old[0] + total, old[1] + count
@@ -532,9 +532,11 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             with guard.interruptible():
                 rows = evaluate(mine(held_out), engine, verifier, tokenizer, n_updates, k, t, max_tokens, seed)
             rows = gather_engines(rows)
-            for source, row in summarize(rows).items():
+            by_source = summarize(rows)
+            for source, row in by_source.items():
                 entry = table.setdefault(source, {"n": row["n"]})
                 entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
+                record |= {f"eval/{name}/{source}": row["avg@k"]} if len(by_source) > 1 else {}
             record[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
         write(write_json, os.path.join(folder, f"eval_{step}.json"), table)
         print0("\n".join(eval_report(table, rows)))

@@ -46,7 +46,7 @@ COMMANDS = {
     "make demo SEEDS=3": [("make", "make --dry-run")],
     "source .venv/bin/activate": [],
     "python plot.py out/demo/luffy_0 out/demo/grpo_0 out/demo/sft_0": [],
-    "python plot.py trace out/demo/luffy_0 --step=5 --out=trace.html": [],
+    "python plot.py trace out/demo/luffy_0 --step=5 --out=out/group.html": [],
     "python train.py": [("train.py", "train.py --max_steps=2")],
     "python train.py --help": [],
     "python train.py config/method/sft_verified.py --out_dir=out/teacher": [],
@@ -89,15 +89,19 @@ COMMANDS = {
     "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2")],
     "make table": [("make table", ".venv/bin/python toy/table.py --seeds=1 --only_print")],
     # The ablation.
+    "python tests/docs_check.py --fix": [],
     "python -m pytest tests/test_ablation.py tests/test_loss.py": [],
     "for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --seed=$s --out_dir=out/luffy_$s; python train.py"
     " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done": [],
-    "python plot.py out/luffy_? out/exp_? --out=ablation": [],
-    "python plot.py trace out/exp_1 --step=5 --out=ablation.html": [],
+    "python plot.py out/luffy_? out/exp_? --out=out/ablation": [],
+    "python plot.py trace out/exp_1 --step=5 --out=out/ablation.html": [],
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py config/ablation/exp.py --out_dir=out/exp_7b":
         [TWO, ("exp_7b", "exp_7b" + SMALL)],
     "make toy": [],  # last: it writes over the worlds that the others use
 }  # fmt: skip
+
+
+WRITES = ("make toy", "python tests/docs_check.py --fix")
 
 
 def read(path):
@@ -137,7 +141,8 @@ def broken_links():
                 lines, n = read(file).splitlines(), int(line[1])
                 if n > len(lines) or words.strip("`") not in lines[n - 1]:
                     places = [i for i, text in enumerate(lines, 1) if words.strip("`") in text]
-                    found.append(f"{page}: [{words}]({target}): it stands on {places or 'no line'}")
+                    hint = f"it stands on {places}: python tests/docs_check.py --fix" if places else "it stands on no line"
+                    found.append(f"{page}: [{words}]({target}): {hint}")
             elif anchor and anchor not in slugs(file):
                 found.append(f"{page}: [{words}]({target}): {file} has no such heading")
     return found
@@ -238,11 +243,21 @@ def stand_ins(folder):
         file.write_text(code)
 
 
+def contents(folder):
+    """The checkout's own files, which no command but those in WRITES may touch."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
+    texts = {}
+    for name in listed:
+        with open(os.path.join(folder, name), "rb") as f:
+            texts[name] = f.read()
+    return texts
+
+
 def run_all(folder):
     """Run every command in its turn. Returns those that failed."""
     path = os.path.join(folder, ".venv", "bin") + os.pathsep + os.environ["PATH"]
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    failed = []
+    failed, before = [], contents(folder)
     for command, how in COMMANDS.items():
         if isinstance(how, str):
             print(f"  --     {command}: {how}", flush=True)
@@ -257,6 +272,11 @@ def run_all(folder):
         if done.returncode:
             failed.append(line)
             print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
+        if command in WRITES:
+            before = contents(folder)
+        elif changed := [name for name, text in contents(folder).items() if text != before[name]]:
+            failed.append(f"{line}: it changed {', '.join(changed)}")
+            before = contents(folder)
     return failed
 
 

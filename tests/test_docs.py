@@ -48,7 +48,7 @@ $ pip install x
         "LICENSE#L2",
         "LICENSE#L999",
     ]
-    assert faults[2].endswith("it stands on [1, 16]")
+    assert faults[2].endswith("it stands on [1, 16]: python tests/docs_check.py --fix")
     typed = ["for a in 1 2; do python a.py --x=$a --y; done", "make lunch", "pip install x", "python nothing.py"]
     assert docs_check.commands("README.md") == typed
     faults = docs_check.unknown_commands()

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -10,9 +11,9 @@ import subprocess
 import pytest
 from test_train import run
 
-from configurator import UserError
+from configurator import ROOT, UserError
 from data import load_tokenizer
-from plot import by_method, curve, main, read_run, shaping_curve, token_texts, trace, write_trace
+from plot import by_method, curve, looks, main, read_run, shaping_curve, table, token_texts, trace, write_trace
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
 
@@ -59,6 +60,9 @@ def test_every_kind_of_row(script, tmp_path, overlay):
     trace([str(tmp_path / "x"), f"--out={out}"])
     data = data_of(out.read_text())
     assert all(len(r["p"]) == len(r["ids"]) == len(r["tokens"]) and all(0 < p <= 1 for p in r["p"]) for r in data["rows"])
+    assert data["likelihood"] == (overlay == "sft")
+    for r in data["rows"]:
+        assert ("ratio" in r) == (r["by"] == "replay") and len(r.get("ratio", r["ids"])) == len(r["ids"])
     kinds = {r["by"] for r in data["rows"]}
     assert (
         kinds
@@ -98,6 +102,7 @@ def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
         "a step, by phase",
     ]
     assert all(f"<!-- {title} -->" in svg for title in titles)
+    assert len(set(looks(dict.fromkeys(["mine", "luffy", "other", "grpo"])).values())) == 4
     monkeypatch.setattr("sys.argv", ["plot.py", folders[0], f"--out={tmp_path / 'd.svg'}"])
     main()
     assert (tmp_path / "d.svg").exists() and not (tmp_path / "d.png").exists()
@@ -116,6 +121,12 @@ def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
             read_run(tmp_path / "a_0")
 
 
+def test_the_table_has_a_line_for_each_source():
+    runs = {"a": [[{"step": 0, "eval/greedy": 0.5, "eval/greedy/easy": 1.0, "eval/greedy/hard": 0.0, "time/update": 2.0}]]}
+    lines = table(runs).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["a", "0", "0.500"], ["easy", "1.000", "-"], ["hard", "0.000", "-"]]
+
+
 def test_a_curve_is_what_every_seed_has():
     runs = [
         [{"step": 0, "x": 1.0}, {"step": 1}, {"step": 2, "x": 3.0}],
@@ -123,6 +134,26 @@ def test_a_curve_is_what_every_seed_has():
     ]
     assert curve(runs, "x") == ([0, 2], [1.5, 4.0], [1.0, 3.0], [2.0, 5.0])
     assert curve(runs, "y")[0] == []
+
+
+def test_the_template_is_never_written_over(done, monkeypatch, tmp_path):
+    template = open(os.path.join(ROOT, "trace.html")).read()
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="is the page's template"):
+        trace([str(done), "--out=trace.html"])
+    assert open(os.path.join(ROOT, "trace.html")).read() == template
+    monkeypatch.setattr("plot.ROOT", str(tmp_path))
+    (tmp_path / "trace.html").write_text("once filled")
+    with pytest.raises(UserError, match="has no {{data}} any more"):
+        trace([str(done), f"--out={tmp_path / 'x.html'}"])
+
+
+def test_what_is_there_to_see_is_shown_first(done, tmp_path):
+    """Without --problem: the group with the least probable token of a teacher."""
+    trace([str(done), "--step=2", f"--out={tmp_path / 'x.html'}"])
+    rows = [json.loads(line) for line in open(done / "rollouts" / "step_2.jsonl")]
+    rarest = min((r for r in rows if r["teacher_logps"] and r["advantage"]), key=lambda r: min(r["teacher_logps"]))
+    assert data_of((tmp_path / "x.html").read_text())["problem"] == rarest["problem"]
 
 
 def test_wrong_arguments(done, tmp_path):
@@ -165,7 +196,7 @@ def large_page(folder, byte_model, n=8192):
         "finish_reason": "teacher",
     }
     out = folder / "page.html"
-    config = {"model": byte_model, "shaping": "luffy", "gamma": 0.1}
+    config = {"model": byte_model, "shaping": "luffy", "gamma": 0.1, "sft_coef": 0.0}
     write_trace(str(out), config, str(folder), 7, [row] * 7 + [teacher])
     return out
 
@@ -205,6 +236,8 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     assert [html.unescape(s) for s in spans] == [t.replace("\n", "↵\n") or "·" for t in teacher["tokens"]]
     p = min(teacher["p"])
     numbers = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", dom))
+    gained = 0.1 / (p + 0.1) ** 2
+    assert float(re.search(r"so (\S+) times", numbers["unshaped"])[1]) == pytest.approx(gained, rel=0.05)
     assert float(numbers["p"]) == pytest.approx(p, rel=0.05)  # it begins at the least probable
     assert float(numbers["f(p)"]) == pytest.approx(p / (p + 0.1), rel=0.05)
     assert float(numbers["weight w"]) == pytest.approx(0.1 * p / (p + 0.1) ** 2, rel=0.05)

@@ -216,6 +216,14 @@ def test_evaluation_knobs(script, tmp_path):
     assert json.load(open(out / "eval_1.json"))["toy"]["n"] == 30
 
 
+def test_each_source_is_a_metric_where_there_are_several(script, tmp_path):
+    few = ["config/toy/shaping.py", "--eval_data=toy/shaping/test.parquet", "--eval_max_problems=5", "--max_steps=1"]
+    rows = run(script, tmp_path, "x", *few)
+    names = sorted(name for name in rows[1] if name.startswith("eval/"))
+    assert names == ["eval/greedy", "eval/greedy/easy", "eval/greedy/hard"]
+    assert rows[1]["eval/greedy"] == (rows[1]["eval/greedy/easy"] + rows[1]["eval/greedy/hard"]) / 2
+
+
 def test_updates_that_are_not_finite_stop_the_run(script, tmp_path, capsys):
     with pytest.raises(FloatingPointError, match="3 updates in a row were skipped"):
         run(script, tmp_path, "x", "--entropy_coef=1e40", "--max_steps=5")

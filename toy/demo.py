@@ -27,6 +27,9 @@ What this shows, and what it does not:
 - It does not show that shaping beats no shaping, nor that anything carries over to longer sums."""
 
 
+told = []  # what was printed once and need not be again
+
+
 def train(out, method, seed, arguments):
     """Run train.py with the method's overlay; show its evaluations, keep the rest in a log. Returns its folder."""
     name = f"{method}_{seed}"
@@ -41,6 +44,9 @@ def train(out, method, seed, arguments):
             log.write(line)
             if found := re.match(r"step +(\d+)/", line):
                 step = found[1]
+            if line.startswith("  eval  ") and not told:
+                print(f"{'':<15}         {line.rstrip()}", flush=True)
+                told.append(line)  # the columns' names, once
             if line.startswith(("  eval toy", "  ...")):
                 print(f"{name:<15} step {step:>2} {line.rstrip()}", flush=True)
     if process.returncode:
