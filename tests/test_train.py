@@ -217,7 +217,7 @@ def test_evaluation_knobs(script, tmp_path):
 
 
 def test_each_source_is_a_metric_where_there_are_several(script, tmp_path):
-    few = ["config/toy/shaping.py", "--eval_data=toy/shaping/test.parquet", "--eval_max_problems=5", "--max_steps=1"]
+    few = ["config/toy/shaping.py", "--eval_max_problems=5", "--max_steps=1", f"--out_dir={tmp_path / 'x'}"]
     rows = run(script, tmp_path, "x", *few)
     names = sorted(name for name in rows[1] if name.startswith("eval/"))
     assert names == ["eval/greedy", "eval/greedy/easy", "eval/greedy/hard"]
