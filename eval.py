@@ -51,7 +51,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take
 tensor_parallel = 1  # consecutive ranks that share one engine
 chunk = 256  # samples per piece of work: what a kill may cost each rank
 
-from configurator import ROOT, UserError, configure, provenance, repo_path, require, run
+from configurator import ROOT, UserError, configure, printable, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
@@ -419,7 +419,23 @@ def report(folder, paths):
         counts = f"{row['n']:>6}{row['k']:>4}" if "k" in row else f"{row['n']:>6}    "
         rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns)
         print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
+    print("\n".join(best_and_worst(rows)))
     return table
+
+
+def best_and_worst(rows):
+    """Two lines: the tails of a best answer, the shortest if there are several, and of a worst, the longest."""
+    answers = [
+        (reward, -length, i, j)
+        for i, r in enumerate(rows)
+        for j, (reward, length) in enumerate(zip(r["reward"], r["length"], strict=True))
+    ]
+    lines = []
+    for word, (reward, _, i, j) in (("best", max(answers)), ("worst", min(answers))):
+        r = rows[i]
+        tail = printable(r["response"][j][-80:].replace("\n", " "))
+        lines.append(f"  {word:<5} reward {reward:g}, {r['length'][j]} tokens, answer {printable(r['answer'][:30])}: ...{tail}")
+    return lines
 
 
 def make_folder(folder):

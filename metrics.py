@@ -12,9 +12,9 @@ import os
 import re
 import time
 
-from configurator import UserError, printable
+from configurator import UserError
 from data import response_text
-from eval import write_lines
+from eval import best_and_worst, write_lines
 from loss import shape
 from plan import measured_memory
 
@@ -125,11 +125,14 @@ def collapse(rewards, window=20):
 def step_line(m, max_steps, eta):
     """One aligned line; a dash where the method has no such number."""
     show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
+    seconds = lambda key: f"{m[key]:6.{2 if m[key] < 100 else 0}f}"
+    minutes, hours = divmod(int(eta), 60)[0], int(eta) // 3600
+    left = f"{hours}:{minutes % 60:02d}:{int(eta) % 60:02d}" if hours else f"{minutes}:{int(eta) % 60:02d}"
     return (
-        f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '5.3f')}  teacher {show('reward/teacher', '5.3f')}"
-        f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '6.1f')}  p {show('teacher/p', '5.3f')}"
+        f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '6.3f')}  teacher {show('reward/teacher', '6.3f')}"
+        f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '7.1f')}  p {show('teacher/p', '5.3f')}"
         f"  ent {show('entropy/own', '5.3f')}  norm {show('grad_norm', '8.2g')}  mism {show('mismatch/abs', '7.1e')}"
-        f"  gen {m['time/rollout']:5.2f} s  upd {m['time/update']:5.2f} s  ETA {int(eta) // 60}:{int(eta) % 60:02d}"
+        f"  gen {seconds('time/rollout')} s  upd {seconds('time/update')} s  ETA {left}"
     )
 
 
@@ -221,21 +224,13 @@ def eval_report(table, rows):
     columns = {"greedy": "7.3f", "avg@k": "7.3f", "pass@k": "7.3f", "maj@k": "7.3f", "length": "7.0f", "truncated": "10.3f"}
     columns = {name: form for name, form in columns.items() if any(name in row for row in table.values())}
     width = lambda form: int(form.split(".")[0])
-    lines = [f"  eval {'':<16}{'n':>6}" + "".join(f"{name:>{width(form) + 2}}" for name, form in columns.items())]
+    wide = max(16, *map(len, table)) if table else 16
+    lines = [f"  eval {'':<{wide}}{'n':>6}" + "".join(f"{name:>{width(form) + 2}}" for name, form in columns.items())]
     for source, row in table.items():
         cells = (f"{row[c]:>{width(form) + 2}{form[form.index('.') :]}}" if c in row else "-".rjust(width(form) + 2)
                  for c, form in columns.items())  # fmt: skip
-        lines.append(f"  eval {source:<16.16}{row['n']:>6}" + "".join(cells))
-    answers = [
-        (reward, -length, i, j)
-        for i, r in enumerate(rows)
-        for j, (reward, length) in enumerate(zip(r["reward"], r["length"], strict=True))
-    ]
-    for word, (reward, _, i, j) in (("best", max(answers)), ("worst", min(answers))):
-        r = rows[i]
-        tail = printable(r["response"][j][-80:].replace("\n", " "))
-        lines.append(f"  {word:<5} reward {reward:g}, {r['length'][j]} tokens, answer {printable(r['answer'][:30])}: ...{tail}")
-    return lines
+        lines.append(f"  eval {source:<{wide}}{row['n']:>6}" + "".join(cells))
+    return lines + best_and_worst(rows)
 
 
 def write_rollouts(folder, step, rollouts, by_id, tokenizer):

@@ -49,11 +49,16 @@ def read_run(folder):
     path = os.path.join(repo_path(folder), "metrics.jsonl")
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: give folders that train.py wrote")
-    with open(path) as f:
+    with open(path, errors="replace") as f:
+        lines = f.read().split("\n")
+    records = []
+    for i, line in enumerate(lines, 1):
         try:
-            records = [json.loads(line) for line in f]
-        except ValueError:
-            raise UserError(f"{path} has a line that is no JSON: remove that line") from None
+            record = json.loads(line)
+            records.append({"step": record["step"]} | {k: v for k, v in record.items() if isinstance(v, int | float)})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if line and i < len(lines):  # what follows the last line break may be half a line
+                raise UserError(f"{path}, line {i} is no step of a run: remove it") from None
     if not records:
         raise UserError(f"{path} is empty: wait for the run's first evaluation or step")
     return records
@@ -62,11 +67,16 @@ def read_run(folder):
 def by_method(folders):
     """{method: [run, ...]} in the order given. A method is named by its folder, or its whole path if two would be alike."""
     groups = {}
-    for folder in folders:
-        groups.setdefault(re.sub(r"_\d+$", "", os.path.normpath(repo_path(folder))), []).append(read_run(folder))
+    for folder in dict.fromkeys(map(os.path.normpath, map(repo_path, folders))):
+        groups.setdefault(re.sub(r"_\d+$", "", folder), []).append(read_run(folder))
     names = [os.path.basename(path) for path in groups]
     shorten = lambda path, name: name if names.count(name) == 1 else os.path.relpath(path, ROOT)
     return {shorten(path, name): runs for (path, runs), name in zip(groups.items(), names, strict=True)}
+
+
+def plain(name):
+    """A name as matplotlib shows it as it is: between two $ it would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def curve(runs, key):
@@ -83,13 +93,14 @@ def looks(methods):
     rest = [i for i in range(len(COLORS)) if i not in taken] or list(range(len(COLORS)))
     others = [name for name in methods if name not in KNOWN]
     place = {name: KNOWN.index(name) if name in KNOWN else rest[others.index(name) % len(rest)] for name in methods}
-    return {name: (COLORS[i], MARKERS[i]) for name, i in place.items()}
+    turn = lambda name: others.index(name) // len(rest) if name in others else 0  # round again: another marker
+    return {name: (COLORS[i], MARKERS[(i + turn(name)) % len(MARKERS)]) for name, i in place.items()}
 
 
 def draw_panel(axis, methods, scale, metrics):
     """Curves of one or two metrics, the second dashed: of each method the mean, and of the first metric its seeds as thin
     lines in a band."""
-    drawn = False
+    drawn, inside = False, True
     for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
         found = False
         for i, (method, (color, marker)) in enumerate(looks(methods).items()):
@@ -98,8 +109,10 @@ def draw_panel(axis, methods, scale, metrics):
             if not steps:
                 continue
             found = True
-            axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5,
-                      markevery=(i, max(1, len(steps) // 6)), markeredgecolor="white", zorder=3)  # fmt: skip
+            apart = (min(i, len(steps) - 1), max(1, len(steps) // 6))  # the markers of curves that lie on each other
+            axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5, markevery=apart,
+                      markeredgecolor="white", zorder=3)  # fmt: skip
+            inside &= min(low) >= 0 and max(high) <= 1
             if len(runs) > 1 and line == "-":
                 axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
                 for run_ in runs:
@@ -112,7 +125,7 @@ def draw_panel(axis, methods, scale, metrics):
         axis.text(0.5, 0.5, "none of these runs has it", ha="center", va="center", transform=axis.transAxes, color="#555555")
     elif scale == "log":
         axis.set(yscale="log")
-    elif scale == "share":
+    elif scale == "share" and inside:  # a grader of one's own may give other rewards
         axis.set(ylim=(-0.04, 1.04))
     if drawn and any(metrics.values()):
         axis.legend(fontsize=8, frameon=False, loc="best")
@@ -126,10 +139,10 @@ def draw_phases(axis, methods):
     rows = {name: [m for r in runs for m in r if "time/update" in m] for name, runs in methods.items()}
     left = [0.0] * len(names)
     for phase, color in PHASES.items():
-        seconds = [sum(m[f"time/{phase}"] for m in rows[name]) / max(1, len(rows[name])) for name in names]
+        seconds = [sum(m.get(f"time/{phase}", 0.0) for m in rows[name]) / max(1, len(rows[name])) for name in names]
         axis.barh(range(len(names)), seconds, left=left, color=color, edgecolor="#333333", linewidth=0.6, label=phase)
         left = [a + b for a, b in zip(left, seconds, strict=True)]
-    axis.set(yticks=range(len(names)), yticklabels=[name[-18:] for name in names], xlabel="seconds")
+    axis.set(yticks=range(len(names)), yticklabels=[plain(name[-18:]) for name in names], xlabel="seconds")
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0,
                 handlelength=1.2)  # fmt: skip
@@ -150,11 +163,14 @@ def draw(methods, paths, panels, phases=False):
         axes.flat[len(panels)].set_title("a step, by phase", pad=20)
     for axis in list(axes.flat)[count:]:
         axis.remove()
-    keys = [plt.Line2D([], [], color=color, marker=marker, markeredgecolor="white", linewidth=2, label=name)
+    keys = [plt.Line2D([], [], color=color, marker=marker, markeredgecolor="white", linewidth=2, label=plain(name))
             for name, (color, marker) in looks(methods).items()]  # fmt: skip
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(methods), 7), frameon=False)
-    for path in paths:
-        figure.savefig(path, dpi=130)
+    try:
+        for path in paths:
+            figure.savefig(path, dpi=130)
+    except OSError as e:
+        raise UserError(f"--out: {path} cannot be written: {e.strerror}") from None
     plt.close(figure)
 
 
@@ -190,9 +206,11 @@ def trace(argv):
         raise UserError(f"{folder} has no config.json: give a folder that train.py wrote")
     with open(path) as f:
         config = json.load(f)
-    names = os.listdir(os.path.join(folder, "rollouts"))
+    names = os.listdir(rollouts) if os.path.isdir(rollouts := os.path.join(folder, "rollouts")) else []
     steps = sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
     step = options.get("step") or str(max(steps, default=""))
+    if not steps:
+        raise UserError(f"{folder} has no rollouts: train with a rollout_interval")
     if step not in map(str, steps):
         raise UserError(f"{folder} has rollouts of the steps {steps}: choose one of them by --step=N")
     with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
@@ -200,7 +218,7 @@ def trace(argv):
         for r in map(json.loads, f):
             groups.setdefault(str(r["problem"]), []).append(r)
     # The group that has a trace, something to learn, and the least probable token of a teacher.
-    rarest = lambda g: min((logp for r in g for logp in r["teacher_logps"]), default=0.0)
+    rarest = lambda g: min((x for r in g for x in r["teacher_logps"] if math.isfinite(x)), default=0.0)
     tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g), -rarest(g))
     chosen = options.get("problem") or max(groups, key=lambda q: tell(groups[q]))
     if chosen not in groups:
@@ -222,11 +240,9 @@ def write_trace(out, config, folder, step, group):
     rows = []
     for r in group:
         by = "replay" if r["finish_reason"] == "replay" else "teacher" if r["teacher_tokens"] else "policy"
-        logps = [*r["teacher_logps"], *(r["sampler_logps"] if by != "replay" else [])]  # a replay has both, of now and of then
-        if len(logps) != len(r["response_ids"]):
-            raise UserError(
-                f"{folder} has no probabilities of the teacher's tokens in step {step}: they were not trained on then"
-            )
+        # Those of a row that was not trained on are not known. A replay has both, of now and of then.
+        now = r["teacher_logps"] or [math.nan] * r["teacher_tokens"]
+        logps = [*now, *(r["sampler_logps"] if by != "replay" else [])]
         rows.append(
             {
                 "by": by,
@@ -237,12 +253,11 @@ def write_trace(out, config, folder, step, group):
                 "finish": r["finish_reason"],
                 "ids": r["response_ids"],
                 "tokens": token_texts(tokenizer, r["response_ids"]),
-                "p": [float(f"{math.exp(logp):.3g}") for logp in logps],
+                "p": [brief(math.exp(logp)) for logp in logps],
             }
         )
         if by == "replay":  # f is taken of pi / pi_then (ExGRPO)
-            pairs = zip(r["teacher_logps"], r["sampler_logps"], strict=True)
-            rows[-1]["ratio"] = [float(f"{math.exp(now - then):.3g}") for now, then in pairs]
+            rows[-1]["ratio"] = [brief(math.exp(a - b)) for a, b in zip(now, r["sampler_logps"], strict=True)]
     first = group[0]
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
             "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],
@@ -252,12 +267,21 @@ def write_trace(out, config, folder, step, group):
         before, mark, after = f.read().partition("{{data}}")
     if not mark:
         raise UserError("trace.html, the page's template, has no {{data}} any more: git checkout trace.html")
-    with open(out, "w") as f:
+    try:
+        f = open(out, "w")
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written: {e.strerror}") from None
+    with f:
         f.write(before + json.dumps(data, separators=(",", ":")).replace("<", "\\u003c") + after)
 
 
-def shaping_curve(shaping, gamma, n=161):
-    """f and its weight p f'(p) as loss.shape has them, at n values of p from 1e-4 to 1, evenly in log p; of "none" and
+def brief(x, digits=3):
+    """x to a few digits, or None, which JSON can say, for what is not finite."""
+    return float(f"{x:.{digits}g}") if math.isfinite(x) else None
+
+
+def shaping_curve(shaping, gamma, n=361):
+    """f and its weight p f'(p) as loss.shape has them, at n values of p from 1e-12 to 1, evenly in log p; of "none" and
     "luffy" nothing, because the page computes them itself, for any gamma."""
     import torch
 
@@ -265,11 +289,11 @@ def shaping_curve(shaping, gamma, n=161):
 
     if shaping in ("none", "luffy"):
         return None
-    p = torch.logspace(-4, 0, n, dtype=torch.float64).requires_grad_()
+    p = torch.logspace(-12, 0, n, dtype=torch.float64).requires_grad_()
     f = shape(p, shaping, gamma)
     (slope,) = torch.autograd.grad(f.sum(), p)
-    brief = lambda values: [float(f"{v:.4g}") for v in values.tolist()]
-    return {"f": brief(f.detach()), "w": brief(p.detach() * slope)}
+    values = {"f": f.detach(), "w": p.detach() * slope}
+    return {name: [brief(x, 5) for x in tensor.tolist()] for name, tensor in values.items()}
 
 
 def token_texts(tokenizer, ids):
@@ -290,8 +314,9 @@ def table(methods):
     for name, runs in methods.items():
         last = [next((m for m in reversed(r) if "eval/greedy" in m), r[-1]) for r in runs]
         seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
+        steps = ",".join(map(str, dict.fromkeys(m["step"] for m in last)))
         show = lambda key: " ".join(f"{m[key]:.3f}" if key in m else "-" for m in last)  # noqa: B023
-        lines.append(f"{name:<14}{last[0]['step']:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
+        lines.append(f"{name:<14}{steps:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
         for source in sorted({key.split("/", 2)[2] for m in last for key in m if re.match("eval/[^/]+/", key)}):
             cells = [f"{show(f'eval/{kind}/{source}'):<24}" for kind in ("greedy", "avg@k")]
             lines.append(f"  {source:<17}   {''.join(cells)}".rstrip())

@@ -30,7 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from configurator import UserError, die_with_parent, repo_path
+from configurator import UserError, die_with_parent, heartbeat, repo_path
 
 START = 120.0  # seconds a worker may take to import math-verify
 GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one outside
@@ -101,9 +101,11 @@ class Verifier:
     def score(self, responses, answers):
         """list[str], list[str] -> list[Verdict]"""
         verdicts = []
-        for verdict in self.threads.map(self.verdict, responses, answers):
-            verdicts.append(verdict)
-            self.tick()
+        with heartbeat("verifier grades", len(responses)) as show:
+            for verdict in self.threads.map(self.verdict, responses, answers):
+                verdicts.append(verdict)
+                show(len(verdicts))
+                self.tick()
         return verdicts
 
     def verdict(self, response, answer):

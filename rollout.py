@@ -15,16 +15,13 @@ import importlib.util
 import logging
 import os
 import random
-import sys
-import threading
-import time
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from configurator import UserError
+from configurator import UserError, heartbeat
 from data import Rollout, digest
 from model import load_policy, sampling, whole_tensors
 
@@ -58,33 +55,6 @@ def kept_rng():
         torch.set_rng_state(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextlib.contextmanager
-def heartbeat(what, total, every=30.0):
-    """Show on rank 0 how far a long block is: a bar on a terminal, elsewhere a line every so many seconds. Yields a function
-    that takes how many of the total are done."""
-    ended, start, count, bar = threading.Event(), time.time(), [0], sys.stdout.isatty()
-
-    def beat():
-        while not ended.wait(0.2 if bar else every):
-            passed, filled = time.time() - start, 30 * count[0] // max(1, total)
-            if not bar:
-                print(f"  ... {what}: {count[0]} of {total}, {passed:.0f} s", flush=True)
-            elif passed > 1:  # a short block shows nothing
-                print(f"\r  {what} [{'#' * filled:<30}] {count[0]}/{total} {passed:4.0f} s ", end="", flush=True)
-        if bar:
-            print("\r\033[K", end="", flush=True)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    if os.environ.get("RANK", "0") == "0":
-        thread.start()
-    try:
-        yield lambda n: count.__setitem__(0, n)
-    finally:
-        ended.set()
-        if thread.is_alive():
-            thread.join()  # so that nothing is printed into what comes next
 
 
 # ---------------------------------------------------------------- vLLM

@@ -120,7 +120,7 @@ dry_run = False  # print the plan and stop; needs no more than the model's confi
 plan_gpus = 8  # GPUs a dry run plans for
 plan_gib = 80.0  # and the memory of each
 
-from configurator import UserError, configure, provenance, repo_path, require, run
+from configurator import UserError, configure, heartbeat, provenance, repo_path, require, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
@@ -246,7 +246,8 @@ def check_knobs(n_ranks):
                                  ("resume", resume, ("no", "auto", "force")), ("log", log, ("jsonl", "wandb"))):  # fmt: skip
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
-    if log == "wandb" and not importlib.util.find_spec("wandb"):
+    package = importlib.util.find_spec("wandb")  # a folder of that name, as the package leaves behind, is none
+    if log == "wandb" and not (package and package.origin) and not dry_run:
         raise UserError("log='wandb' wants its package: pip install wandb, or leave log out: metrics.jsonl is always written")
     if baseline == "own" and n_teacher == n_rollouts:
         raise UserError(f"baseline='own' wants own samples, but n_teacher={n_teacher} leaves none: set baseline='group'")
@@ -324,20 +325,22 @@ def update(policy, optimizer, micro_batches, max_norm, terms, safe_point):
          sum((b.loss_mask & b.is_teacher).sum().item() for b in micro_batches)]
     )  # fmt: skip
     sums = {}
-    for i, batch in enumerate(micro_batches):
-        safe_point()
-        last = i == len(micro_batches) - 1
-        # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
-        with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
-            logp, entropy, *top1_logp = policy(batch)
-            batch.logp = logp.detach()
-            loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
-            (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
-        found = token_metrics(batch.logp, entropy.detach(), batch, "" if sft_coef else shaping, gamma, clip_low, clip_high)
-        for name, (total, count) in found.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = old[0] + total, old[1] + count
-        sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
+    with heartbeat("update, micro-batches", len(micro_batches)) as show:
+        for i, batch in enumerate(micro_batches):
+            safe_point()
+            show(i)
+            last = i == len(micro_batches) - 1
+            # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
+            with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
+                logp, entropy, *top1_logp = policy(batch)
+                batch.logp = logp.detach()
+                loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
+                (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
+            found = token_metrics(batch.logp, entropy.detach(), batch, "" if sft_coef else shaping, gamma, clip_low, clip_high)
+            for name, (total, count) in found.items():
+                old = sums.get(name, (0, 0))
+                sums[name] = old[0] + total, old[1] + count
+            sums["loss"] = sums.get("loss", (0, 0))[0] + loss.item(), 1 / WORLD
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     safe_point()
@@ -589,7 +592,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         if engine and step and canary_interval and step % canary_interval == 0:
             sync()
             record["mismatch/canary"] = canary(policy, engine, problems[0], n_updates)
-        if held_out and (step in (0, max_steps) or (eval_interval and step % eval_interval == 0)):
+        if held_out and (eval_greedy or eval_k) and (step in (0, max_steps) or (eval_interval and step % eval_interval == 0)):
             record |= evaluation(step)
         unwritten.append(record)
         if write(write_metrics, folder, unwritten):

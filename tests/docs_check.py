@@ -9,6 +9,7 @@ COMMANDS says how each command is run: as it stands, or with a few words replace
 model of the hub; a command that is not there, or is in no page any more, is an error.
 """
 
+import functools
 import glob
 import os
 import re
@@ -101,6 +102,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+PROGRAMS = r"python3?|torchrun|make|pip|rm|source|pytest|bash|sh|git|\./\S+"
 WRITES = ("make toy", "python tests/docs_check.py --fix")
 
 
@@ -126,6 +128,32 @@ def slugs(page):
     return {re.sub(r"[^\w\- ]", "", re.sub(r"[*`]|\]\(.*?\)", "", h)).strip().lower().replace(" ", "-") for h in headings}
 
 
+@functools.cache
+def ignored():
+    """Files that lie here but are no part of the checkout."""
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-oi", "--exclude-standard"], capture_output=True, text=True, check=True
+    )
+    return set(listed.stdout.splitlines())
+
+
+def unreadable():
+    """What this script would not see: links, images and fences that are no plain Markdown: a list of lines."""
+    kinds = {r"<(a|img)\s": "HTML", r"^ *~~~|^ +```": "a fence of another kind", r"^\[[^\]]+\]: ": "a reference link",
+             r"\]\(\S+ [\"']": "a link with a title"}  # fmt: skip
+    found = [(page, name, m) for page in pages() for kind, name in kinds.items() for m in re.finditer(kind, prose(page), re.M)]
+    return [f"{page}: {name} ({m[0]!r}): write plain Markdown" for page, name, m in found]
+
+
+def unknown_knobs():
+    """--knobs in the pages that no script has: a list of lines."""
+    known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout fix".split())
+    for path in ("train.py", "eval.py", "bench.py", "plot.py", "prepare.py", "toy/demo.py", "toy/table.py", "tests/kill.py"):
+        known.update(*re.findall(r"^(\w+) = |\"--([\w-]+)\"|--([\w-]+)=", read(path), re.M))
+    typed = [(page, knob) for page in pages() for knob in re.findall(r"(?<![\w-])--([a-z][\w-]*)", read(page))]
+    return [f"{page}: --{knob} is no knob of any script" for page, knob in typed if knob not in known]
+
+
 def broken_links():
     """Links that lead nowhere, and links to a line ([`words`](file#Ln)) on which the words are not: a list of lines."""
     found = []
@@ -135,12 +163,13 @@ def broken_links():
             if path.startswith("https://"):
                 continue
             file = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
-            if not os.path.exists(os.path.join(ROOT, file)):
+            if not os.path.exists(os.path.join(ROOT, file)) or file in ignored():
                 found.append(f"{page}: [{words}]({target}): there is no {file}")
             elif line := re.fullmatch(r"L(\d+)", anchor):
-                lines, n = read(file).splitlines(), int(line[1])
-                if n > len(lines) or words.strip("`") not in lines[n - 1]:
-                    places = [i for i, text in enumerate(lines, 1) if words.strip("`") in text]
+                places = [i for i, text in enumerate(read(file).splitlines(), 1) if words.strip("`") in text]
+                if len(places) > 1:
+                    found.append(f"{page}: [{words}]({target}): it stands on {places}: take words that stand on one line alone")
+                elif int(line[1]) not in places:
                     hint = f"it stands on {places}: python tests/docs_check.py --fix" if places else "it stands on no line"
                     found.append(f"{page}: [{words}]({target}): {hint}")
             elif anchor and anchor not in slugs(file):
@@ -149,14 +178,14 @@ def broken_links():
 
 
 def fix_lines():
-    """Set the line number of each link whose words stand on one line alone, or else on the first."""
+    """Set the line number of each link whose words stand on one line."""
     for page in pages():
 
         def fixed(match, page=page):
             words, path, n = match.groups()
             lines = read(os.path.normpath(os.path.join(os.path.dirname(page), path))).splitlines()
             places = [i for i, text in enumerate(lines, 1) if words in text]
-            return f"[`{words}`]({path}#L{places[0] if places and int(n) not in places else n})"
+            return f"[`{words}`]({path}#L{places[0] if len(places) == 1 else n})"
 
         old = read(page)
         new = re.sub(r"\[`([^`]+)`\]\(([^)#\s]+)#L(\d+)\)", fixed, old)
@@ -174,7 +203,7 @@ def commands(page):
     text, found = read(page), []
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
         body = re.sub(r" *\\\n *", " ", body)
-        if language == "sh":
+        if language in ("sh", "bash", "shell", "console"):
             body = re.sub(r" +#.*", "", body)
             body = re.sub(
                 r"^for .*?^done", lambda m: re.sub(r"\n *", "; ", m[0]).replace("do; ", "do "), body, flags=re.S | re.M
@@ -183,7 +212,7 @@ def commands(page):
         else:
             found += re.findall(r"^\$ (.+)$", body, re.M)
     inline = re.findall(r"`([^`]+)`", prose(page).replace("\n", " "))
-    return found + [code for code in inline if re.match(r"(python|torchrun|make|pip|rm|source) \S", code)]
+    return found + [code for code in inline if re.match(rf"([A-Z_]+=\S+ )*({PROGRAMS}) \S", code)]
 
 
 def unknown_commands():
@@ -283,7 +312,7 @@ def run_all(folder):
 def main():
     if "--fix" in sys.argv:
         fix_lines()
-    faults = broken_links() + unknown_commands()
+    faults = broken_links() + unreadable() + unknown_commands() + unknown_knobs()
     if not faults and not {"--links", "--fix"} & set(sys.argv):
         with open(os.path.join(ROOT, ".ci", "run")) as f:
             ci = f.read()

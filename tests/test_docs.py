@@ -18,13 +18,15 @@ SHAPES = {
 
 
 def test_links_and_commands():
-    assert docs_check.broken_links() == [] and docs_check.unknown_commands() == []
+    assert (
+        docs_check.broken_links() + docs_check.unreadable() + docs_check.unknown_commands() + docs_check.unknown_knobs() == []
+    )
 
 
 def test_what_is_broken_is_found(monkeypatch):
     page = """# A *page* of `x`, the 2nd
-[a](#a-page-of-x-the-2nd) [b](docs/nothing.md) [c](LICENSE) [d](#no) [`MIT`](LICENSE#L2)
-[`MIT`](LICENSE#L1) [`MIT`](LICENSE#L999) [e](https://example.org)
+[a](#a-page-of-x-the-2nd) [b](docs/nothing.md) [c](LICENSE) [d](#no) [`MIT License`](LICENSE#L2)
+[`MIT License`](LICENSE#L1) [`MIT License`](LICENSE#L999) [e](https://example.org)
 Type `python nothing.py` or `make`.
 ```sh
 for a in 1 2; do
@@ -48,12 +50,19 @@ $ pip install x
         "LICENSE#L2",
         "LICENSE#L999",
     ]
-    assert faults[2].endswith("it stands on [1, 16]: python tests/docs_check.py --fix")
+    assert faults[2].endswith("it stands on [1]: python tests/docs_check.py --fix")
     typed = ["for a in 1 2; do python a.py --x=$a --y; done", "make lunch", "pip install x", "python nothing.py"]
     assert docs_check.commands("README.md") == typed
     faults = docs_check.unknown_commands()
     assert all(any(f"`{command}` is run by nothing" in fault for fault in faults) for command in typed)
     assert any("`make demo` in COMMANDS is in no page any more" in fault for fault in faults)
+    page = "<a href=x>y</a>\n~~~sh\n[a]: b\n[x](LICENSE 'title')\n"
+    page += "`--n_techer=2` `--n_teacher=2` `WANDB_MODE=offline python3 a.py`\n"
+    assert len(docs_check.unreadable()) == 4
+    assert docs_check.unknown_knobs() == ["README.md: --n_techer is no knob of any script"]
+    assert docs_check.commands("README.md") == ["WANDB_MODE=offline python3 a.py"]
+    page = "[`mean`](loss.py#L1) [x](out/y)"
+    assert "take words that stand on one line alone" in docs_check.broken_links()[0]
 
 
 def test_the_memory_table_is_the_plans(script):

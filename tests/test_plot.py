@@ -13,7 +13,7 @@ from test_train import run
 
 from configurator import ROOT, UserError
 from data import load_tokenizer
-from plot import by_method, curve, looks, main, read_run, shaping_curve, table, token_texts, trace, write_trace
+from plot import by_method, curve, draw_panel, looks, main, plt, read_run, shaping_curve, table, token_texts, trace, write_trace
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
 
@@ -75,7 +75,7 @@ def test_every_kind_of_row(script, tmp_path, overlay):
 def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
     """Whatever loss.shape computes, a fork's as well: the page gets f and w = p f'(p)."""
     assert shaping_curve("luffy", 0.1) is None
-    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-4 + i / 40) for i in range(161)]
+    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(361)]
     assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
     assert curve["w"] == pytest.approx([x**0.5 / 2 for x in p], rel=1e-3)
 
@@ -115,10 +115,56 @@ def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", ["plot.py", *argv])
         with pytest.raises(UserError, match=words):
             main()
-    for text, words in (("", "is empty"), ('{"step": 0}\n{"st', "has a line that is no JSON")):
+    whole = '{"step": 0, "x": null}\n'
+    for text, words in (
+        ("", "is empty"),
+        ('{"st', "is empty"),
+        (whole + '{"st\n' + whole, "line 2 is no step of a run"),
+        (whole + "[1]\n", "line 2 is"),
+        (whole + '{"x": 1}\n', "line 2 is"),
+    ):
         (tmp_path / "a_0" / "metrics.jsonl").write_text(text)
         with pytest.raises(UserError, match=words):
             read_run(tmp_path / "a_0")
+    (tmp_path / "a_0" / "metrics.jsonl").write_text(whole + '{"st')  # a run that is not over
+    assert read_run(tmp_path / "a_0") == [{"step": 0}]
+
+
+def test_any_runs_can_be_drawn(tmp_path, monkeypatch):
+    """Ten methods look different; names with a $, rewards beyond 1, one point, seeds of several lengths, keys that lack."""
+    many = [f"m{i}" for i in range(10)]
+    assert len(set(looks(dict.fromkeys(many)).values())) == 10
+    for i, name in enumerate([*many, "lr$^$_0", "lr$^$_1", "fonts 東_0"]):
+        rows = [{"step": step, "reward/own": 3.5 - i, "time/update": 1.0} for step in range(1 + i % 3)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = [str(tmp_path / name) for name in sorted(p.name for p in tmp_path.iterdir())]
+    assert len(by_method([folders[0], folders[0] + "/"])["fonts 東"]) == 1  # the same folder is one seed
+    monkeypatch.setattr("sys.argv", ["plot.py", *folders, f"--out={tmp_path / 'c.svg'}"])
+    main()
+    panel = plt.figure().add_subplot()
+    draw_panel(panel, by_method(folders), "share", {"reward/own": ""})
+    assert panel.get_ylim()[1] > 3 and sum(len(line.get_xdata()) > 0 for line in panel.lines) >= len(many) + 2
+    monkeypatch.setattr("sys.argv", ["plot.py", folders[0], f"--out={tmp_path / 'no' / 'c.png'}"])
+    with pytest.raises(UserError, match="cannot be written"):
+        main()
+
+
+def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
+    """A page all the same: what is not known is null."""
+    shutil.copytree(done, tmp_path / "run")
+    path = tmp_path / "run" / "rollouts" / "step_1.jsonl"
+    rows = [json.loads(line) for line in open(path)]
+    rows[7]["teacher_logps"], rows[0]["sampler_logps"][0] = [], math.nan
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    trace([str(tmp_path / "run"), "--step=1", f"--problem={rows[0]['problem']}", f"--out={tmp_path / 'x.html'}"])
+    shown = data_of((tmp_path / "x.html").read_text())["rows"]
+    assert shown[7]["p"] == [None] * len(shown[7]["ids"]) and shown[0]["p"][0] is None and shown[0]["p"][1] > 0
+    shutil.rmtree(tmp_path / "run" / "rollouts")
+    with pytest.raises(UserError, match="has no rollouts"):
+        trace([str(tmp_path / "run")])
+    with pytest.raises(UserError, match="cannot be written"):
+        trace([str(done), f"--out={tmp_path / 'no' / 'x.html'}"])
 
 
 def test_the_table_has_a_line_for_each_source():

@@ -216,6 +216,20 @@ def test_evaluation_knobs(script, tmp_path):
     assert json.load(open(out / "eval_1.json"))["toy"]["n"] == 30
 
 
+def test_no_evaluation_is_none(script, tmp_path):
+    rows = run(script, tmp_path, "x", "--eval_data=toy/test.parquet", "--eval_greedy=False", "--eval_k=0", "--max_steps=1")
+    assert not [name for row in rows for name in row if name.startswith("eval/")]
+
+
+def test_the_step_lines_columns_stand_still(script):
+    """However long a phase takes and an answer is, whatever a reward: the same columns."""
+    quick = {"step": 3, "reward/own": 0.5, "length/own": 29.0, "time/rollout": 0.25, "time/update": 1.5, "grad_norm": 0.1}
+    slow = {**quick, "step": 499, "reward/own": -0.25, "length/own": 16384.0, "time/rollout": 3120.4, "time/update": 99.99}
+    lines = [script("train", []).step_line(m, 500, eta) for m, eta in ((quick, 65), (slow, 77 * 3600 + 61))]
+    assert len({line.index("ETA") for line in lines}) == 1
+    assert lines[0].endswith("ETA 1:05") and lines[1].endswith("ETA 77:01:01") and "gen   3120 s" in lines[1]
+
+
 def test_each_source_is_a_metric_where_there_are_several(script, tmp_path):
     few = ["config/toy/shaping.py", "--eval_max_problems=5", "--max_steps=1", f"--out_dir={tmp_path / 'x'}"]
     rows = run(script, tmp_path, "x", *few)

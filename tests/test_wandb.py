@@ -1,5 +1,6 @@
 """Weights & Biases, as a user has it: the package, offline."""
 
+import importlib.machinery
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); sys.argv.pop(0); r
 
 def test_its_package_is_asked_for_before_any_work(script, monkeypatch, tmp_path):
     module = script("train", ["--log=wandb", f"--out_dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        module.main()
+    folder = importlib.machinery.ModuleSpec("wandb", None, is_package=True)  # what the package leaves behind where it ran
+    for found in (None, folder):
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, found=found: found)
+        with pytest.raises(UserError, match="pip install wandb"):
+            module.main()
     assert not (tmp_path / "run").exists()
 
 
