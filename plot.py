@@ -110,8 +110,9 @@ def draw_panel(axis, methods, scale, metrics):
                 continue
             found = True
             apart = (min(i, len(steps) - 1), max(1, len(steps) // 6))  # the markers of curves that lie on each other
-            axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5, markevery=apart,
-                      markeredgecolor="white", zorder=3)  # fmt: skip
+            # The first lies above the others, whose markers are larger.
+            axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5 + min(i, 5),
+                      markevery=apart, markeredgecolor="white", zorder=4 - i / 100)  # fmt: skip
             inside &= min(low) >= 0 and max(high) <= 1
             if len(runs) > 1 and line == "-":
                 axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
