@@ -37,6 +37,10 @@ out = ""  # a file to append the result to, as a line of JSON
 from configurator import UserError, configure, provenance, repo_path, require, run
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["peers"]:
+        from peers.compare import main
+
+        sys.exit(run(lambda: main(sys.argv[2:])))
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import torch

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from configurator import UserError, heartbeat
 from data import Rollout, digest
@@ -229,6 +230,31 @@ def kv_cache_bytes(model, max_model_len, max_num_seqs):
 # ---------------------------------------------------------------- torch
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the KV cache with room ahead. transformers' own copies all that it holds for every new token."""
+
+    room = None  # keys and values, (B, H, capacity, D) each; self.keys and self.values are their filled part
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.size(-2)
+        if self.room is None or end > self.room[0].size(-2):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            grown = [x.new_empty(*x.shape[:-2], 2 * end, x.size(-1)) for x in (key_states, value_states)]
+            for new, old in zip(grown, (self.keys, self.values), strict=True):
+                if start:
+                    new[..., :start, :] = old
+            self.room = grown
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None  # those kept are a copy
+
+
 class TorchSampler:
     """Samples from a module: the live policy's, or under FSDP a whole copy that load() fills. max_rows sequences
     at a time, none longer than max_model_len tokens, prompt included."""
@@ -273,11 +299,12 @@ class TorchSampler:
         max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        padded = len(set(map(len, prompts))) > 1
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
         # As many as could be needed, because how many are drawn at once changes what is drawn.
         draw = lambda seed: torch.rand(self.max_model_len, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
-        rows, cache = torch.arange(len(prompts), device=device), None
+        rows, cache = torch.arange(len(prompts), device=device), Cache(layer_class_to_replicate=RoomyLayer)
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
         logps = torch.zeros(len(prompts), max_tokens, device=device)
         lengths = limit.clone()
@@ -285,9 +312,8 @@ class TorchSampler:
         for t in range(max_tokens):
             self.tick()
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.size(1) :]
-            out = self.hf(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                          use_cache=True, logits_to_keep=1)  # fmt: skip
-            cache = out.past_key_values
+            out = self.hf(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions,
+                          past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
             logprobs = (out.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
             if temperature:
                 cdf = logprobs.double().exp().cumsum(-1)

@@ -3,11 +3,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import rollout
 from data import Problem, Rollout, pack
 from model import load_policy
-from rollout import StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
+from rollout import RoomyLayer, StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
 
 
 def policy_logps(policy, prompts, samples):
@@ -276,6 +277,25 @@ def test_partial_traces_leave_room_for_the_rest():
     assert len(rollouts[2].sampler_logps) == 2 and len(set(sampler.seeds)) == 3
     whole = roll_out(sampler, problems, 3, 1, 1.0, 40, 0, 5, 5, teacher_share=1.0)
     assert whole[2].finish_reason == "teacher" and sampler.limits == [40, 40]
+
+
+def test_a_cache_with_room_holds_what_transformers_holds():
+    """Prompts, then token by token, rows leaving in between: the same keys and values, in place until the room is full."""
+    theirs, ours, torch_rng = DynamicLayer(), RoomyLayer(), torch.Generator().manual_seed(0)
+    rows, moved = 5, 0
+    for t in range(40):
+        new = [torch.randn(rows, 2, 7 if t == 0 else 1, 4, generator=torch_rng) for _ in range(2)]
+        before = ours.room
+        for want, got in zip(theirs.update(*new), ours.update(*new), strict=True):
+            assert torch.equal(want, got)
+        moved += ours.room is not before
+        assert ours.get_seq_length() == theirs.get_seq_length() == 7 + t
+        if t in (11, 12, 30):
+            keep = torch.tensor([i for i in range(rows) if i != t % rows])
+            rows -= 1
+            theirs.batch_select_indices(keep)
+            ours.batch_select_indices(keep)
+    assert moved <= 6  # at the first token, after rows left, and when it was full
 
 
 def test_heartbeat_beats(capsys):

@@ -1,0 +1,176 @@
+"""
+A step of ours beside a step of TRL's GRPOTrainer, turn by turn in one run: `python bench.py peers --trl=PYTHON`.
+
+    python -m venv trl && trl/bin/pip install -r requirements-bench.txt        once; nothing here installs anything
+    python bench.py peers --trl=trl/bin/python
+    python bench.py peers --trl=trl/bin/python --shapes=toy --samplers=torch,vllm --repeats=9
+
+The same work: model and data from the same files, prompts, group size, completions of a forced length, reward function,
+AdamW, fp32, threads. TRL has no teacher rows, so ours has none here. TRL samples by transformers' generate: its vLLM
+does not run on a CPU. Its activation checkpointing, on by default, is off, as ours.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.join(ROOT, "peers")
+# ---------------------------------------------------------------- what to compare
+trl = ""  # the python of an environment made from requirements-bench.txt
+shapes = "toy,25m-256,25m-512,152k"  # comma-separated
+samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
+repeats = 5  # timed steps of each side, in turn
+threads = 1  # of each side; one works at a time
+out = ""  # a file to append the results to, as lines of JSON
+
+from configurator import UserError, configure, provenance, repo_path, require
+
+# hidden, intermediate, layers, heads, vocabulary; prompts, completions of each, tokens of a completion
+SHAPES = {
+    "toy": (None, 16, 8, 40),
+    "25m-256": ((512, 1280, 8, 8, 4096), 1, 8, 256),
+    "25m-512": ((512, 1280, 8, 8, 4096), 1, 8, 512),
+    "152k": ((256, 512, 2, 4, 152064), 1, 4, 512),
+}
+
+
+def build(folder, shape):
+    """A random Qwen2 over bytes, its vocabulary filled up, and prompts of 16 tokens, or the toy's own: what a side needs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dimensions, prompts, group, completion = SHAPES[shape]
+    if dimensions is None:
+        model = os.path.join(ROOT, "toy", "base")
+        rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()
+    else:
+        model = os.path.join(folder, "model")
+        build_model(model, *dimensions)
+        prompt = lambda i: [{"role": "user", "content": f"{i * 7919:016d}"}]
+        rows = [{"prompt": prompt(i), "reward_model": {"ground_truth": "1"}} for i in range(64)]
+    rows = [{"data_source": "peers", "prompt": r["prompt"], "reward_model": {"ground_truth": r["reward_model"]["ground_truth"]}}
+            for r in rows]  # fmt: skip
+    parquet, lines = os.path.join(folder, "prompts.parquet"), os.path.join(folder, "prompts.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    with open(lines, "w") as f:
+        f.writelines(json.dumps({"prompt": r["prompt"], "answer": r["reward_model"]["ground_truth"]}) + "\n" for r in rows)
+    return {"folder": folder, "model": model, "parquet": parquet, "jsonl": lines, "prompts": prompts, "group": group,
+            "completion": completion, "micro_tokens": prompts * group * (64 + completion)}  # fmt: skip
+
+
+def build_model(folder, width, intermediate, layers, heads, vocabulary):
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    pieces = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"w{i}" for i in range(vocabulary - len(pieces))]  # which no text has, but the model may write
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    c = Qwen2Config(
+        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=1024,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(c).save_pretrained(folder)
+
+
+class Side:
+    """One of the two, in a process of its own, which works when it is its turn."""
+
+    def __init__(self, name, python, script, spec):
+        self.name, self.log = name, os.path.join(spec["folder"], f"{name}.log")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([python, os.path.join(HERE, script), json.dumps(spec)], env=environment, text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
+
+    def step(self):
+        with contextlib.suppress(BrokenPipeError):
+            print("go", file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            with open(self.log) as f:
+                raise UserError(f"{self.name} ended; its last words:\n" + "".join(f.readlines()[-12:]))
+        return json.loads(line)
+
+    def close(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def spread(values, form="{:.2f}"):
+    """Median, with the least and the most."""
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def compare(shape, sampler):
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {**build(folder, shape), "sampler": sampler}
+        sides = []
+        try:
+            sides.append(Side("ours", sys.executable, "ours.py", spec))
+            sides.append(Side("trl", trl, "with_trl.py", spec))
+            for side in sides:
+                side.step(), side.step()  # first allocations, not counted
+            rows = {side.name: [] for side in sides}
+            for i in range(repeats):
+                for side in sides if i % 2 == 0 else sides[::-1]:
+                    rows[side.name].append(side.step())
+        finally:
+            for side in sides:
+                side.close()
+    n_tokens = spec["prompts"] * spec["group"] * spec["completion"]
+    print(f"\n{shape}: {spec['prompts']} x {spec['group']} completions of {spec['completion']} tokens, ours through {sampler}")
+    print(
+        f"  {'seconds':<8}{'step':<24}{'decode':<24}{'reward':<24}{'update':<24}{'rest':<24}{'tokens/s':>9}{'update MiB':>12}"
+    )
+    for name, steps in rows.items():
+        for s in steps:
+            s["rest"] = s["seconds"] - s["decode"] - s["reward"] - s["update"]
+        cells = "".join(
+            f"{spread([s[key] for s in steps], '{:.3f}'):<24}" for key in ("seconds", "decode", "reward", "update", "rest")
+        )
+        rate = n_tokens / statistics.median(s["seconds"] for s in steps)
+        memory = statistics.median(s["update_bytes"] for s in steps) / 2**20
+        print(f"  {name:<8}{cells}{rate:>9.0f}{memory:>12.0f}")
+    ratios = {key: [b[key] / a[key] for a, b in zip(rows["ours"], rows["trl"], strict=True)]
+              for key in ("seconds", "decode", "update", "update_bytes")}  # fmt: skip
+    print(
+        "  TRL / ours: " + ", ".join(f"{key.replace('_', ' ')} {spread(values)}" for key, values in ratios.items()), flush=True
+    )
+    if out:
+        with open(repo_path(out), "a") as f:
+            f.write(json.dumps({"shape": shape, "sampler": sampler, "threads": threads, **rows, **provenance()}) + "\n")
+
+
+def main(argv):
+    from rollout import wants_vllm
+
+    configure(globals(), argv, __file__)
+    require(globals(), "repeats threads")
+    if unknown := [s for s in shapes.split(",") if s not in SHAPES] + [
+        s for s in samplers.split(",") if s not in ("torch", "vllm")
+    ]:
+        raise UserError(f"{unknown[0]!r}: choose shapes of {', '.join(SHAPES)} and samplers of torch, vllm")
+    if not os.path.isfile(trl):
+        raise UserError(f"--trl={trl!r}: name the python of an environment with TRL (pip install -r requirements-bench.txt)")
+    ask = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('trl', 'torch', 'transformers')), sep=', ')"
+    found = subprocess.run([trl, "-c", ask], capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
+    print(f"{found.stdout.strip()}; {threads} thread(s) each; median (least to most) of {repeats} steps")
+    for shape in shapes.split(","):
+        for sampler in samplers.split(","):
+            if wants_vllm("auto") or sampler == "torch":
+                compare(shape, sampler)

@@ -1,0 +1,91 @@
+"""
+TRL's side of `python bench.py peers`: GRPOTrainer, stopped before each step until it is told to go on. It runs in TRL's own
+environment and imports nothing of ours but turns.py and reward.py.
+
+    PYTHON_OF_TRL peers/with_trl.py SPEC
+"""
+
+import json
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+spec = json.loads(sys.argv[1])
+
+from turns import resident, settle, tell, wait  # isort: skip
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from reward import grade
+
+times = {}
+
+
+class Timed(GRPOTrainer):
+    """Generation, with the reward taken out of it, is what is not the update."""
+
+    def _prepare_inputs(self, batch):
+        start = time.perf_counter()
+        settled = super()._prepare_inputs(batch)
+        times["before_update"] = time.perf_counter() - start
+        times["resident"], _ = resident()
+        assert settled["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
+        return settled
+
+    def _generate_single_turn(self, *a, **k):
+        start = time.perf_counter()
+        result = super()._generate_single_turn(*a, **k)
+        times["decode"] = time.perf_counter() - start
+        return result
+
+    def _calculate_rewards(self, *a, **k):
+        start = time.perf_counter()
+        result = super()._calculate_rewards(*a, **k)
+        times["reward"] = time.perf_counter() - start
+        return result
+
+
+class Turns(TrainerCallback):
+    def on_step_begin(self, *a, **k):
+        wait()
+        settle()
+        times["start"] = time.perf_counter()
+
+    def on_step_end(self, *a, **k):
+        times["end"] = time.perf_counter()
+
+    def on_log(self, *a, **k):  # logging belongs to the step, and comes last
+        seconds = time.perf_counter() - times["start"]
+        tell({"seconds": seconds, "decode": times["decode"], "reward": times["reward"],
+              "update": times["end"] - times["start"] - times["before_update"],
+              "update_bytes": resident()[1] - times["resident"]})  # fmt: skip
+
+
+def main():
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    with open(spec["jsonl"]) as f:
+        rows = [json.loads(line) for line in f]
+    rows = rows * (1 + 10_000 // len(rows))
+    n, batch = spec["completion"], spec["prompts"] * spec["group"]
+    config = GRPOConfig(
+        output_dir=os.path.join(spec["folder"], "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_generations=spec["group"], max_completion_length=n, generation_kwargs={"min_new_tokens": n}, beta=0.0, epsilon=0.2,
+        loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
+        lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, bf16=False,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
+        dataloader_num_workers=0, disable_tqdm=True, optim="adamw_torch", max_steps=10**6,
+    )  # fmt: skip
+    reward = lambda completions, answer, **k: [grade(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
+    reward.__name__ = "reward"
+    Timed(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+          callbacks=[Turns()]).train()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
