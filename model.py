@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from configurator import UserError, die_with_parent, repo_path
 from data import first_line
 
-CHUNK = 2048  # tokens whose logits exist together; 2048 x 152,064 in fp32 is 1.2 GiB, and backward holds five such
+CHUNK = 2048  # tokens whose logits exist together on a GPU; 2048 x 152,064 in fp32 is 1.2 GiB, and there are two such
 
 disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
 
@@ -113,6 +112,58 @@ def sampling(hf):
         hf.train(training)
 
 
+# ---------------------------------------------------------------- the head, a chunk of tokens at a time
+
+
+def chunk_of(hidden):
+    """Tokens whose logits exist together: products of this many fill a GPU, a CPU is busy with an eighth."""
+    return CHUNK if hidden.is_cuda else max(1, CHUNK // 8)
+
+
+def log_probabilities(hidden, weight, temperature):
+    """(n, d), (V, d) -> log-softmax of the logits / temperature: (n, V), fp32 at least; one more such passing."""
+    logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32)).div_(temperature)
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+class Head(torch.autograd.Function):
+    """(n, d), (V, d), (n, k) -> (n, k + 1), fp32 at least: the targets' log-probs, and the entropy.
+
+    Backward computes a chunk's log-probs again and turns them into the logits' gradient where they lie, so that two
+    matrices of vocabulary width exist at a time, and none between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        parts = []
+        for h, t in zip(hidden.split(chunk_of(hidden)), targets.split(chunk_of(hidden)), strict=True):
+            logp = log_probabilities(h, weight, temperature)
+            parts.append(torch.cat([logp.gather(-1, t), -logp.exp().mul_(logp).sum(-1, keepdim=True)], -1))
+        out = torch.cat(parts)
+        ctx.save_for_backward(hidden, weight, targets, out)
+        ctx.temperature = temperature
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, out = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=out.dtype)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_of(hidden)):
+            h, g, g_entropy, entropy = hidden[rows], grad[rows, :-1], grad[rows, -1:], out[rows, -1:]
+            logp = log_probabilities(h, weight, ctx.temperature)
+            p = logp.exp()
+            # With logits z: d log p_t / dz = onehot_t - p, and d entropy / dz = -p (log p + entropy).
+            dz = logp.add_(entropy).mul_(g_entropy).add_(g.sum(-1, keepdim=True)).mul_(p).neg_()
+            del logp, p
+            dz = dz.scatter_add_(-1, targets[rows], g).div_(ctx.temperature).to(weight.dtype)
+            grad_hidden[rows] = dz @ weight
+            if dz.dtype == grad_weight.dtype:
+                grad_weight.addmm_(dz.T, h)
+            else:  # of lower precision, but summed in this one
+                grad_weight += dz.T @ h
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
 # ---------------------------------------------------------------- the policy
 
 
@@ -133,12 +184,11 @@ class Policy(torch.nn.Module):
         targets = batch.input_ids[0, rows, None]
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
-        parts = [
-            checkpoint(self.head, hidden[r - 1], t, use_reentrant=False)
-            for r, t in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
-        ]
+        # Inside forward, because outside it FSDP's head weight is a shard.
+        weight = self.hf.lm_head.weight.to(self.product)
+        found = Head.apply(hidden[rows - 1].to(self.product), weight, targets, self.temperature)
         zeros = 0.0 * hidden[:, 0].float()  # tied to the graph, so that a rank without tokens still runs backward
-        *logps, entropy = (zeros.index_put((rows,), column) for column in torch.cat(parts).unbind(-1))
+        *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
 
     @torch.no_grad()
@@ -147,8 +197,9 @@ class Policy(torch.nn.Module):
         (T,) int; 0 and -1 where loss_mask is False."""
         hidden, rows = self.hidden_states(batch)
         logp, top1 = torch.zeros_like(hidden[:, 0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
-        for r in rows.split(CHUNK):
-            logprobs = self.logprobs(hidden[r - 1])
+        weight = self.hf.lm_head.weight.to(self.product)
+        for r in rows.split(chunk_of(hidden)):
+            logprobs = log_probabilities(hidden[r - 1].to(self.product), weight, self.temperature)
             logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
         return logp, top1
 
@@ -163,17 +214,10 @@ class Policy(torch.nn.Module):
             ).last_hidden_state[0]
         return hidden, batch.loss_mask.nonzero()[:, 0]
 
-    def head(self, hidden, targets):
-        """(n, d), (n, k) -> (n, k + 1): the targets' log-probs, then the entropy; the other way round backward would hold
-        one more matrix of vocabulary width. Recomputed in backward; called inside forward, because outside FSDP's head
-        weight is a shard."""
-        logprobs = self.logprobs(hidden)
-        return torch.cat([logprobs.gather(-1, targets), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)], -1)
-
-    def logprobs(self, hidden):
-        with self.precision(hidden):
-            logits = self.hf.lm_head(hidden)
-        return (logits.float() / self.temperature).log_softmax(-1)
+    @property
+    def product(self):
+        """The dtype of the head's products: autocast's, or under FSDP that of the weights it gathered."""
+        return self.autocast if self.autocast != torch.float32 else self.hf.lm_head.weight.dtype
 
     def precision(self, tensor):
         return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)

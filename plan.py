@@ -47,7 +47,8 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
         gathered, reduced = (n_head + 2 * n_layer) * compute_bytes, max(n_layer, n_head) * 4
     else:  # autocast's copies, of which recomputation keeps the current module's alone
         gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
-    chunk = 5 * min(CHUNK, micro_tokens) * config.vocab_size * 4  # logits, log-softmax, their product and two gradients
+    # Log-probs and probabilities of a chunk of tokens; the head's gradient, and what a chunk adds to it.
+    chunk = 2 * min(CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
     items = {
         "weights, gradients, Adam (fp32)": 16 * n // share,
         "weights in compute precision": gathered,

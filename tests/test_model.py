@@ -70,12 +70,23 @@ def test_packed_sequences_do_not_see_each_other(policy, problems):
 def test_chunks_and_dummy(policy, problems, monkeypatch):
     batch = pack(sequences(problems))
     whole, _ = policy(batch)
-    monkeypatch.setattr(model, "CHUNK", 7)
+    monkeypatch.setattr(model, "CHUNK", 56)
     logp, _ = policy(batch)
     torch.testing.assert_close(logp, whole)
     nothing, _ = policy(pack([]))  # a rank without sequences: zero loss, and a gradient for every parameter
     nothing.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("how", ["logp", "entropy", "both"])
+def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
+    """In double precision, over chunks, for several targets of a token."""
+    monkeypatch.setattr(model, "CHUNK", 16)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (11, 3)))
+    targets = torch.randint(0, 11, (5, 2), generator=g)
+    take = {"logp": slice(0, 2), "entropy": slice(2, 3), "both": slice(0, 3)}[how]
+    torch.autograd.gradcheck(lambda h, w: model.Head.apply(h, w, targets, 0.7)[:, take], (hidden, weight))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -90,19 +101,19 @@ def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
     policy = model.Policy(hf, temperature=0.7)
     ids = torch.randint(2, 151_936, (20,)).tolist()
     batch = pack([(ids[:3], Rollout(0, ids[3:], 0, [0.0] * 17, "stop"))])
-    monkeypatch.setattr(model, "CHUNK", 7)
+    monkeypatch.setattr(model, "CHUNK", 56)  # an eighth on a CPU
     logp, entropy = policy(batch)
     (logp.sum() - 0.3 * entropy.sum()).backward()
     grads = {n: p.grad.clone() for n, p in hf.named_parameters()}
     hf.zero_grad()
     hidden = hf.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False,
                       packing=model.packing_of(batch.cu_seqlens)).last_hidden_state[0]  # fmt: skip
-    logprobs = (hf.lm_head(hidden[2:-1]) / 0.7).log_softmax(-1)
+    logprobs = (hf.lm_head(hidden[2:-1]).double() / 0.7).log_softmax(-1)
     want = logprobs.gather(-1, batch.input_ids[0, 3:, None])[:, 0]
     want_entropy = -(logprobs.exp() * logprobs).sum(-1)
     (want.sum() - 0.3 * want_entropy.sum()).backward()
-    torch.testing.assert_close(logp[3:], want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropy[3:], want_entropy, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logp[3:].double(), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy[3:].double(), want_entropy, rtol=0, atol=1e-5)
     for name, p in hf.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-5)
 
