@@ -53,6 +53,7 @@ COMMANDS = {
     "python train.py config/method/sft_verified.py --out_dir=out/teacher": [],
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp")],
     "python bench.py": [],
+    "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
     # The 7B run.
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
