@@ -149,7 +149,17 @@ def unreadable():
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
     known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout fix".split())
-    for path in ("train.py", "eval.py", "bench.py", "plot.py", "prepare.py", "toy/demo.py", "toy/table.py", "tests/kill.py"):
+    for path in (
+        "train.py",
+        "eval.py",
+        "bench.py",
+        "peers/compare.py",
+        "plot.py",
+        "prepare.py",
+        "toy/demo.py",
+        "toy/table.py",
+        "tests/kill.py",
+    ):
         known.update(*re.findall(r"^(\w+) = |\"--([\w-]+)\"|--([\w-]+)=", read(path), re.M))
     typed = [(page, knob) for page in pages() for knob in re.findall(r"(?<![\w-])--([a-z][\w-]*)", read(page))]
     return [f"{page}: --{knob} is no knob of any script" for page, knob in typed if knob not in known]
