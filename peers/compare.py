@@ -155,8 +155,6 @@ def compare(shape, sampler):
 
 
 def main(argv):
-    from rollout import wants_vllm
-
     configure(globals(), argv, __file__)
     require(globals(), "repeats threads")
     if unknown := [s for s in shapes.split(",") if s not in SHAPES] + [
@@ -170,6 +168,8 @@ def main(argv):
     if found.returncode:
         raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
     print(f"{found.stdout.strip()}; {threads} thread(s) each; median (least to most) of {repeats} steps")
+    from rollout import wants_vllm  # which takes seconds
+
     for shape in shapes.split(","):
         for sampler in samplers.split(","):
             if wants_vllm("auto") or sampler == "torch":
