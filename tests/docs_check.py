@@ -132,9 +132,8 @@ def slugs(page):
 @functools.cache
 def ignored():
     """Files that lie here but are no part of the checkout."""
-    listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-oi", "--exclude-standard"], capture_output=True, text=True, check=True
-    )
+    git = ["git", "-C", ROOT, "ls-files", "-oi", "--exclude-standard"]  # which fails, and says nothing, in a copy without .git
+    listed = subprocess.run(git, capture_output=True, text=True)
     return set(listed.stdout.splitlines())
 
 
