@@ -3,6 +3,7 @@ How fast, and how much memory: update, attention backends, weight sync, rollout,
 
     python bench.py                                                    a tiny shape, on a CPU
     python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
+    python bench.py peers --trl=trl/bin/python                         a step beside TRL's (peers/compare.py)
     torchrun --nproc_per_node=8 bench.py --size=7b --shard=fsdp --tokens=32768 --shortest=2048 --longest=8192
 
 MFU is model FLOPs (6 per weight and token, attention and head included, recomputation not) over the rate of a

@@ -126,8 +126,8 @@ def step_line(m, max_steps, eta):
     """One aligned line; a dash where the method has no such number."""
     show = lambda key, spec: format(m[key], spec) if key in m else "-".rjust(int(spec.split(".")[0]))
     seconds = lambda key: f"{m[key]:6.{2 if m[key] < 100 else 0}f}"
-    minutes, hours = divmod(int(eta), 60)[0], int(eta) // 3600
-    left = f"{hours}:{minutes % 60:02d}:{int(eta) % 60:02d}" if hours else f"{minutes}:{int(eta) % 60:02d}"
+    minutes, rest = divmod(int(eta), 60)
+    left = f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
     return (
         f"step {m['step']:>4}/{max_steps}  reward {show('reward/own', '6.3f')}  teacher {show('reward/teacher', '6.3f')}"
         f"  unsolved {show('groups/none_solved', '5.2f')}  len {show('length/own', '7.1f')}  p {show('teacher/p', '5.3f')}"

@@ -148,9 +148,10 @@ class Head(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, out = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=out.dtype)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_of(hidden)):
-            h, g, g_entropy, entropy = hidden[rows], grad[rows, :-1], grad[rows, -1:], out[rows, -1:]
-            logp = log_probabilities(h, weight, ctx.temperature)
+        for start in range(0, len(hidden), chunk_of(hidden)):
+            rows = slice(start, start + chunk_of(hidden))
+            g, g_entropy, entropy = grad[rows, :-1], grad[rows, -1:], out[rows, -1:]
+            logp = log_probabilities(hidden[rows], weight, ctx.temperature)
             p = logp.exp()
             # With logits z: d log p_t / dz = onehot_t - p, and d entropy / dz = -p (log p + entropy).
             dz = logp.add_(entropy).mul_(g_entropy).add_(g.sum(-1, keepdim=True)).mul_(p).neg_()
@@ -158,9 +159,9 @@ class Head(torch.autograd.Function):
             dz = dz.scatter_add_(-1, targets[rows], g).div_(ctx.temperature).to(weight.dtype)
             grad_hidden[rows] = dz @ weight
             if dz.dtype == grad_weight.dtype:
-                grad_weight.addmm_(dz.T, h)
+                grad_weight.addmm_(dz.T, hidden[rows])
             else:  # of lower precision, but summed in this one
-                grad_weight += dz.T @ h
+                grad_weight += dz.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 

@@ -116,8 +116,8 @@ def draw_panel(axis, methods, scale, metrics):
             inside &= min(low) >= 0 and max(high) <= 1
             if len(runs) > 1 and line == "-":
                 axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-                for run_ in runs:
-                    own = [(m["step"], m[key]) for m in run_ if key in m]
+                for seed in runs:
+                    own = [(m["step"], m[key]) for m in seed if key in m]
                     axis.plot(*zip(*own, strict=True), color=color, alpha=0.45, linewidth=0.7)
         if found and name:
             axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)

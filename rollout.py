@@ -236,7 +236,8 @@ class RoomyLayer(DynamicLayer):
     room = None  # keys and values, (B, H, capacity, D) each; self.keys and self.values are their filled part
 
     def update(self, key_states, value_states, *args, **kwargs):
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.size(-2)
+        start = self.get_seq_length()
+        end = start + key_states.size(-2)
         if self.room is None or end > self.room[0].size(-2):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)

@@ -246,8 +246,8 @@ def check_knobs(n_ranks):
                                  ("resume", resume, ("no", "auto", "force")), ("log", log, ("jsonl", "wandb"))):  # fmt: skip
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
-    package = importlib.util.find_spec("wandb")  # a folder of that name, as the package leaves behind, is none
-    if log == "wandb" and not (package and package.origin) and not dry_run:
+    if log == "wandb" and not dry_run and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        # A folder of that name, as the package leaves behind where it ran, has a spec, but no origin.
         raise UserError("log='wandb' wants its package: pip install wandb, or leave log out: metrics.jsonl is always written")
     if baseline == "own" and n_teacher == n_rollouts:
         raise UserError(f"baseline='own' wants own samples, but n_teacher={n_teacher} leaves none: set baseline='group'")

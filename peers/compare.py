@@ -55,11 +55,9 @@ def build(folder, shape):
         rows = [{"prompt": prompt(i), "reward_model": {"ground_truth": "1"}} for i in range(64)]
     rows = [{"data_source": "peers", "prompt": r["prompt"], "reward_model": {"ground_truth": r["reward_model"]["ground_truth"]}}
             for r in rows]  # fmt: skip
-    parquet, lines = os.path.join(folder, "prompts.parquet"), os.path.join(folder, "prompts.jsonl")
+    parquet = os.path.join(folder, "prompts.parquet")
     pq.write_table(pa.Table.from_pylist(rows), parquet)
-    with open(lines, "w") as f:
-        f.writelines(json.dumps({"prompt": r["prompt"], "answer": r["reward_model"]["ground_truth"]}) + "\n" for r in rows)
-    return {"folder": folder, "model": model, "parquet": parquet, "jsonl": lines, "prompts": prompts, "group": group,
+    return {"folder": folder, "model": model, "parquet": parquet, "prompts": prompts, "group": group,
             "completion": completion, "micro_tokens": prompts * group * (64 + completion)}  # fmt: skip
 
 
@@ -89,7 +87,7 @@ class Side:
 
     def __init__(self, name, python, script, spec):
         self.name, self.log = name, os.path.join(spec["folder"], f"{name}.log")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([python, os.path.join(HERE, script), json.dumps(spec)], env=environment, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
@@ -157,9 +155,8 @@ def compare(shape, sampler):
 def main(argv):
     configure(globals(), argv, __file__)
     require(globals(), "repeats threads")
-    if unknown := [s for s in shapes.split(",") if s not in SHAPES] + [
-        s for s in samplers.split(",") if s not in ("torch", "vllm")
-    ]:
+    unknown = [s for s in shapes.split(",") if s not in SHAPES]
+    if unknown := unknown + [s for s in samplers.split(",") if s not in ("torch", "vllm")]:
         raise UserError(f"{unknown[0]!r}: choose shapes of {', '.join(SHAPES)} and samplers of torch, vllm")
     if not os.path.isfile(trl):
         raise UserError(f"--trl={trl!r}: name the python of an environment with TRL (pip install -r requirements-bench.txt)")

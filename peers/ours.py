@@ -4,41 +4,32 @@ Our side of `python bench.py peers`: train.py itself, stopped before each step u
     python peers/ours.py SPEC          SPEC: JSON, as peers/compare.py writes it
 """
 
-import importlib.util
 import json
 import os
 import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "peers")]
-spec = json.loads(sys.argv[1])
+sys.path.insert(0, ROOT)
 
-from turns import settle, tell, wait
+from turns import resident, settle, tell, wait
 
-
-def load_train(argv):
-    """train.py as a module, its knobs set as the command line would."""
-    from configurator import configure
-
-    found = importlib.util.spec_from_file_location("train", os.path.join(ROOT, "train.py"))
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    module.config = configure(vars(module), argv, found.origin)
-    return module
+import train
+from configurator import configure
 
 
 def main():
+    spec = json.loads(sys.argv[1])
     n = spec["completion"]
-    train = load_train([
+    train.config = configure(vars(train), [
         f"--model={spec['model']}", f"--data={spec['parquet']}", "--eval_data=", f"--out_dir={spec['folder']}/ours",
         f"--sampler={spec['sampler']}", f"--n_rollouts={spec['group']}", "--n_teacher=0",
         f"--prompts_per_step={spec['prompts']}", f"--max_tokens={n}", f"--max_teacher_tokens={n}", "--max_prompt_tokens=64",
         "--clip_low=0.2", "--clip_high=0.2",
-        f"--loss_constant={spec['prompts'] * spec['group'] * n}", "--require_think=False", f"--grader={ROOT}/peers/reward.py",
+        f"--loss_constant={spec['prompts'] * spec['group'] * n}", "--require_think=False", f"--grader={ROOT}/peers/parity.py",
         f"--max_steps={10**6}", "--learning_rate=1e-6", "--warmup_steps=0", f"--micro_tokens={spec['micro_tokens']}",
         "--reward_workers=1", "--canary_interval=0",
-    ])  # fmt: skip
+    ], train.__file__)  # fmt: skip
     # Both sides decode the same number of tokens: nothing that is sampled ends a completion.
     real_torch, real_vllm = train.TorchSampler, train.VLLMSampler
     train.TorchSampler = lambda hf, eos, length: real_torch(hf, -1, length)
@@ -64,9 +55,8 @@ def main():
         if start is not None:
             seconds, m = time.perf_counter() - start, records[-1]
             assert m["length/own"] == n and m["own/truncated"] == 1, m
-            update = (m["memory/update"] - start_memory) * 2**30
             tell({"seconds": seconds, "decode": m["time/sync"] + m["time/rollout"], "reward": m["time/reward"],
-                  "update": m["time/update"], "update_bytes": update})  # fmt: skip
+                  "update": m["time/update"], "update_bytes": m["memory/update"] * 2**30 - at_start})  # fmt: skip
         wait()
         settle()
         start = time.perf_counter()
@@ -74,14 +64,13 @@ def main():
 
     train.write_metrics, train.reseed = write_metrics, reseed
     # The update's memory over what is there as it begins.
-    real_begin, start_memory = train.Phases.begin, 0.0
+    real_begin, at_start = train.Phases.begin, 0
 
     def begin(phases, name):
-        nonlocal start_memory
+        nonlocal at_start
         real_begin(phases, name)
         if name == "update":
-            with open("/proc/self/statm") as f:
-                start_memory = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+            at_start, _ = resident()
 
     train.Phases.begin = begin
     train.main()

@@ -1,6 +1,6 @@
 """
 TRL's side of `python bench.py peers`: GRPOTrainer, stopped before each step until it is told to go on. It runs in TRL's own
-environment and imports nothing of ours but turns.py and reward.py.
+environment and imports nothing of ours but turns.py and parity.py.
 
     PYTHON_OF_TRL peers/with_trl.py SPEC
 """
@@ -10,19 +10,16 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-spec = json.loads(sys.argv[1])
+from turns import resident, settle, tell, wait  # isort: skip, it takes stdout before the libraries print
 
-from turns import resident, settle, tell, wait  # isort: skip
-
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from parity import grade
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from reward import grade
-
-times = {}
+spec, times = json.loads(sys.argv[1]), {}
 
 
 class Timed(GRPOTrainer):
@@ -30,11 +27,11 @@ class Timed(GRPOTrainer):
 
     def _prepare_inputs(self, batch):
         start = time.perf_counter()
-        settled = super()._prepare_inputs(batch)
+        inputs = super()._prepare_inputs(batch)
         times["before_update"] = time.perf_counter() - start
         times["resident"], _ = resident()
-        assert settled["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
-        return settled
+        assert inputs["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
+        return inputs
 
     def _generate_single_turn(self, *a, **k):
         start = time.perf_counter()
@@ -69,9 +66,9 @@ def main():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    with open(spec["jsonl"]) as f:
-        rows = [json.loads(line) for line in f]
-    rows = rows * (1 + 10_000 // len(rows))
+    rows = [
+        {"prompt": r["prompt"], "answer": r["reward_model"]["ground_truth"]} for r in pq.read_table(spec["parquet"]).to_pylist()
+    ]
     n, batch = spec["completion"], spec["prompts"] * spec["group"]
     config = GRPOConfig(
         output_dir=os.path.join(spec["folder"], "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,

@@ -1,6 +1,5 @@
 """What tests/docs_check.py says of the pages, and that it would notice."""
 
-import json
 import re
 
 import docs_check
@@ -93,5 +92,4 @@ def test_the_ablation_is_ten_lines():
     added = [line for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
     files = re.findall(r"^```python\n# .*?\n(.*?)^```", page, re.S | re.M)
     overlay, test = ([line for line in file.splitlines() if line and not line.startswith(("import", "from"))] for file in files)
-    assert len(added) + len(overlay) + len(test) <= 10
-    assert json.dumps(added)  # there are some
+    assert added and overlay and test and len(added) + len(overlay) + len(test) <= 10
