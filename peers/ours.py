@@ -32,7 +32,7 @@ def main():
     ], train.__file__)  # fmt: skip
     # Both sides decode the same number of tokens: nothing that is sampled ends a completion.
     real_torch, real_vllm = train.TorchSampler, train.VLLMSampler
-    train.TorchSampler = lambda hf, eos, length: real_torch(hf, -1, length)
+    train.TorchSampler = lambda config, eos, length, dtype: real_torch(config, -1, length, dtype)
 
     def endless(*arguments):
         engine = real_vllm(*arguments)

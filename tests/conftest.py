@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from configurator import ROOT, configure
 from data import load_problems, load_tokenizer
 from model import load_policy
-from rollout import VLLMSampler
+from rollout import TorchSampler, VLLMSampler
 
 BASE = os.path.join(ROOT, "toy", "base")
 TRAIN = os.path.join(ROOT, "toy", "train.parquet")
@@ -40,6 +40,14 @@ def engine(tokenizer):
     """The real engine, fp32, on this machine's CPU. Its start takes seconds, so all tests share it."""
     pytest.importorskip("vllm")
     return VLLMSampler(BASE, tokenizer.eos_token_id, max_model_len=256)
+
+
+@pytest.fixture
+def torch_sampler(policy, tokenizer):
+    """The other sampler, with the policy's weights as they are, stamped 0."""
+    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler.load(policy.hf, 0)
+    return sampler
 
 
 def load_script(name, argv):

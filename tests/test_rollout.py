@@ -3,12 +3,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
 
 import rollout
 from data import Problem, Rollout, pack
 from model import load_policy
-from rollout import RoomyLayer, StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
+from rollout import StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
 
 
 def policy_logps(policy, prompts, samples):
@@ -33,17 +32,16 @@ def test_request_seeds_are_fixed_and_far_apart():
     assert len(seeds) == 3 * 9 * 40 * 8 and all(0 <= s < 2**63 for s in seeds)
 
 
-def test_torch_sampler_logps_are_the_policys(policy, tokenizer, problems):
-    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128, max_rows=5)
+def test_torch_sampler_logps_are_the_policys(policy, torch_sampler, problems):
+    torch_sampler.max_rows = 5
     prompts = [p.prompt_ids[i % 3 :] for i, p in enumerate(problems[:12])]  # uneven lengths: left padding
-    samples = sampler.generate(prompts, list(range(12)), 1.0, 40, 0)
+    samples = torch_sampler.generate(prompts, list(range(12)), 1.0, 40, 0)
     trainer, own = policy_logps(policy, prompts, samples)
     torch.testing.assert_close(own, trainer, rtol=0, atol=1e-4)
-    assert policy.hf.config._attn_implementation == "packed_sdpa"
 
 
-def test_torch_sample_depends_on_its_seed_alone(policy, tokenizer, problems):
-    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+def test_torch_sample_depends_on_its_seed_alone(torch_sampler, problems):
+    sampler = torch_sampler
     prompts, seeds = [p.prompt_ids for p in problems[:8]], list(range(8))
     together = sampler.generate(prompts, seeds, 1.0, 40, 0)
     alone = [sampler.generate([p], [s], 1.0, 40, 0)[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -52,11 +50,13 @@ def test_torch_sample_depends_on_its_seed_alone(policy, tokenizer, problems):
 
 
 def test_torch_sampler_stops(policy, tokenizer, problems):
-    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, max_model_len=len(problems[0].prompt_ids) + 4)
+    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, max_model_len=len(problems[0].prompt_ids) + 4)
+    sampler.load(policy.hf, 0)
     assert [s.finish_reason for s in sampler.generate([problems[0].prompt_ids], [0], 0.0, 3, 0)] == ["length"]
     (s,) = sampler.generate([problems[0].prompt_ids], [0], 0.0, 40, 0)
     assert len(s.ids) == 4 and s.finish_reason == "length"
     sampler.max_model_len = 128
+    sampler.load(policy.hf, 0)
     (s,) = sampler.generate([problems[0].prompt_ids], [0], 0.0, 40, 0)
     assert s.ids[-1] == tokenizer.eos_token_id and s.finish_reason == "stop"
 
@@ -68,9 +68,9 @@ def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, requ
     perturb(policy, 0, 0.5)
     if kind == "vllm":
         sampler = request.getfixturevalue("engine")
-        sampler.load(policy.hf, "chi")
     else:
-        sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+        sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler.load(policy.hf, "chi")
     samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
     with torch.no_grad():
         p = (
@@ -122,13 +122,14 @@ def test_stale_engine_is_caught(policy, engine, problems):
     assert engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 41)  # and is none the worse
 
 
-def test_engine_and_torch_agree_greedily(policy, engine, tokenizer, problems):
+def test_engine_and_torch_agree_greedily(policy, engine, torch_sampler, problems):
     """Greedy tokens are identical wherever the trainer's two best are more than 1e-4 apart."""
     perturb(policy, 7)
     engine.load(policy.hf, "greedy")
     prompts = [p.prompt_ids for p in problems[:64]]
     a = engine.generate(prompts, [0] * 64, 0.0, 40, "greedy")
-    b = TorchSampler(policy.hf, tokenizer.eos_token_id, 128).generate(prompts, [0] * 64, 0.0, 40, "greedy")
+    torch_sampler.load(policy.hf, "greedy")
+    b = torch_sampler.generate(prompts, [0] * 64, 0.0, 40, "greedy")
     assert sum(x.ids == y.ids for x, y in zip(a, b, strict=True)) >= 60  # a tie is rare
     for prompt, x, y in zip(prompts, a, b, strict=True):
         for i, (s, t) in enumerate(zip(x.ids, y.ids, strict=False)):
@@ -277,25 +278,6 @@ def test_partial_traces_leave_room_for_the_rest():
     assert len(rollouts[2].sampler_logps) == 2 and len(set(sampler.seeds)) == 3
     whole = roll_out(sampler, problems, 3, 1, 1.0, 40, 0, 5, 5, teacher_share=1.0)
     assert whole[2].finish_reason == "teacher" and sampler.limits == [40, 40]
-
-
-def test_a_cache_with_room_holds_what_transformers_holds():
-    """Prompts, then token by token, rows leaving in between: the same keys and values, in place until the room is full."""
-    theirs, ours, torch_rng = DynamicLayer(), RoomyLayer(), torch.Generator().manual_seed(0)
-    rows, moved = 5, 0
-    for t in range(40):
-        new = [torch.randn(rows, 2, 7 if t == 0 else 1, 4, generator=torch_rng) for _ in range(2)]
-        before = ours.room
-        for want, got in zip(theirs.update(*new), ours.update(*new), strict=True):
-            assert torch.equal(want, got)
-        moved += ours.room is not before
-        assert ours.get_seq_length() == theirs.get_seq_length() == 7 + t
-        if t in (11, 12, 30):
-            keep = torch.tensor([i for i in range(rows) if i != t % rows])
-            rows -= 1
-            theirs.batch_select_indices(keep)
-            ours.batch_select_indices(keep)
-    assert moved <= 6  # at the first token, after rows left, and when it was full
 
 
 def test_heartbeat_beats(capsys):

@@ -33,7 +33,8 @@ def accuracy(base, k, step, n, temperature, given=0):
     """Share of answers that are right, after the first `given` characters of the trace; one is one token there."""
     policy, tokenizer = base
     pairs = [build.encode(tokenizer, *pair) for pair in zip(*drawn(k, n, step), strict=True)]
-    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler.load(policy.hf, 0)
     prompts = [prompt + trace[:given] for prompt, trace in pairs]
     samples = sampler.generate(prompts, [request_seed(k, i) for i in range(n)], temperature, 44, 0)
     boxed = 5  # \boxed{ d d } <eos>

@@ -16,7 +16,8 @@ def accuracy(policy, tokenizer, k, n, temperature):
     rng = random.Random(100 + k)
     problems = [build.sample_numbers(rng, k) for _ in range(n)]
     prompts = [build.encode(tokenizer, p, "")[0] for p in problems]
-    sampler = TorchSampler(policy.hf, tokenizer.eos_token_id, 128)
+    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler.load(policy.hf, 0)
     samples = sampler.generate(prompts, [request_seed(k, i) for i in range(n)], temperature, 40, 0)
     right = [
         tokenizer.decode(s.ids).endswith(f"\\boxed{{{build.running_totals(p)[-1]:02d}}}<eos>")

@@ -72,14 +72,12 @@ def final(folder, step=60):
 def kept_skill(folder):
     """Greedy accuracy on two numbers, which every base starts with at 1.0."""
     from build import greedy_accuracy
+    from transformers import AutoModelForCausalLM
 
     from data import load_tokenizer
-    from model import load_policy, sampling
 
     checkpoint = os.path.join(folder, "ckpt_60")
-    hf = load_policy(checkpoint).hf
-    with sampling(hf):
-        return greedy_accuracy(hf, load_tokenizer(checkpoint), 2)
+    return greedy_accuracy(AutoModelForCausalLM.from_pretrained(checkpoint), load_tokenizer(checkpoint), 2)
 
 
 def by_source(folder, step):
@@ -119,14 +117,14 @@ def markdown(out, seeds):
 def fork_probability(checkpoint):
     """What a policy gives the fork token `*`, as a hard problem's first: the mean over the shaping world's held-out ones."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     from data import load_problems, load_tokenizer
-    from model import load_policy, sampling
 
-    tokenizer, hf = load_tokenizer(checkpoint), load_policy(checkpoint).hf
+    tokenizer, hf = load_tokenizer(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)
     problems = load_problems(os.path.join(ROOT, "toy", "shaping", "test.parquet"), tokenizer, log=lambda line: None)
     ids = torch.tensor([p.prompt_ids for p in problems if p.source == "hard"])
-    with sampling(hf), torch.no_grad():
+    with torch.no_grad():
         return hf(ids).logits[:, -1].softmax(-1)[:, tokenizer.convert_tokens_to_ids("*")].mean().item()
 
 

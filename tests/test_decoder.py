@@ -1,0 +1,92 @@
+"""The torch sampler's forward pass is transformers', for every family that it says it computes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from configurator import UserError
+from decoder import Decoder
+from rollout import StaleWeights, TorchSampler
+
+SHAPE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=50, max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)  # fmt: skip
+MODELS = {
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SHAPE, rope_parameters=LLAMA3, rms_norm_eps=1e-5),
+    "llama, biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
+    "one head for all": Qwen2Config(**{**SHAPE, "num_key_value_heads": 1}),
+    "a head each": Qwen2Config(**{**SHAPE, "num_key_value_heads": 4}),
+}
+
+
+def build(config):
+    """Random weights, none of which is an identity that could hide."""
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            p.add_(0.2 * torch.randn(p.shape) if "norm" in name or "bias" in name else 0.1 * torch.randn(p.shape))
+    return hf.eval()
+
+
+@torch.no_grad()
+def theirs(hf, ids):
+    return hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_have_transformers_log_probs(name):
+    """Prompts of several lengths, some of them twice; answers of several, so that rows leave and the cache grows."""
+    hf, g = build(MODELS[name]), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 50, (n,), generator=g).tolist() for n in (3, 9, 1, 9, 14)]
+    prompts += [prompts[1], prompts[1], prompts[2]]
+    sampler = TorchSampler(hf.config, 1, 100)
+    sampler.load(hf, "now")
+    for temperature in (0.7, 0.0):
+        samples = sampler.generate(prompts, list(range(8)), temperature, [40, 3, 60, 9, 30, 60, 2, 5], "now")
+        assert len({len(s.ids) for s in samples}) > 3
+        for prompt, s in zip(prompts, samples, strict=True):
+            rows = theirs(hf, prompt + s.ids)[len(prompt) - 1 : -1]
+            logps = (rows / (temperature or 1.0)).log_softmax(-1)
+            wanted = logps[range(len(s.ids)), s.ids]
+            torch.testing.assert_close(torch.tensor(s.logps), wanted, rtol=0, atol=2e-5)
+            if not temperature:
+                assert torch.all(wanted > logps.max(-1).values - 2e-5)
+
+
+def test_it_keeps_the_weights_it_took():
+    """Weights that change afterwards are the trainer's alone, and of no use until they are loaded."""
+    hf = build(MODELS["qwen2"])
+    sampler = TorchSampler(hf.config, 1, 60)
+    sampler.load(hf, 1)
+    before = sampler.generate([[5, 6]], [0], 1.0, 20, 1)
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.mul_(1.5)
+    assert sampler.generate([[5, 6]], [0], 1.0, 20, 1) == before
+    with pytest.raises(StaleWeights, match="stamped 1, not 2"):
+        sampler.generate([[5, 6]], [0], 1.0, 20, 2)
+    sampler.load(hf, 2)
+    assert sampler.generate([[5, 6]], [0], 1.0, 20, 2) != before
+
+
+def test_half_precision_stays_close():
+    hf = build(MODELS["qwen3"])
+    exact, half = (TorchSampler(hf.config, 1, 60, dtype) for dtype in ("float32", "bfloat16"))
+    (a,), (b,) = ((s.load(hf, 0), s.generate([[5, 6, 7]], [0], 1.0, 20, 0))[1] for s in (exact, half))
+    n = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), len(a.ids))
+    assert n and max(abs(x - y) for x, y in zip(a.logps[:n], b.logps[:n], strict=True)) < 0.2
+
+
+SLIDING = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=0)
+
+
+@pytest.mark.parametrize("config", [GemmaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=16), SLIDING,
+                                    LlamaConfig(**SHAPE, hidden_act="gelu")])  # fmt: skip
+def test_what_it_does_not_compute_is_refused(config):
+    with pytest.raises(UserError, match="the torch sampler computes llama, mistral, qwen2, qwen3 .* install vLLM"):
+        Decoder(config)
