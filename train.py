@@ -468,6 +468,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     n_skipped = 0  # updates skipped in a row
     saved = None  # the step whose end is saved
     unwritten = []  # lines of metrics.jsonl that the disk refused
+    at_verifier = []  # (rollout, the verifier's handle) of this step
     if begun:
         done, stood, tail, n_updates, n_skipped = (begun[k] for k in ("step", "order", "tail", "n_updates", "n_skipped"))
         print0(f"going on after step {done}: {found}")
@@ -584,6 +585,11 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
             record["relift/waiting"] = len(failed.queue)
         return record
 
+    def grade(rollout):
+        """Hand a rollout that is whole to the verifier."""
+        text = response_text(tokenizer, rollout.response_ids)
+        at_verifier.append((rollout, verifier.submit(text, by_id[rollout.problem].answer)))
+
     def finish(step):
         """What follows a step's updates, and step 0: canary, evaluation, its line in metrics.jsonl."""
         nonlocal tail
@@ -628,14 +634,14 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
         share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
         with guard.interruptible():
             rollouts = roll_out(engine, mine(batch), n_rollouts, n_teacher, temperature, max_tokens, seed, step, n_updates,
-                                share, replays)  # fmt: skip
+                                share, replays, grade)  # fmt: skip
             if engine:
                 engine.sleep()
-            # 3. Reward: the verifier grades samples and traces alike.
+            # 3. Reward: the verifier grades samples and traces alike, most of them while others are still sampled.
             phases.begin("reward")
-            texts = [response_text(tokenizer, r.response_ids) for r in rollouts]
-            for r, v in zip(rollouts, verifier.score(texts, [by_id[r.problem].answer for r in rollouts]), strict=True):
+            for (r, _), v in zip(at_verifier, verifier.collect([handle for _, handle in at_verifier]), strict=True):
                 r.reward, r.reason = v.reward, v.reason
+            at_verifier.clear()
         place = {p.id: i for i, p in enumerate(batch)}  # from here every rank knows the whole batch
         rollouts = sorted(gather_engines(rollouts), key=lambda r: place[r.problem])
         phases.begin("update")

@@ -61,6 +61,31 @@ def test_torch_sampler_stops(policy, tokenizer, problems):
     assert s.ids[-1] == tokenizer.eos_token_id and s.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("kind", ["torch_sampler", "engine"])
+def test_samples_are_handed_over_as_they_end(kind, policy, problems, request, monkeypatch):
+    """Each once, by the number of its prompt, and not when the last one ends."""
+    sampler = request.getfixturevalue(kind)
+    sampler.load(policy.hf, "as they end")
+    steps, ended = 0, {}
+
+    def tick():
+        nonlocal steps
+        steps += 1
+
+    def done(i, sample):
+        assert i not in ended
+        ended[i] = sample, steps
+
+    monkeypatch.setattr(sampler, "tick", tick)
+    for _ in range(2):  # vLLM numbers its requests from its birth
+        steps, ended = 0, {}
+        prompts, limits = [p.prompt_ids[i:] for i, p in enumerate(problems[:6])], [3, 9, 4, 4, 1, 6]
+        samples = sampler.generate(prompts, list(range(6)), 1.0, limits, "as they end", done)
+        assert [ended[i][0] for i in range(6)] == samples
+        assert [len(s.ids) for s in samples] == [min(n, ended[i][1]) for i, n in enumerate(limits)]
+        assert [ended[i][1] for i in range(6)] == [len(s.ids) for s in samples]  # in the very step of its last token
+
+
 @pytest.mark.parametrize("kind", ["torch", "vllm"])
 def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, request):
     """First-token frequencies of 2,000 samples against the softmax, at T = 1.5: chi-square, p = 1e-4."""
@@ -247,15 +272,24 @@ def test_order_of_waking_and_loading(policy, problems):
 class Scripted:
     """A sampler whose samples name their seed; it records what it was asked for."""
 
-    def generate(self, prompts, seeds, temperature, max_tokens, stamp):
+    def generate(self, prompts, seeds, temperature, max_tokens, stamp, done):
         self.prompts, self.seeds, self.limits = prompts, seeds, max_tokens
-        return [rollout.Sample([p[0], s % 7], [0.0, 0.0], "stop") for p, s in zip(prompts, seeds, strict=True)]
+        for i in reversed(range(len(prompts))):  # the last one ends first
+            done(i, rollout.Sample([prompts[i][0], seeds[i] % 7], [0.0, 0.0], "stop"))
 
 
 def test_groups_of_seven_and_one():
     problems = [Problem(10, [3], "1", [[8, 1], [9, 1]], ""), Problem(11, [4], "2", [], "")]
-    sampler = Scripted()
-    rollouts = roll_out(sampler, problems, 8, 1, 1.0, 40, seed=0, step=5, stamp=5)
+    sampler, whole = Scripted(), []
+    rollouts = roll_out(
+        sampler, problems, 8, 1, 1.0, 40, seed=0, step=5, stamp=5, done=lambda r: whole.append((r, list(r.response_ids)))
+    )
+    assert [r for r, _ in whole] == [
+        rollouts[7],
+        *rollouts[8:][::-1],
+        *rollouts[:7][::-1],
+    ]  # a trace at once, samples as they end
+    assert all(r.response_ids == ids != [] for r, ids in whole)
     assert [r.problem for r in rollouts] == [10] * 8 + [11] * 8
     assert [r.n_teacher_tokens for r in rollouts] == [0] * 7 + [2] + [0] * 8  # no trace: eight own samples
     assert rollouts[7].response_ids == [8, 1] and rollouts[7].sampler_logps == []

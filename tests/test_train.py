@@ -293,10 +293,10 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, dr
                               "--save_interval=1"])  # fmt: skip
 
     class Drifting(module.TorchSampler):
-        def generate(self, prompts, *rest):
-            samples = super().generate(prompts, *rest)
+        def decode(self, prompts, *rest):
             off = drift if len(prompts) > 1 and self.stamp >= 2 else 0.0  # from step 3 on
-            return [s._replace(logps=[x + off for x in s.logps]) for s in samples]
+            for i, s in super().decode(prompts, *rest):
+                yield i, s._replace(logps=[x + off for x in s.logps])
 
     module.TorchSampler = Drifting
     with pytest.raises(RuntimeError, match=f"disagree by {words} in mean .* over a batch, canary_limit is 0.001"):
