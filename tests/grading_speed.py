@@ -1,0 +1,59 @@
+"""
+How many answers a second the verifier grades: a mix, a kind at a time and all in turn.
+
+    python tests/grading_speed.py [WORKERS [ANSWERS]]          2 and 2000
+
+Answers come in groups of eight to a question, each behind a thought. Half of them are wrong; no two wrong ones and no two
+questions are the same.
+"""
+
+import os
+import random
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from reward import Verifier
+
+MIX = {  # kind: (ground truth, the same written otherwise, a wrong one), from two different numbers
+    "integers": lambda a, b: (f"{a}", f"{a}", f"{b}"),
+    "fractions": lambda a, b: (f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{3 * a}}}{{{3 * b}}}", f"\\frac{{{b}}}{{{a}}}"),
+    "radicals": lambda a, b: (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}", f"{b}\\sqrt{{{a}}}"),
+    "intervals": lambda a, b: (f"[{-a}, {b})", f"[{-a},{b})", f"({-a}, {b})"),
+    "text": lambda a, b: (f"\\text{{case {a}}}", f"\\text{{case {a}}}", f"\\text{{case {b}}}"),
+}
+MATH_500 = {"integers": 313, "fractions": 62, "radicals": 23, "intervals": 19, "text": 9}  # of its 500 ground truths
+
+
+def pairs(kind, n):
+    """n of (response, ground truth)."""
+    rng, rows = random.Random(kind), []
+    for i in range(n):
+        if i % 8 == 0:
+            a = rng.randrange(2, 1000)
+        b = rng.randrange(1001, 10**4)
+        gold, right, _ = MIX[kind](a, a + 1)
+        wrong = MIX[kind](b, a)[0]
+        thought = f"We try {b}, and then {a}: " + "so it must be that, as was to be shown. " * 20
+        rows.append((f"{thought}</think>\nThe answer is $\\boxed{{{wrong if i % 2 else right}}}$.", gold))
+    return rows
+
+
+def main(workers=2, n=2000):
+    print(f"{workers} workers")
+    kinds = {kind: pairs(kind, n) for kind in MIX}
+    equal = [row for rows in zip(*(rows[: n // len(MIX)] for rows in kinds.values()), strict=True) for row in rows]
+    shared = [row for kind, share in MATH_500.items() for row in kinds[kind][: n * share // sum(MATH_500.values())]]
+    random.Random(0).shuffle(shared)
+    with Verifier(workers) as verifier:
+        verifier.score(*zip(*[("</think>$x^2$", "x^2")] * 20 * workers, strict=True))  # they start, and import
+        for name, rows in {**kinds, "as many of each": equal, "as in MATH-500": shared}.items():
+            start = time.perf_counter()
+            verdicts = verifier.score(*zip(*rows, strict=True))
+            rate = len(rows) / (time.perf_counter() - start)
+            right = sum(v.reward for v in verdicts) / len(rows)
+            print(f"{name:<16} {len(rows):5} answers, {right:.0%} right: {rate:6.0f} a second", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
