@@ -41,24 +41,29 @@ SHAPES = {
 
 def build(folder, shape):
     """A random Qwen2 over bytes, its vocabulary filled up, and prompts of 16 tokens, or the toy's own: what a side needs."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     dimensions, prompts, group, completion = SHAPES[shape]
     if dimensions is None:
         model = os.path.join(ROOT, "toy", "base")
         rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()
+        parquet = write_prompts(folder, [r["prompt"][0]["content"] for r in rows])
     else:
-        model = os.path.join(folder, "model")
+        model, parquet = os.path.join(folder, "model"), write_prompts(folder)
         build_model(model, *dimensions)
-        prompt = lambda i: [{"role": "user", "content": f"{i * 7919:016d}"}]
-        rows = [{"prompt": prompt(i), "reward_model": {"ground_truth": "1"}} for i in range(64)]
-    rows = [{"data_source": "peers", "prompt": r["prompt"], "reward_model": {"ground_truth": r["reward_model"]["ground_truth"]}}
-            for r in rows]  # fmt: skip
-    parquet = os.path.join(folder, "prompts.parquet")
-    pq.write_table(pa.Table.from_pylist(rows), parquet)
     return {"folder": folder, "model": model, "parquet": parquet, "prompts": prompts, "group": group,
             "completion": completion, "micro_tokens": prompts * group * (64 + completion)}  # fmt: skip
+
+
+def write_prompts(folder, questions=tuple(f"{i * 7919:016d}" for i in range(64))):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"data_source": "peers", "prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "1"}}
+            for q in questions]  # fmt: skip
+    parquet = os.path.join(folder, "prompts.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    return parquet
 
 
 def build_model(folder, width, intermediate, layers, heads, vocabulary):
