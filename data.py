@@ -58,6 +58,8 @@ class Packed:
     sampler_logp: torch.Tensor  # (T,), NaN where the sampler did not choose the token
     old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
     teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
+    # (T,) int, or None if no two sequences have the same prompt: the token itself, or of such a prompt the first one's.
+    stands_for: torch.Tensor | None = None
     top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
     logp: torch.Tensor | None = None  # (T,), the policy's own, once the update has computed it
 
@@ -303,9 +305,11 @@ def pack(pairs):
     """[(prompt_ids, Rollout), ...] -> Packed. An empty list gives a two-token dummy that weighs nothing."""
     if not pairs:
         pairs = [([0], Rollout(-1, [0], 1, [], "dummy"))]
-    ids, positions, mask, teacher, advantage, sampler, cu = [], [], [], [], [], [], [0]
+    ids, positions, mask, teacher, advantage, sampler, cu, stands_for, prompts = [], [], [], [], [], [], [0], [], {}
     for prompt_ids, r in pairs:
         n, m, k = len(prompt_ids), len(r.response_ids), r.n_teacher_tokens
+        first = prompts.setdefault(tuple(prompt_ids), len(ids))
+        stands_for += [*range(first, first + n), *range(len(ids) + n, len(ids) + n + m)]
         ids += [*prompt_ids, *r.response_ids]
         positions += range(n + m)
         mask += [False] * n + [r.problem >= 0] * m
@@ -321,6 +325,7 @@ def pack(pairs):
         is_teacher=torch.tensor(teacher),
         advantage=torch.tensor(advantage),
         sampler_logp=torch.tensor(sampler),
+        stands_for=torch.tensor(stands_for) if len(prompts) < len(pairs) else None,
     )
 
 

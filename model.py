@@ -30,7 +30,8 @@ disable_progress_bar()  # loading and saving take a moment; their bars would bre
 
 # ---------------------------------------------------------------- attention within packed sequences
 # Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and `packing`, and returns ((1, T, H, D),
-# None) as transformers expects. None ever holds a T x T mask.
+# None) as transformers expects. None ever holds a T x T mask. T here counts a prompt that sequences share once;
+# each of them attends to it as to its own.
 
 
 def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
@@ -48,27 +49,29 @@ def packed_varlen(module, query, key, value, attention_mask, scaling=None, packi
     """torch's own variable-length attention (a flash kernel; GPUs, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    q, k, v = (pick(x[0].transpose(0, 1).to(value.dtype), packing["where"]) for x in (query, key, value))  # (all tokens, H, D)
     cu, longest = packing["cu_seqlens"], packing["longest"]
     gqa = q.size(1) != k.size(1)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)[None], None
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+    return pick(out, packing["computed"])[None], None
 
 
-def packed_flash(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """flash-attn 2, or flash-attn 4 where only that is installed."""
+def packed_fa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
+    """flash-attn 2, or flash-attn 4 where only that is installed. For a name with "flash" in it transformers would look
+    for a kernel of its own."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         from flash_attn.cute import flash_attn_varlen_func
 
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    q, k, v = (pick(x[0].transpose(0, 1).to(value.dtype), packing["where"]) for x in (query, key, value))  # (all tokens, H, D)
     cu, longest = packing["cu_seqlens"], packing["longest"]
     options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
     out = flash_attn_varlen_func(q, k, v, softmax_scale=scaling, causal=True, **options)
-    return (out[0] if isinstance(out, tuple) else out)[None], None
+    return pick(out[0] if isinstance(out, tuple) else out, packing["computed"])[None], None
 
 
-for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen), ("packed_flash", packed_flash)):
+for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen), ("packed_fa", packed_fa)):
     AttentionInterface.register(name, function)
 
 
@@ -84,19 +87,36 @@ def attention_backends(device, dtype):
         with contextlib.suppress(ImportError):
             import flash_attn  # noqa: F401
 
-            found.insert(0, "packed_flash")
+            found.insert(0, "packed_fa")
     return found
 
 
-def packing_of(cu_seqlens):
-    """What the backends need of (n+1,) offsets: slots (n, L), the token in each padded slot; tokens (T,), the slot
-    of each token; the offsets themselves; and the longest sequence."""
+def packing_of(cu_seqlens, stands_for=None):
+    """What the backends need of a Packed's (n+1,) offsets and stands_for: slots (n, L), the token in each padded slot; tokens
+    (T,), the slot of each token; the offsets themselves; the longest sequence; and where prompts are shared `computed` (T,),
+    the tokens that are, and `where` (all tokens,), the place of each among those; else these two are None."""
     start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
     longest = int(lengths.max())
     column = torch.arange(longest, device=cu_seqlens.device)
     inside = column < lengths  # (n, L)
     slots = start + torch.where(inside, column, 0)  # a padding slot repeats its row's first token, and is dropped
-    return {"slots": slots, "tokens": inside.flatten().nonzero()[:, 0], "cu_seqlens": cu_seqlens, "longest": longest}
+    tokens, computed, where = inside.flatten().nonzero()[:, 0], None, None
+    if stands_for is not None:
+        is_first = stands_for == torch.arange(len(stands_for), device=stands_for.device)
+        computed, where = is_first.nonzero()[:, 0], (is_first.cumsum(0) - 1)[stands_for]
+        slots, tokens = where[slots], tokens[computed]
+    return {
+        "slots": slots,
+        "tokens": tokens,
+        "cu_seqlens": cu_seqlens,
+        "longest": longest,
+        "computed": computed,
+        "where": where,
+    }
+
+
+def pick(x, indices, dim=0):
+    return x if indices is None else x.index_select(dim, indices)
 
 
 # ---------------------------------------------------------------- the head, a chunk of tokens at a time
@@ -193,14 +213,15 @@ class Policy(torch.nn.Module):
 
     def hidden_states(self, batch):
         """Hidden states (T, d), and the response tokens' indices: none is the first, index t - 1 predicts it."""
+        packing = packing_of(batch.cu_seqlens, batch.stands_for)
         with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                packing=packing_of(batch.cu_seqlens),
+                input_ids=pick(batch.input_ids, packing["computed"], 1),
+                position_ids=pick(batch.position_ids, packing["computed"], 1),
+                packing=packing,
                 use_cache=False,  # with a cache transformers would let packed documents attend to each other
             ).last_hidden_state[0]
-        return hidden, batch.loss_mask.nonzero()[:, 0]
+        return pick(hidden, packing["where"]), batch.loss_mask.nonzero()[:, 0]
 
     @property
     def product(self):

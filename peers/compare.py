@@ -25,7 +25,7 @@ trl = ""  # the python of an environment made from requirements-bench.txt
 shapes = "toy,25m-256,25m-512,152k"  # comma-separated
 samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
 repeats = 5  # timed steps of each side, in turn
-threads = 1  # of each side; one works at a time
+threads = 2  # of each side; one works at a time
 out = ""  # a file to append the results to, as lines of JSON
 
 from configurator import UserError, configure, provenance, repo_path, require

@@ -37,7 +37,8 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     command = [
         sys.executable, *launcher, "train.py", f"--model={model}", f"--data={parquet}", "--eval_data=", f"--sampler={sampler}",
         f"--n_rollouts={group}", "--n_teacher=0", f"--prompts_per_step={ranks}", f"--max_tokens={tokens}",
-        "--max_prompt_tokens=32", "--require_think=False", "--grader=peers/parity.py", "--max_steps=4", "--reward_workers=1", "--canary_interval=0",
+        "--max_prompt_tokens=32", "--require_think=False", "--grader=peers/parity.py", "--reward_workers=1",
+        "--canary_interval=0", "--max_steps=4",
         f"--loss_constant={group * tokens}", f"--micro_tokens={group * (tokens + 32)}", "--warmup_steps=0", f"--out_dir={out}",
     ]  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)

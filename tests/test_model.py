@@ -1,5 +1,7 @@
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,12 +41,12 @@ def test_packed_equals_unpacked(policy, problems):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels want a GPU")
-@pytest.mark.parametrize("backend", ["packed_varlen", "packed_flash"])
+@pytest.mark.parametrize("backend", ["packed_varlen", "packed_fa"])
 def test_kernels_equal_sdpa(problems, backend):
     """Each kernel that is installed gives packed_sdpa's log-probs and gradients, to bfloat16's precision."""
     if backend not in model.attention_backends("cuda", torch.bfloat16):
         pytest.skip(f"{backend} is not installed")
-    batch, results = pack(sequences(problems)).to("cuda"), []
+    batch, results = pack(groups(problems)).to("cuda"), []
     for name in ("packed_sdpa", backend):
         policy = load_policy(BASE, dtype=torch.bfloat16, device="cuda")
         policy.hf.set_attn_implementation(name)
@@ -54,6 +56,57 @@ def test_kernels_equal_sdpa(problems, backend):
     (logp, grad), (want_logp, want_grad) = results[1], results[0]
     assert (logp - want_logp).abs().mean() < 0.05
     assert torch.nn.functional.cosine_similarity(grad, want_grad, dim=0) > 0.99
+
+
+def groups(problems):
+    """Several responses to some of the prompts, not side by side."""
+    pairs = sequences(problems)
+    return [pairs[0], pairs[1], *((p, Rollout(9, r.response_ids[3:], 0, [], "stop")) for p, r in pairs[:3]), *pairs[:4]]
+
+
+def run_backward(policy, batch):
+    weights = torch.linspace(0.5, 1.5, batch.loss_mask.numel())
+    policy.zero_grad()
+    logp, entropy = policy(batch)
+    ((logp + 0.3 * entropy) * weights).sum().backward()
+    return [logp, entropy, *(p.grad.clone() for p in policy.parameters())]
+
+
+def assert_same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_prompt_is_computed_once(policy, problems, monkeypatch):
+    """And the result is that of computing it for each sequence."""
+    batch, seen, decoder = pack(groups(problems)), [], policy.hf.get_decoder().forward
+    monkeypatch.setattr(policy.hf.get_decoder(), "forward", lambda **k: (seen.append(k["input_ids"].numel()), decoder(**k))[1])
+    found = run_backward(policy, batch)
+    assert pack(sequences(problems)).stands_for is None
+    batch.stands_for = None
+    assert_same(found, run_backward(policy, batch))
+    n_responses, prompts = sum(len(r.response_ids) for _, r in groups(problems)), {tuple(p) for p, _ in groups(problems)}
+    assert seen == [n_responses + sum(map(len, prompts)), batch.input_ids.numel()] and len(prompts) == 4
+
+
+def test_the_kernels_get_whole_sequences(policy, problems, monkeypatch):
+    """packed_fa over shared prompts, with flash-attn's function played by SDPA, a sequence at a time."""
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and len(q) == len(k) == cu_seqlens_q[-1]
+        assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+        parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in cu_seqlens_q.unfold(0, 2, 1).tolist()]
+        attend = lambda part: torch.nn.functional.scaled_dot_product_attention(
+            *part, is_causal=True, scale=softmax_scale, enable_gqa=True
+        )
+        return torch.cat([attend(part)[0].transpose(0, 1) for part in parts])
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    for batch in (pack(groups(problems)), pack(sequences(problems))):
+        wanted = run_backward(policy, batch)
+        policy.hf.set_attn_implementation("packed_fa")
+        assert_same(run_backward(policy, batch), wanted)
+        policy.hf.set_attn_implementation("packed_sdpa")
 
 
 def test_packed_sequences_do_not_see_each_other(policy, problems):

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 
+import grading_speed
 import pytest
 from sympy import simplify
 
 from configurator import ROOT, UserError
-from reward import Verifier, by_math_verify, by_oat, expression, fast_verdict, grade, graded_text
+from reward import Verifier, by_math_verify, by_oat, expression, fast_verdict, grade, graded_text, parse_in_two_stages
 
 
 def started(grader):
@@ -384,6 +385,31 @@ def test_a_verifier_that_cannot_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Verifier(workers=1) as v, pytest.raises(UserError, match="does not start: ImportError: no antlr here"):
         v.score(["</think>$x$"], ["x"])
+
+
+def test_parsing_in_two_stages_reads_the_same(monkeypatch):
+    """Every kind of grading_speed.py's, the odd ones here, and what is no LaTeX: expressions and errors are those of LL."""
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import parser
+
+    def read(text):
+        parser.parse_latex_cached.cache_clear()
+        try:
+            return repr(parser.parse(text, parsing_timeout=None))
+        except Exception as e:
+            return type(e).__name__
+
+    golds = [gold for kind in grading_speed.MIX for _, gold in grading_speed.pairs(kind, 40)[::8]]
+    golds += [gold for _, gold, *_ in CASES + BOTH]
+    golds += ["(1, 2]\\cup[3, \\infty)", "\\{1, 2\\}", "x = 2 or 3", "2 < x \\le 5", "1,234", "\\frac{1", "3 \\frac", "|x|"]
+    golds += ["\\begin{pmatrix}1 & 2\\\\3 & 4\\end{pmatrix}", "f(x) = x^2", "50\\%", "a_1 + b!"]
+    texts = [f"so it is ${gold}$, or $\\boxed{{{gold}}}$" for gold in golds]
+    for name in ("create_parser", "parse"):
+        monkeypatch.setattr(latex2sympy2._Latex2Sympy, name, getattr(latex2sympy2._Latex2Sympy, name))  # put back at the end
+    before = [read(text) for text in texts]
+    parse_in_two_stages()
+    assert [read(text) for text in texts] == before
+    assert len(set(before)) > 60
 
 
 def test_no_process_is_left_behind():
