@@ -58,10 +58,10 @@ class Packed:
     sampler_logp: torch.Tensor  # (T,), NaN where the sampler did not choose the token
     old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
     teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
-    # (T,) int, or None if no two sequences have the same prompt: the token itself, or of such a prompt the first one's.
-    stands_for: torch.Tensor | None = None
     top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
     logp: torch.Tensor | None = None  # (T,), the policy's own, once the update has computed it
+    # (T,) int: the token itself, or that of an equal prompt before it, which is then computed for both; None if all differ.
+    stands_for: torch.Tensor | None = None
 
     def to(self, device):
         return Packed(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
