@@ -54,6 +54,7 @@ COMMANDS = {
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp")],
     "python bench.py": [],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
+    "python tests/profile_step.py": [("step.py", "step.py toy")],
     "python tests/growth.py": [],
     "python tests/start_up.py": [("start_up.py", "start_up.py 1")],
     "python tests/grading_speed.py": [("speed.py", "speed.py 2 200")],

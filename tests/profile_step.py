@@ -1,0 +1,95 @@
+"""
+Where a step's time goes at one of `bench.py peers`' shapes, by torch's profiler: decoding and update, by kind of operation.
+
+    OMP_NUM_THREADS=2 python tests/profile_step.py [SHAPE]          25m-256
+"""
+
+import os
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from data import Rollout, pack
+from loss import batch_loss
+from model import load_policy
+from peers.compare import SHAPES, build
+from rollout import TorchSampler
+
+KINDS = {  # the first whose words an operation's name holds
+    "matrix products": ("::mm", "addmm", "bmm", "linear_pointwise"),
+    "attention": ("attention",),
+    "elementwise": (
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "exp",
+        "log",
+        "pow",
+        "silu",
+        "neg",
+        "sqrt",
+        "norm",
+        "mean",
+        "sum",
+        "softmax",
+        "lerp",
+    ),
+    "copies": ("copy", "cat", "index", "fill", "zero", "gather", "scatter", "roll", "clone"),
+}
+
+
+def by_kind(function):
+    """Run it. {kind: its share of the time that operations take themselves}, and the seconds of another run."""
+    function()
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        function()
+    times = dict.fromkeys([*KINDS, "the rest"], 0)
+    for event in found.key_averages():
+        kind = next((k for k, words in KINDS.items() if any(w in event.key for w in words)), "the rest")
+        times[kind] += event.self_cpu_time_total
+    return {kind: t / sum(times.values()) for kind, t in times.items()}, seconds
+
+
+def main(shape="25m-256"):
+    _, n_prompts, group, tokens = SHAPES[shape]
+    with tempfile.TemporaryDirectory() as folder:
+        policy = load_policy(build(folder, shape)["model"])
+    vocabulary, g = policy.hf.config.vocab_size, torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, vocabulary, (16,), generator=g).tolist() for _ in range(n_prompts)]
+    prompts = [p for p in prompts for _ in range(group)]
+    sampler = TorchSampler(policy.hf.config, -1, tokens + 16)
+    sampler.load(policy.hf, 0)
+    decode = lambda: sampler.generate(prompts, list(range(len(prompts))), 1.0, tokens, 0)
+    batch = pack([(p, Rollout(0, s.ids, 0, s.logps, "length", advantage=0.5)) for p, s in zip(prompts, decode(), strict=True)])
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+
+    def update():
+        logp, entropy = policy(batch)
+        batch_loss(logp, entropy, None, batch, (batch.loss_mask.sum().item(), 0), loss_constant=1e4).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    a, b = torch.randn(2048, 512), torch.randn(512, 1280)
+    start = time.perf_counter()
+    for _ in range(50):
+        a @ b
+    rate = 50 * 2 * 2048 * 512 * 1280 / (time.perf_counter() - start)
+    print(f"{shape}, {torch.get_num_threads()} thread(s); a matrix product of 2048 x 512 x 1280 at {rate / 1e9:.0f} GFLOP/s")
+    for name, function in (("decoding", decode), ("update", update)):
+        shares, seconds = by_kind(function)
+        print(f"{name} {seconds:.2f} s: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
