@@ -14,6 +14,7 @@ from configurator import UserError
 from model import whole_tensors
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def linear(weights, *names):
@@ -49,9 +50,10 @@ class Decoder:
     def __init__(self, config):
         windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
         windows = windows or (config.model_type == "mistral" and config.sliding_window)
-        if config.model_type not in FAMILIES or windows or config.hidden_act != "silu":
-            raise UserError(f"the torch sampler computes {', '.join(FAMILIES)} with SiLU and full attention, and this"
-                            f" {config.model_type} is another kind: install vLLM")  # fmt: skip
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if config.model_type not in FAMILIES or windows or config.hidden_act != "silu" or rope not in ROPES:
+            raise UserError(f"the torch sampler computes {', '.join(FAMILIES)} with SiLU, full attention and {', '.join(ROPES)}"
+                            f" RoPE, and this {config.model_type} is another kind: install vLLM")  # fmt: skip
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.n_heads
         self.eps, self.tied = config.rms_norm_eps, config.tie_word_embeddings
@@ -79,24 +81,25 @@ class Decoder:
 
     def start(self, n_rows):
         """Begin with n_rows sequences and nothing cached."""
-        self.length = 0
-        self.cache = self.norm.new_empty(len(self.layers), 2, n_rows, self.n_kv_heads, 0, self.head_dim)
+        self.length = 0  # tokens of each row so far, padding included
+        self.cache = [self.norm.new_empty(2, n_rows, self.n_kv_heads, 0, self.head_dim) for _ in self.layers]
 
     def keep(self, rows):
         """Go on with these rows alone; one may come twice."""
-        self.cache = self.cache[:, :, rows]
+        self.cache = [cache[:, rows, :, : self.length] for cache in self.cache]
 
     def forward(self, ids, positions, mask):
         """ids, positions (B, W), the next W tokens of each row; mask (B, 1, W, cached + W), True where a token sees another, or
         None if every token sees all. Returns the logits after the last token, (B, V)."""
         start, self.length = self.length, self.length + ids.size(1)
-        if self.length > self.cache.size(-2):
-            # Not twice the room: rows that lie close together are read faster, and a copy in 64 tokens costs little.
-            old, self.cache = self.cache, self.cache.new_empty(*self.cache.shape[:-2], 2 * self.length, self.head_dim)
-            self.cache[..., :start, :] = old[..., :start, :]
         x = F.embedding(ids, self.embedding)  # (B, W, d)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]  # (B, W, 1, D)
-        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+        for i, layer in enumerate(self.layers):
+            if self.length > self.cache[i].size(-2):  # twice the room, so that few tokens have to move what is there
+                old, room = self.cache[i], 2 * self.length
+                self.cache[i] = old.new_empty(*old.shape[:-2], room, self.head_dim)
+                self.cache[i][..., :start, :] = old[..., :start, :]
+            keys, values = self.cache[i]
             heads = layer.qkv(self.rms_norm(x, layer.norm_1)).unflatten(-1, (-1, self.head_dim))
             qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
             if layer.norm_qk is not None:

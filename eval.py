@@ -164,19 +164,21 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
     response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
     closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
     tries = [(p, i) for p in problems for i in range(k)]
-    fitting = [n for n, (p, _) in enumerate(tries) if len(p.prompt_ids) < sampler.max_model_len]
-    samples, handles = [Sample([], [], "length")] * len(tries), [None] * len(tries)
+    fits = [len(p.prompt_ids) < sampler.max_model_len for p, _ in tries]
+    fitting = [n for n, fit in enumerate(fits) if fit]
+    samples, texts, handles = ([None] * len(tries) for _ in range(3))
 
     def grade(n, sample):
-        samples[n] = sample
-        handles[n] = verifier.submit(response_text(tokenizer, sample.ids), tries[n][0].answer)
+        samples[n], texts[n] = sample, response_text(tokenizer, sample.ids)
+        handles[n] = verifier.submit(texts[n], tries[n][0].answer)
 
-    for n in sorted({*range(len(tries))} - {*fitting}):
-        grade(n, samples[n])
+    for n in range(len(tries)):
+        if not fits[n]:
+            grade(n, Sample([], [], "length"))
     prompts = [tries[n][0].prompt_ids for n in fitting]
     seeds = [request_seed(seed, "eval", tries[n][0].id, tries[n][1]) for n in fitting]
     sampler.generate(prompts, seeds, temperature, max_tokens, stamp, lambda i, sample: grade(fitting[i], sample))
-    verdicts, texts = verifier.collect(handles), [response_text(tokenizer, s.ids) for s in samples]
+    verdicts = verifier.collect(handles)
     rows = []
     for i, p in enumerate(problems):
         own = slice(i * k, (i + 1) * k)
@@ -204,9 +206,8 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
 def settings_of(knobs, problems, model, sampler, dtype, grader):
     """What the samples depend on, and so what two runs must share to be one: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
-    own = [
-        open(os.path.join(ROOT, name), "rb").read() for name in ("data.py", "eval.py", "model.py", "reward.py", "rollout.py")
-    ]
+    names = ("data", "decoder", "eval", "model", "reward", "rollout")
+    own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,
         "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),

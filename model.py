@@ -188,14 +188,14 @@ class Policy(torch.nn.Module):
         self.hf, self.temperature, self.autocast = hf, temperature, autocast
 
     def forward(self, batch):
-        hidden, rows = self.hidden_states(batch)
+        hidden, rows, before = self.hidden_states(batch)
         targets = batch.input_ids[0, rows, None]
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
         # Inside forward, because outside it FSDP's head weight is a shard.
         weight = self.hf.lm_head.weight.to(self.product)
-        found = Head.apply(hidden[rows - 1].to(self.product), weight, targets, self.temperature)
-        zeros = 0.0 * hidden[:, 0].float()  # tied to the graph, so that a rank without tokens still runs backward
+        found = Head.apply(hidden[before].to(self.product), weight, targets, self.temperature)
+        zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # so that a rank without tokens runs backward, too
         *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
 
@@ -203,16 +203,16 @@ class Policy(torch.nn.Module):
     def judge(self, batch):
         """As a teacher model: the log-prob it gives each response token, (T,) fp32, and its own first choice there,
         (T,) int; 0 and -1 where loss_mask is False."""
-        hidden, rows = self.hidden_states(batch)
-        logp, top1 = torch.zeros_like(hidden[:, 0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
+        hidden, rows, before = self.hidden_states(batch)
+        logp, top1 = torch.zeros_like(batch.input_ids[0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
         weight = self.hf.lm_head.weight.to(self.product)
-        for r in rows.split(chunk_of(hidden)):
-            logprobs = log_probabilities(hidden[r - 1].to(self.product), weight, self.temperature)
+        for r, b in zip(rows.split(chunk_of(hidden)), before.split(chunk_of(hidden)), strict=True):
+            logprobs = log_probabilities(hidden[b].to(self.product), weight, self.temperature)
             logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
         return logp, top1
 
     def hidden_states(self, batch):
-        """Hidden states (T, d), and the response tokens' indices: none is the first, index t - 1 predicts it."""
+        """Hidden states (computed tokens, d), the response tokens' indices (n,), and those of the states that predict them."""
         packing = packing_of(batch.cu_seqlens, batch.stands_for)
         with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
@@ -221,7 +221,8 @@ class Policy(torch.nn.Module):
                 packing=packing,
                 use_cache=False,  # with a cache transformers would let packed documents attend to each other
             ).last_hidden_state[0]
-        return pick(hidden, packing["where"]), batch.loss_mask.nonzero()[:, 0]
+        rows = batch.loss_mask.nonzero()[:, 0]
+        return hidden, rows, rows - 1 if packing["where"] is None else packing["where"][rows - 1]
 
     @property
     def product(self):

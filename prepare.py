@@ -586,12 +586,13 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
     room, device, eos = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.eos_token_id
     policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
     policy.hf.set_attn_implementation("sdpa")  # not for packed sequences
-    how = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos, output_logits=True,
-                           return_dict_in_generate=True)  # fmt: skip
-    found = policy.hf.generate(torch.tensor([prompt], device=device), how)
-    ids = found.sequences[0, len(prompt) :]
-    logps = torch.cat(found.logits).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
-    ours = Sample(ids.tolist(), logps, "")
+    ids, logps = list(prompt), []
+    with torch.no_grad():  # no generate(): it would follow the folder's generation_config
+        while len(logps) < tokens and ids[-1] != eos:
+            logprobs = policy.hf(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().log_softmax(-1)
+            ids.append(int(logprobs.argmax()))
+            logps.append(logprobs[ids[-1]].item())
+    ours = Sample(ids[len(prompt) :], logps, "")
     print(f"{dtype}, by transformers: {QUESTION['content']!r} goes on {tokenizer.decode(ours.ids)!r}", flush=True)
     if not wants_vllm("auto"):
         print("vLLM is not installed: nothing to compare with")

@@ -69,10 +69,10 @@ class Verifier:
     `answer_line`, where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last "ANSWER: C"
     counts as \\boxed{C}; the released code calls it wrong.
 
-    score(responses, answers) keeps the order and never raises for what a response contains. submit() and collect() are its
-    halves, for a caller with something to do in between. A worker starts
-    with the first answer that needs it and takes a second or two to import math-verify; if it cannot, or your
-    file fails, that is a UserError. So is, at once, a grader that does not exist.
+    score(responses, answers) keeps the order and never raises for what a response contains. submit() and collect() are
+    its halves, for a caller with something to do in between. A worker starts with the first answer that needs it and
+    takes a second or two to import math-verify; if it cannot, or your file fails, that is a UserError. So is, at once, a
+    grader that does not exist.
     """
 
     def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
@@ -82,7 +82,8 @@ class Verifier:
         if grader not in GRADERS and not os.path.isfile(self.grader):
             words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
             raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
-        self.tick = lambda: None  # called after each answer; what it raises ends score
+        self.tick = lambda: None  # called after each answer; what it raises ends score and collect
+        self.broken = None  # why no worker starts
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
         self.workers = [Worker(timeout, self.grader) for _ in range(workers)]
@@ -105,6 +106,8 @@ class Verifier:
 
     def submit(self, response, answer):
         """Have an answer graded while the caller goes on: a handle for collect()."""
+        if self.broken:  # known before all is sampled
+            raise self.broken
         return self.threads.submit(self.verdict, response, answer)
 
     def collect(self, handles):
@@ -129,6 +132,9 @@ class Verifier:
         worker = self.idle.get()
         try:
             return worker.grade(text, answer)
+        except UserError as e:
+            self.broken = e
+            raise
         finally:
             self.idle.put(worker)
 
@@ -385,22 +391,22 @@ def parse_in_two_stages():
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy as Parser
 
-    create_parser, parse, mode = Parser.create_parser, Parser.parse, PredictionMode.LL
+    create_parser = Parser.create_parser
 
     def create(self, latex):
         parser = create_parser(self, latex)
-        parser._interp.predictionMode = mode
+        parser._interp.predictionMode, math_of = PredictionMode.SLL, parser.math
+
+        def in_two_stages():
+            try:
+                return math_of()
+            except Exception:
+                return create_parser(self, latex).math()
+
+        parser.math = in_two_stages
         return parser
 
-    def in_two_stages(self, latex):
-        nonlocal mode
-        with contextlib.suppress(Exception):
-            mode = PredictionMode.SLL
-            return parse(self, latex)
-        mode = PredictionMode.LL
-        return parse(self, latex)
-
-    Parser.create_parser, Parser.parse = create, in_two_stages
+    Parser.create_parser = create
 
 
 class SoftTimeout(BaseException):

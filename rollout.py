@@ -245,7 +245,7 @@ class TorchSampler:
 
     def __init__(self, config, eos_token_id, max_model_len, dtype="float32", max_rows=256):
         self.eos_token_id, self.max_model_len, self.dtype, self.max_rows = eos_token_id, max_model_len, dtype, max_rows
-        self.decoder = Decoder(config)
+        self.config, self.decoder = config, Decoder(config)
         self.stamp, self.tick = None, lambda: None  # as VLLMSampler's
 
     def load(self, hf, stamp):
@@ -254,7 +254,8 @@ class TorchSampler:
         self.stamp = stamp
 
     def sleep(self):
-        pass
+        """Give the weights' memory back: the next load() brings them."""
+        self.decoder, self.stamp = Decoder(self.config), None
 
     def close(self):
         pass
@@ -263,17 +264,18 @@ class TorchSampler:
     def generate(self, prompts, seeds, temperature, max_tokens, stamp, done=lambda i, sample: None):
         if stamp != self.stamp:
             raise StaleWeights(f"the sampler holds the weights stamped {self.stamp!r}, not {stamp!r}: load() them first")
-        samples, limits = [None] * len(prompts), per_prompt(max_tokens, prompts)
+        check_requests(prompts, self.max_model_len, self.config.vocab_size)
+        samples, limits = {}, per_prompt(max_tokens, prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with heartbeat("torch samples", len(prompts)) as show:
             for start in range(0, len(prompts), self.max_rows):
-                show(start)
                 rows = by_length[start : start + self.max_rows]
                 chosen = [[x[i] for i in rows] for x in (prompts, seeds, limits)]
                 for row, sample in self.decode(*chosen, temperature):
                     samples[rows[row]] = sample
                     done(rows[row], sample)
-        return samples
+                    show(len(samples))
+        return [samples[i] for i in range(len(prompts))]
 
     def decode(self, prompts, seeds, limits, temperature):
         """Yield (row, its sample) as they end. Prompts are padded on the left, and equal ones read once; finished rows leave
@@ -284,7 +286,7 @@ class TorchSampler:
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
         # As many as could be needed, because how many are drawn at once changes what is drawn.
         draw = lambda seed: torch.rand(self.max_model_len, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_tokens)
+        uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_model_len)
         places = {}  # of each different prompt, its row
         prompt = torch.tensor([places.setdefault(tuple(p), len(places)) for p in prompts], device=device)  # (B,)
         first = torch.tensor([width - len(p) for p in places], device=device)  # (different prompts,)
@@ -324,7 +326,7 @@ class TorchSampler:
                 keep = alive.nonzero()[:, 0]
                 rows, chosen, position, first, alive = (x[keep] for x in (rows, chosen, position, first, alive))
                 self.decoder.keep(keep)
-            position = position + 1
+            position = (position + 1).clamp_max(self.max_model_len - 1)  # of rows that have ended, but are still here
             sees = (torch.arange(width + t + 1, device=device) >= first[:, None])[:, None, None] if padded else None
             logits = self.decoder.forward(chosen[:, None], position, sees)
 

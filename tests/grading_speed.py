@@ -15,25 +15,25 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from reward import Verifier
 
-MIX = {  # kind: (ground truth, the same written otherwise, a wrong one), from two different numbers
-    "integers": lambda a, b: (f"{a}", f"{a}", f"{b}"),
-    "fractions": lambda a, b: (f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{3 * a}}}{{{3 * b}}}", f"\\frac{{{b}}}{{{a}}}"),
-    "radicals": lambda a, b: (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}", f"{b}\\sqrt{{{a}}}"),
-    "intervals": lambda a, b: (f"[{-a}, {b})", f"[{-a},{b})", f"({-a}, {b})"),
-    "text": lambda a, b: (f"\\text{{case {a}}}", f"\\text{{case {a}}}", f"\\text{{case {b}}}"),
+MIX = {  # kind: (an answer, the same written otherwise), from two numbers
+    "integers": lambda a, b: (f"{a}", f"{a}"),
+    "fractions": lambda a, b: (f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{3 * a}}}{{{3 * b}}}"),
+    "radicals": lambda a, b: (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}"),
+    "intervals": lambda a, b: (f"[{-a}, {b})", f"[{-a},{b})"),
+    "text": lambda a, b: (f"\\text{{case {a}}}", f"\\text{{case {a}}}"),
 }
-MATH_500 = {"integers": 313, "fractions": 62, "radicals": 23, "intervals": 19, "text": 9}  # of its 500 ground truths
+# How many of MATH-500's ground truths are of each kind. The other 74 are decimals, polynomials and the like.
+MATH_500 = {"integers": 313, "fractions": 62, "radicals": 23, "intervals": 19, "text": 9}
 
 
 def pairs(kind, n):
     """n of (response, ground truth)."""
     rng, rows = random.Random(kind), []
+    questions, others = rng.sample(range(2, 10**4), -(-n // 8)), rng.sample(range(10**4, 10**5), n)
     for i in range(n):
-        if i % 8 == 0:
-            a = rng.randrange(2, 1000)
-        b = rng.randrange(1001, 10**4)
-        gold, right, _ = MIX[kind](a, a + 1)
-        wrong = MIX[kind](b, a)[0]
+        a, b = questions[i // 8], others[i]
+        gold, right = MIX[kind](a, a + 1)
+        wrong, _ = MIX[kind](b, a)
         thought = f"We try {b}, and then {a}: " + "so it must be that, as was to be shown. " * 20
         rows.append((f"{thought}</think>\nThe answer is $\\boxed{{{wrong if i % 2 else right}}}$.", gold))
     return rows

@@ -4,7 +4,8 @@ How the seconds and the memory of a step grow: one thing at a time, from the sam
     python tests/growth.py [SAMPLER]          torch
 
 Of each run the median of three steps counts; an exponent is the slope of a line through the points, both axes logarithmic:
-1 is in proportion. Of width the matrices have the square. Ranks have their own prompts, so that 0 would be perfect.
+1 is in proportion. Of width the matrices have the square. Ranks have their own prompts, so that 0 would be perfect. Each rank
+has one micro-batch of all its tokens. To see memory, glibc's malloc is told to return it at once, which costs seconds.
 """
 
 import json
@@ -33,7 +34,7 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     if not os.path.isdir(model):
         build_model(model, width, 2 * width, 2, width // 64, vocabulary)
     parquet = write_prompts(folder)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29561"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     command = [
         sys.executable, *launcher, "train.py", f"--model={model}", f"--data={parquet}", "--eval_data=", f"--sampler={sampler}",
         f"--n_rollouts={group}", "--n_teacher=0", f"--prompts_per_step={ranks}", f"--max_tokens={tokens}",

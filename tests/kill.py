@@ -23,8 +23,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 POINTS = (
-    "load weights", "generate", "generated", "score", "advantages", "backward", "before the optimizer", "behind the optimizer",
-    "rollouts half written", "evaluation", "metrics half written", "checkpoint begun", "model half written",
+    "load weights", "generate", "generated", "submit", "collect", "advantages", "backward", "before the optimizer",
+    "behind the optimizer", "rollouts half written", "evaluation", "metrics half written", "checkpoint begun", "model half written",
     "optimizer written", "files hashed", "run.json half written", "before the rename", "before latest", "pruning",
 )  # fmt: skip
 
@@ -86,7 +86,8 @@ def child(point, at_step, argv):
         "load weights": lambda: kill(sampler, "load"),
         "generate": lambda: kill(sampler, "generate"),
         "generated": lambda: kill(sampler, "generate", after=done),
-        "score": lambda: kill(reward.Verifier, "score"),
+        "submit": lambda: kill(reward.Verifier, "submit"),
+        "collect": lambda: kill(reward.Verifier, "collect"),
         "advantages": lambda: kill(loss, "group_advantages"),
         "backward": lambda: kill(torch.Tensor, "backward", after=done),
         "before the optimizer": lambda: kill(torch.optim.AdamW, "step"),

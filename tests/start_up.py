@@ -19,7 +19,7 @@ tokenizer = load_tokenizer("toy/base")
 engine = VLLMSampler("toy/base", tokenizer.eos_token_id, 104)
 prompts = [p.prompt_ids for p in load_problems("toy/train.parquet", tokenizer, 64, 40, True, print)[:16] for _ in range(8)]
 engine.generate(prompts, list(range(128)), 1.0, 40, "toy/base")
-print("step")
+print("step", flush=True)
 """
 
 

@@ -1,5 +1,7 @@
 """The torch sampler's forward pass is transformers', for every family that it says it computes."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -77,16 +79,50 @@ def test_it_keeps_the_weights_it_took():
 def test_half_precision_stays_close():
     hf = build(MODELS["qwen3"])
     exact, half = (TorchSampler(hf.config, 1, 60, dtype) for dtype in ("float32", "bfloat16"))
-    (a,), (b,) = ((s.load(hf, 0), s.generate([[5, 6, 7]], [0], 1.0, 20, 0))[1] for s in (exact, half))
+    for sampler in (exact, half):
+        sampler.load(hf, 0)
+    (a,), (b,) = (sampler.generate([[5, 6, 7]], [0], 1.0, 20, 0) for sampler in (exact, half))
     n = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), len(a.ids))
     assert n and max(abs(x - y) for x, y in zip(a.logps[:n], b.logps[:n], strict=True)) < 0.2
+
+
+def test_rows_that_have_ended_do_not_run_out_of_positions():
+    """They stay until a quarter has ended, here beyond the longest that a sequence may be."""
+    hf = build(MODELS["llama"])
+    sampler = TorchSampler(hf.config, 1, 40)
+    sampler.load(hf, 0)
+    samples = sampler.generate([[5] * 30, *([3, 4, i] for i in range(2, 10))], list(range(9)), 0.0, 30, 0)
+    assert len(samples[0].ids) <= 10 and max(len(s.ids) for s in samples) > 20
+
+
+@pytest.mark.parametrize("prompt", [[5] * 60, [5] * 61, [50], []])
+def test_a_prompt_that_cannot_be_is_named(prompt):
+    hf = build(MODELS["qwen2"])
+    sampler = TorchSampler(hf.config, 1, 60)
+    sampler.load(hf, 0)
+    with pytest.raises(ValueError, match="request 1 has"):
+        sampler.generate([[5], prompt], [0, 0], 1.0, 4, 0)
+
+
+def test_sleep_gives_the_weights_back():
+    hf = build(MODELS["qwen2"])
+    sampler = TorchSampler(hf.config, 1, 60)
+    sampler.load(hf, 0)
+    weights = weakref.ref(sampler.decoder.embedding)
+    sampler.sleep()
+    assert weights() is None
+    with pytest.raises(StaleWeights):
+        sampler.generate([[5]], [0], 1.0, 4, 0)
 
 
 SLIDING = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16, max_window_layers=0)
 
 
+DYNAMIC = Qwen2Config(**SHAPE, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))  # of the length
+
+
 @pytest.mark.parametrize("config", [GemmaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=16), SLIDING,
-                                    LlamaConfig(**SHAPE, hidden_act="gelu")])  # fmt: skip
+                                    LlamaConfig(**SHAPE, hidden_act="gelu"), DYNAMIC])  # fmt: skip
 def test_what_it_does_not_compute_is_refused(config):
     with pytest.raises(UserError, match="the torch sampler computes llama, mistral, qwen2, qwen3 .* install vLLM"):
         Decoder(config)

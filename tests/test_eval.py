@@ -347,7 +347,7 @@ def killed_runs(command, folder, n_chunks, kills):
         before = count()
         while killed < kills and process.poll() is None:
             if count() >= min(n_chunks - 1, before + 1):
-                time.sleep(rng.random() * 0.2)
+                time.sleep(rng.random() * 0.05)  # less than the chunks that are left take
                 break
             time.sleep(0.002)
         if killed == kills or process.poll() is not None:

@@ -404,12 +404,32 @@ def test_parsing_in_two_stages_reads_the_same(monkeypatch):
     golds += ["(1, 2]\\cup[3, \\infty)", "\\{1, 2\\}", "x = 2 or 3", "2 < x \\le 5", "1,234", "\\frac{1", "3 \\frac", "|x|"]
     golds += ["\\begin{pmatrix}1 & 2\\\\3 & 4\\end{pmatrix}", "f(x) = x^2", "50\\%", "a_1 + b!"]
     texts = [f"so it is ${gold}$, or $\\boxed{{{gold}}}$" for gold in golds]
-    for name in ("create_parser", "parse"):
-        monkeypatch.setattr(latex2sympy2._Latex2Sympy, name, getattr(latex2sympy2._Latex2Sympy, name))  # put back at the end
+    parser_class = latex2sympy2._Latex2Sympy
+    monkeypatch.setattr(parser_class, "create_parser", parser_class.create_parser)  # put back at the end
     before = [read(text) for text in texts]
     parse_in_two_stages()
     assert [read(text) for text in texts] == before
     assert len(set(before)) > 60
+
+
+def test_answers_are_graded_while_others_are_written():
+    with Verifier(workers=1, timeout=1.0) as v:
+        handles = [v.submit("</think>$x^2$", "x^2"), v.submit("</think>$x^3$", "x^2"), v.submit("x", "x")]
+        deadline = time.time() + 60
+        while not all(handle.done() for handle in handles) and time.time() < deadline:
+            time.sleep(0.05)  # nobody collects yet
+        assert [(x.reward, x.reason) for x in v.collect(handles)] == [(1.0, "correct"), (0.0, "wrong"), (0.0, "no_think")]
+
+
+def test_a_worker_that_cannot_start_ends_the_sampling(tmp_path, monkeypatch):
+    """The next answer that is submitted says why, not the last."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Verifier(workers=1) as v:
+        handle = v.submit("</think>$x$", "x")
+        assert isinstance(handle.exception(timeout=60), UserError)
+        with pytest.raises(UserError, match="does not start: ImportError: no antlr here"):
+            v.submit("</think>$y$", "y")
 
 
 def test_no_process_is_left_behind():
