@@ -25,7 +25,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 POINTS = (
     "load weights", "generate", "generated", "submit", "collect", "advantages", "backward", "before the optimizer",
     "behind the optimizer", "rollouts half written", "evaluation", "metrics half written", "checkpoint begun",
-    "model half written", "optimizer written", "files hashed", "run.json half written", "before the rename", "before latest", "pruning",
+    "model half written", "optimizer written", "files hashed", "run.json half written", "before the rename",
+    "before latest", "pruning",
 )  # fmt: skip
 
 
