@@ -386,7 +386,7 @@ def expression(text):
 
 
 def parse_in_two_stages():
-    """Let latex2sympy, math-verify's parser, try ANTLR's SLL prediction before LL, which takes ten times as long over an
+    """Let latex2sympy, math-verify's parser, try ANTLR's SLL prediction before LL, which takes many times as long over an
     interval. What SLL accepts it parses as LL does (ANTLR's documentation of PredictionMode); what it refuses, LL is asked."""
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy as Parser

@@ -22,26 +22,10 @@ from peers.compare import SHAPES, build
 from rollout import TorchSampler
 
 KINDS = {  # the first whose words an operation's name holds
-    "matrix products": ("::mm", "addmm", "bmm", "linear_pointwise"),
-    "attention": ("attention",),
-    "elementwise": (
-        "mul",
-        "add",
-        "sub",
-        "div",
-        "exp",
-        "log",
-        "pow",
-        "silu",
-        "neg",
-        "sqrt",
-        "norm",
-        "mean",
-        "sum",
-        "softmax",
-        "lerp",
-    ),
-    "copies": ("copy", "cat", "index", "fill", "zero", "gather", "scatter", "roll", "clone"),
+    "matrix products": "::mm addmm bmm linear_pointwise".split(),
+    "attention": ["attention"],
+    "elementwise": "mul add sub div exp log pow silu neg sqrt norm mean sum softmax lerp".split(),
+    "copies": "copy cat index fill zero gather scatter roll clone".split(),
 }
 
 

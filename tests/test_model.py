@@ -79,8 +79,13 @@ def assert_same(found, wanted):
 
 def test_a_shared_prompt_is_computed_once(policy, problems, monkeypatch):
     """And the result is that of computing it for each sequence."""
-    batch, seen, decoder = pack(groups(problems)), [], policy.hf.get_decoder().forward
-    monkeypatch.setattr(policy.hf.get_decoder(), "forward", lambda **k: (seen.append(k["input_ids"].numel()), decoder(**k))[1])
+    batch, seen, forward = pack(groups(problems)), [], policy.hf.get_decoder().forward
+
+    def counted(**options):
+        seen.append(options["input_ids"].numel())
+        return forward(**options)
+
+    monkeypatch.setattr(policy.hf.get_decoder(), "forward", counted)
     found = run_backward(policy, batch)
     assert pack(sequences(problems)).stands_for is None
     batch.stands_for = None
