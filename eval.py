@@ -164,8 +164,8 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
     response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
     closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
     tries = [(p, i) for p in problems for i in range(k)]
-    fits = [len(p.prompt_ids) < sampler.max_model_len for p, _ in tries]
-    fitting = [n for n, fit in enumerate(fits) if fit]
+    fits = lambda n: len(tries[n][0].prompt_ids) < sampler.max_model_len
+    fitting = [*filter(fits, range(len(tries)))]
     samples, texts, handles = ([None] * len(tries) for _ in range(3))
 
     def grade(n, sample):
@@ -173,7 +173,7 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
         handles[n] = verifier.submit(texts[n], tries[n][0].answer)
 
     for n in range(len(tries)):
-        if not fits[n]:
+        if not fits(n):
             grade(n, Sample([], [], "length"))
     prompts = [tries[n][0].prompt_ids for n in fitting]
     seeds = [request_seed(seed, "eval", tries[n][0].id, tries[n][1]) for n in fitting]

@@ -19,6 +19,8 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from peers.compare import build_model, write_prompts
+
 BASE = {"group": 8, "tokens": 128, "vocabulary": 8192, "width": 256, "ranks": 1}
 POINTS = {"group": (8, 16, 32), "tokens": (128, 256, 512), "vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),
           "ranks": (1, 2)}  # fmt: skip
@@ -28,8 +30,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "
 
 def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     """(seconds of the rollout, of the update, GiB that the update adds)"""
-    from peers.compare import build_model, write_prompts
-
     model, out = os.path.join(folder, f"model_{width}_{vocabulary}"), os.path.join(folder, "run")
     if not os.path.isdir(model):
         build_model(model, width, 2 * width, 2, width // 64, vocabulary)

@@ -418,6 +418,7 @@ def test_answers_are_graded_while_others_are_written():
         deadline = time.time() + 60
         while not all(handle.done() for handle in handles) and time.time() < deadline:
             time.sleep(0.05)  # nobody collects yet
+        assert all(handle.done() for handle in handles)
         assert [(x.reward, x.reason) for x in v.collect(handles)] == [(1.0, "correct"), (0.0, "wrong"), (0.0, "no_think")]
 
 

@@ -284,11 +284,8 @@ def test_groups_of_seven_and_one():
     rollouts = roll_out(
         sampler, problems, 8, 1, 1.0, 40, seed=0, step=5, stamp=5, done=lambda r: whole.append((r, list(r.response_ids)))
     )
-    assert [r for r, _ in whole] == [
-        rollouts[7],
-        *rollouts[8:][::-1],
-        *rollouts[:7][::-1],
-    ]  # a trace at once, samples as they end
+    # A trace at once, samples as they end.
+    assert [r for r, _ in whole] == [rollouts[7], *rollouts[8:][::-1], *rollouts[:7][::-1]]
     assert all(r.response_ids == ids != [] for r, ids in whole)
     assert [r.problem for r in rollouts] == [10] * 8 + [11] * 8
     assert [r.n_teacher_tokens for r in rollouts] == [0] * 7 + [2] + [0] * 8  # no trace: eight own samples
