@@ -143,7 +143,7 @@ def measure_matrix_product(c, device, dtype):
 def measure_update(c, policy, backend, device):
     """Seconds and peak bytes of one optimizer step: forward, backward, clip, AdamW."""
     policy.hf.set_attn_implementation(backend)
-    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
     pairs = sequences(c.vocab_size)
     batch = pack(pairs).to(device)
     n = batch.loss_mask.sum().item()

@@ -275,6 +275,6 @@ def restore(path, run, policy, optimizers):
         files = tensor_files(os.path.join(path, "state"), f"{name}*")
         for n, p in policy.hf.named_parameters() if files else ():
             moments = {m: read_rows_of(files[f"{m}.{n}"], f"{m}.{n}", torch.zeros_like(p)) for m in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(run["optimizer_steps"][name])), **moments}
+            optimizer.state[p] = {"step": torch.tensor(float(run["optimizer_steps"][name]), device=p.device), **moments}
     memory = os.path.join(path, "state", "memory.safetensors")
     return load_file(memory) if os.path.isfile(memory) else {}

@@ -49,15 +49,13 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
         gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
     # Log-probs and probabilities of a chunk of tokens; the head's gradient, and what a chunk adds to it.
     chunk = 2 * min(CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
-    items = {
+    return {
         "weights, gradients, Adam (fp32)": 16 * n // share,
         "weights in compute precision": gathered,
         "activations kept for backward": residual if recompute else layer * layers,
         "hidden states around the head": 4 * micro_tokens * d * 4,
         "one chunk of logits, or one layer": max(chunk, (layer if recompute else 0) + reduced),
     }
-    passing = sum(items.values()) - items["weights, gradients, Adam (fp32)"]
-    return items | {"beyond that, in AdamW's step": max(0, 4 * n // share - passing)}
 
 
 def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):

@@ -6,7 +6,7 @@ A step of ours beside a step of TRL's GRPOTrainer, turn by turn in one run: `pyt
     python bench.py peers --trl=trl/bin/python --shapes=toy --samplers=torch,vllm --repeats=9
 
 The same work: model and data from the same files, prompts, group size, completions of a forced length, reward function,
-torch's plain AdamW (TRL's default is the fused one), fp32, threads. TRL has no teacher rows, so ours has none here. TRL
+torch's fused AdamW, fp32, threads. TRL has no teacher rows, so ours has none here. TRL
 samples by transformers' generate: its vLLM does not run on a CPU. Its activation checkpointing, on by default, is off, as
 ours. Its min_new_tokens masks the scores of every token, which ours does not have to: next to nothing but at 152k words.
 The memory is what the update adds to what the process holds as it begins, which is more on our side where vLLM has weights

@@ -76,7 +76,7 @@ def main():
         loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
         lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, bf16=False,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
-        dataloader_num_workers=0, disable_tqdm=True, optim="adamw_torch", max_steps=10**6,
+        dataloader_num_workers=0, disable_tqdm=True, max_steps=10**6,
     )  # fmt: skip
     reward = lambda completions, answer, **k: [grade(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
     reward.__name__ = "reward"

@@ -55,7 +55,7 @@ def main(shape="25m-256"):
     sampler.load(policy.hf, 0)
     decode = lambda: sampler.generate(prompts, list(range(len(prompts))), 1.0, tokens, 0)
     batch = pack([(p, Rollout(0, s.ids, 0, s.logps, "length", advantage=0.5)) for p, s in zip(prompts, decode(), strict=True)])
-    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
 
     def update():
         logp, entropy = policy(batch)
