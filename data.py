@@ -317,15 +317,16 @@ def pack(pairs):
         advantage += [0.0] * n + [r.advantage] * m
         sampler += [float("nan")] * (n + m - len(r.sampler_logps)) + list(r.sampler_logps)
         cu.append(len(ids))
+    tensor = lambda values, dtype: torch.from_numpy(np.array(values, dtype))  # five times as fast as torch.tensor(list)
     return Packed(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        cu_seqlens=torch.tensor(cu, dtype=torch.int32),
-        loss_mask=torch.tensor(mask),
-        is_teacher=torch.tensor(teacher),
-        advantage=torch.tensor(advantage),
-        sampler_logp=torch.tensor(sampler),
-        stands_for=torch.tensor(stands_for) if len(prompts) < len(pairs) else None,
+        input_ids=tensor([ids], np.int64),
+        position_ids=tensor([positions], np.int64),
+        cu_seqlens=tensor(cu, np.int32),
+        loss_mask=tensor(mask, bool),
+        is_teacher=tensor(teacher, bool),
+        advantage=tensor(advantage, np.float32),
+        sampler_logp=tensor(sampler, np.float32),
+        stands_for=tensor(stands_for, np.int64) if len(prompts) < len(pairs) else None,
     )
 
 

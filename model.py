@@ -122,9 +122,10 @@ def pick(x, indices, dim=0):
 # ---------------------------------------------------------------- the head, a chunk of tokens at a time
 
 
-def chunk_of(hidden):
-    """Tokens whose logits exist together: products of this many fill a GPU, a CPU is busy with an eighth."""
-    return CHUNK if hidden.is_cuda else max(1, CHUNK // 8)
+def chunk_of(hidden, weight):
+    """Tokens whose logits exist together: products of CHUNK fill a GPU; a CPU is busy with an eighth, or takes what fits its
+    cache."""
+    return CHUNK if hidden.is_cuda else max(CHUNK // 8, 2**20 // len(weight))
 
 
 def log_probabilities(hidden, weight, temperature):
@@ -142,8 +143,8 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        parts = []
-        for h, t in zip(hidden.split(chunk_of(hidden)), targets.split(chunk_of(hidden)), strict=True):
+        parts, n = [], chunk_of(hidden, weight)
+        for h, t in zip(hidden.split(n), targets.split(n), strict=True):
             logp = log_probabilities(h, weight, temperature)
             parts.append(torch.cat([logp.gather(-1, t), -logp.exp().mul_(logp).sum(-1, keepdim=True)], -1))
         out = torch.cat(parts)
@@ -155,8 +156,9 @@ class Head(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, out = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=out.dtype)
-        for start in range(0, len(hidden), chunk_of(hidden)):
-            rows = slice(start, start + chunk_of(hidden))
+        n = chunk_of(hidden, weight)
+        for start in range(0, len(hidden), n):
+            rows = slice(start, start + n)
             g, g_entropy, entropy = grad[rows, :-1], grad[rows, -1:], out[rows, -1:]
             logp = log_probabilities(hidden[rows], weight, ctx.temperature)
             p = logp.exp()
@@ -206,7 +208,8 @@ class Policy(torch.nn.Module):
         hidden, rows, before = self.hidden_states(batch)
         logp, top1 = torch.zeros_like(batch.input_ids[0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
         weight = self.hf.lm_head.weight.to(self.product)
-        for r, b in zip(rows.split(chunk_of(hidden)), before.split(chunk_of(hidden)), strict=True):
+        n = chunk_of(hidden, weight)
+        for r, b in zip(rows.split(n), before.split(n), strict=True):
             logprobs = log_probabilities(hidden[b].to(self.product), weight, self.temperature)
             logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
         return logp, top1

@@ -9,8 +9,8 @@ The same work: model and data from the same files, prompts, group size, completi
 torch's fused AdamW, fp32, threads. TRL has no teacher rows, so ours has none here. TRL
 samples by transformers' generate: its vLLM does not run on a CPU. Its activation checkpointing, on by default, is off, as
 ours. Its min_new_tokens masks the scores of every token, which ours does not have to: next to nothing but at 152k words.
-The memory is what the update adds to what the process holds as it begins, which is more on our side where vLLM has weights
-of its own.
+Memory added is what the update adds to what the process holds as it begins; the peak is the process's in the whole step, which
+on our side holds the sampler too.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ HERE = os.path.join(ROOT, "peers")
 trl = ""  # the python of an environment made from requirements-bench.txt
 shapes = "toy,25m-256,25m-512,152k"  # comma-separated
 samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
-repeats = 5  # timed steps of each side, in turn
+repeats = 5  # timed steps of each side, in turn; before them one that does not count, and two whose memory does
 threads = 2  # of each side; one works at a time
 out = ""  # a file to append the results to, as lines of JSON
 
@@ -100,9 +100,9 @@ class Side:
             self.process = subprocess.Popen([python, os.path.join(HERE, script), json.dumps(spec)], env=environment, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
 
-    def step(self):
+    def step(self, what="time"):
         with contextlib.suppress(BrokenPipeError):
-            print("go", file=self.process.stdin, flush=True)
+            print(what, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             with open(self.log) as f:
@@ -127,9 +127,11 @@ def compare(shape, sampler):
         try:
             sides.append(Side("ours", sys.executable, "ours.py", spec))
             sides.append(Side("trl", trl, "with_trl.py", spec))
+            rows, memory = {}, {}
             for side in sides:
-                side.step(), side.step()  # first allocations, not counted
-            rows = {side.name: [] for side in sides}
+                side.step()  # first allocations, not counted
+                memory[side.name] = [side.step("memory") for _ in range(2)]
+                rows[side.name] = []
             for i in range(repeats):
                 for side in sides if i % 2 == 0 else sides[::-1]:
                     rows[side.name].append(side.step())
@@ -138,7 +140,8 @@ def compare(shape, sampler):
                 side.close()
     n_tokens = spec["prompts"] * spec["group"] * spec["completion"]
     print(f"\n{shape}: {spec['prompts']} x {spec['group']} completions of {spec['completion']} tokens, ours through {sampler}")
-    print(f"  {'seconds':<8}{'step':<24}{'decode':<24}{'reward':<24}{'update':<24}{'rest':<24}{'tokens/s':>9}{'added MiB':>12}")
+    names = "".join(f"{name:<24}" for name in ("step", "decode", "reward", "update", "rest"))
+    print(f"  {'seconds':<8}{names}{'tokens/s':>9}{'added MiB':>11}{'peak':>7}")
     for name, steps in rows.items():
         for s in steps:
             s["rest"] = s["seconds"] - s["decode"] - s["reward"] - s["update"]
@@ -146,16 +149,18 @@ def compare(shape, sampler):
             f"{spread([s[key] for s in steps], '{:.3f}'):<24}" for key in ("seconds", "decode", "reward", "update", "rest")
         )
         rate = n_tokens / statistics.median(s["seconds"] for s in steps)
-        memory = statistics.median(s["update_bytes"] for s in steps) / 2**20
-        print(f"  {name:<8}{cells}{rate:>9.0f}{memory:>12.0f}")
-    ratios = {key: [b[key] / a[key] for a, b in zip(rows["ours"], rows["trl"], strict=True)]
-              for key in ("seconds", "decode", "update", "update_bytes")}  # fmt: skip
+        added, peak = (statistics.median(s[key] for s in memory[name]) / 2**20 for key in ("update_bytes", "peak_bytes"))
+        print(f"  {name:<8}{cells}{rate:>9.0f}{added:>11.0f}{peak:>7.0f}")
+    ratios = {key: [b[key] / a[key] for a, b in zip(found["ours"], found["trl"], strict=True)]
+              for found, keys in ((rows, ("seconds", "decode", "update")), (memory, ("update_bytes", "peak_bytes")))
+              for key in keys}  # fmt: skip
     print(
         "  TRL / ours: " + ", ".join(f"{key.replace('_', ' ')} {spread(values)}" for key, values in ratios.items()), flush=True
     )
     if out:
         with open(repo_path(out), "a") as f:
-            f.write(json.dumps({"shape": shape, "sampler": sampler, "threads": threads, **rows, **provenance()}) + "\n")
+            row = {"shape": shape, "sampler": sampler, "threads": threads, **rows, "memory": memory, **provenance()}
+            f.write(json.dumps(row) + "\n")
 
 
 def main(argv):

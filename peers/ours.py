@@ -12,7 +12,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from turns import resident, settle, tell, wait
+from turns import resident, tell, wait
 
 import train
 from configurator import configure
@@ -28,7 +28,7 @@ def main():
         "--clip_low=0.2", "--clip_high=0.2",
         f"--loss_constant={spec['prompts'] * spec['group'] * n}", "--require_think=False", f"--grader={ROOT}/peers/parity.py",
         f"--max_steps={10**6}", "--learning_rate=1e-6", "--warmup_steps=0", f"--micro_tokens={spec['micro_tokens']}",
-        "--reward_workers=1", "--canary_interval=0",
+        "--canary_interval=0",
     ], train.__file__)  # fmt: skip
     # Both sides decode the same number of tokens: nothing that is sampled ends a completion.
     real_torch, real_vllm = train.TorchSampler, train.VLLMSampler
@@ -56,9 +56,9 @@ def main():
             seconds, m = time.perf_counter() - start, records[-1]
             assert m["length/own"] == n and m["own/truncated"] == 1, m
             tell({"seconds": seconds, "decode": m["time/sync"] + m["time/rollout"], "reward": m["time/reward"],
-                  "update": m["time/update"], "update_bytes": m["memory/update"] * 2**30 - at_start})  # fmt: skip
+                  "update": m["time/update"], "update_bytes": m["memory/update"] * 2**30 - at_start,
+                  "peak_bytes": max(m[f"memory/{name}"] for name in ("sync", "rollout", "update")) * 2**30})  # fmt: skip
         wait()
-        settle()
         start = time.perf_counter()
         real_reseed(step)
 

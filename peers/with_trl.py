@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from turns import resident, settle, tell, wait  # isort: skip, it takes stdout before the libraries print
+from turns import resident, tell, wait  # isort: skip, it takes stdout before the libraries print
 
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +29,7 @@ class Timed(GRPOTrainer):
         start = time.perf_counter()
         inputs = super()._prepare_inputs(batch)
         times["before_update"] = time.perf_counter() - start
-        times["resident"], _ = resident()
+        times["resident"], times["peak"] = resident()
         assert inputs["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
         return inputs
 
@@ -49,17 +49,17 @@ class Timed(GRPOTrainer):
 class Turns(TrainerCallback):
     def on_step_begin(self, *a, **k):
         wait()
-        settle()
+        resident()  # the high-water mark starts here
         times["start"] = time.perf_counter()
 
     def on_step_end(self, *a, **k):
         times["end"] = time.perf_counter()
 
     def on_log(self, *a, **k):  # logging belongs to the step, and comes last
-        seconds = time.perf_counter() - times["start"]
+        seconds, (_, peak) = time.perf_counter() - times["start"], resident()
         tell({"seconds": seconds, "decode": times["decode"], "reward": times["reward"],
               "update": times["end"] - times["start"] - times["before_update"],
-              "update_bytes": resident()[1] - times["resident"]})  # fmt: skip
+              "update_bytes": peak - times["resident"], "peak_bytes": max(peak, times["peak"])})  # fmt: skip
 
 
 def main():

@@ -128,7 +128,7 @@ def test_packed_sequences_do_not_see_each_other(policy, problems):
 def test_chunks_and_dummy(policy, problems, monkeypatch):
     batch = pack(sequences(problems))
     whole, _ = policy(batch)
-    monkeypatch.setattr(model, "CHUNK", 56)
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 7)
     logp, _ = policy(batch)
     torch.testing.assert_close(logp, whole)
     nothing, _ = policy(pack([]))  # a rank without sequences: zero loss, and a gradient for every parameter
@@ -139,7 +139,7 @@ def test_chunks_and_dummy(policy, problems, monkeypatch):
 @pytest.mark.parametrize("how", ["logp", "entropy", "both"])
 def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
     """In double precision, over chunks, for several targets of a token."""
-    monkeypatch.setattr(model, "CHUNK", 16)
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 2)
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (11, 3)))
     targets = torch.randint(0, 11, (5, 2), generator=g)
@@ -159,7 +159,7 @@ def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
     policy = model.Policy(hf, temperature=0.7)
     ids = torch.randint(2, 151_936, (20,)).tolist()
     batch = pack([(ids[:3], Rollout(0, ids[3:], 0, [0.0] * 17, "stop"))])
-    monkeypatch.setattr(model, "CHUNK", 56)  # an eighth on a CPU
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 7)
     logp, entropy = policy(batch)
     (logp.sum() - 0.3 * entropy.sum()).backward()
     grads = {n: p.grad.clone() for n, p in hf.named_parameters()}

@@ -63,7 +63,7 @@ bench.size, tokens = sys.argv[1], int(sys.argv[2])
 config = bench.model_config()
 AttentionInterface.register("counted", attention)
 model.packing_of = lambda cu_seqlens, stands_for: {"computed": None, "where": None}
-model.chunk_of = lambda hidden: model.CHUNK  # a GPU's
+model.chunk_of = lambda hidden, weight: model.CHUNK  # a GPU's
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)
