@@ -140,13 +140,13 @@ def compare(shape, sampler):
                 side.close()
     n_tokens = spec["prompts"] * spec["group"] * spec["completion"]
     print(f"\n{shape}: {spec['prompts']} x {spec['group']} completions of {spec['completion']} tokens, ours through {sampler}")
-    names = "".join(f"{name:<24}" for name in ("step", "decode", "reward", "update", "rest"))
+    names = "".join(f"{name:<26}" for name in ("step", "decode", "reward", "update", "rest"))
     print(f"  {'seconds':<8}{names}{'tokens/s':>9}{'added MiB':>11}{'peak':>7}")
     for name, steps in rows.items():
         for s in steps:
             s["rest"] = s["seconds"] - s["decode"] - s["reward"] - s["update"]
         cells = "".join(
-            f"{spread([s[key] for s in steps], '{:.3f}'):<24}" for key in ("seconds", "decode", "reward", "update", "rest")
+            f"{spread([s[key] for s in steps], '{:.3f}'):<26}" for key in ("seconds", "decode", "reward", "update", "rest")
         )
         rate = n_tokens / statistics.median(s["seconds"] for s in steps)
         added, peak = (statistics.median(s[key] for s in memory[name]) / 2**20 for key in ("update_bytes", "peak_bytes"))
