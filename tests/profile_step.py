@@ -44,6 +44,18 @@ def by_kind(function):
     return {kind: t / sum(times.values()) for kind, t in times.items()}, seconds
 
 
+def rate(function, amount):
+    """Billions of `amount` a second: the best of ten times five calls."""
+    function()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(5):
+            function()
+        times.append(time.perf_counter() - start)
+    return 5 * amount / min(times) / 1e9
+
+
 def main(shape="25m-256"):
     _, n_prompts, group, tokens = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,12 +76,11 @@ def main(shape="25m-256"):
         optimizer.step()
         optimizer.zero_grad()
 
-    a, b = torch.randn(2048, 512), torch.randn(512, 1280)
-    start = time.perf_counter()
-    for _ in range(50):
-        a @ b
-    rate = 50 * 2 * 2048 * 512 * 1280 / (time.perf_counter() - start)
-    print(f"{shape}, {torch.get_num_threads()} thread(s); a matrix product of 2048 x 512 x 1280 at {rate / 1e9:.0f} GFLOP/s")
+    a, b = torch.randn(2048, 512), torch.randn(1280, 512)
+    packed, vector, n = torch.ops.mkldnn._reorder_linear_weight(b), torch.randn(10**8), 2 * 2048 * 512 * 1280
+    product, by_onednn = lambda: a @ b.T, lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+    print(f"{shape}, {torch.get_num_threads()} thread(s); 2048 x 512 x 1280 at {rate(product, n):.0f} GFLOP/s, by oneDNN at"
+          f" {rate(by_onednn, n):.0f}; memory read at {rate(lambda: vector @ vector, 4 * 10**8):.0f} GB/s")  # fmt: skip
     for name, function in (("decoding", decode), ("update", update)):
         shares, seconds = by_kind(function)
         print(f"{name} {seconds:.2f} s: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()), flush=True)
