@@ -144,8 +144,9 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
         f" {min(256, tokens / length):.1f} sequences of {length} at once"
     )
-    # The gradients are freed before it.
-    rollout = items["weights, gradients, Adam (fp32)"] * 3 // 4 + items.get("teacher model's weights", 0) + share
+    # The gradients are freed before it, but for DDP's buckets, which they lie in.
+    freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4
+    rollout = items["weights, gradients, Adam (fp32)"] - freed + items.get("teacher model's weights", 0) + share
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
         f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"

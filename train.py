@@ -347,7 +347,7 @@ def update(policy, optimizer, micro_batches, max_norm, terms, safe_point):
     broken = all_reduce([not math.isfinite(sums["loss"][0]) or not math.isfinite(norm) or 0 < skip_grad_norm < norm])[0]
     if not broken:
         optimizer.step()
-    optimizer.zero_grad()  # now, so that the engine finds their memory free
+    optimizer.zero_grad()  # now, so that the engine finds their memory free; DDP keeps it for its buckets
     return sums, norm, not broken
 
 
@@ -452,8 +452,8 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     check_same."""
     folder = open_folder(begun)
     by_id = {p.id: p for p in problems}
-    wrapped = DDP(policy) if WORLD > 1 and shard == "ddp" else policy
-    options = dict(betas=(beta1, beta2), weight_decay=weight_decay, fused=True)  # without it as much as a gradient passes
+    wrapped = DDP(policy, gradient_as_bucket_view=True) if WORLD > 1 and shard == "ddp" else policy
+    options = dict(betas=(beta1, beta2), weight_decay=weight_decay, fused=True)  # else, on a GPU, a gradient more passes
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, **options)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), sft_learning_rate, **options)
     failed, successes = FailedQuestions(), Successes(n_rollouts, replay_start, replay_limit)

@@ -6,11 +6,12 @@ A step of ours beside a step of TRL's GRPOTrainer, turn by turn in one run: `pyt
     python bench.py peers --trl=trl/bin/python --shapes=toy --samplers=torch,vllm --repeats=9
 
 The same work: model and data from the same files, prompts, group size, completions of a forced length, reward function,
-torch's fused AdamW, fp32, threads. TRL has no teacher rows, so ours has none here. TRL
+torch's fused AdamW, fp32, threads; no GPU, also where there is one. TRL has no teacher rows, so ours has none here. TRL
 samples by transformers' generate: its vLLM does not run on a CPU. Its activation checkpointing, on by default, is off, as
-ours. Its min_new_tokens masks the scores of every token, which ours does not have to: next to nothing but at 152k words.
-Memory added is what the update adds to what the process holds as it begins; the peak is the process's in the whole step, which
-on our side holds the sampler too.
+ours. Its head, cut into tiles as ours is into chunks, has kernels for GPUs, and on a CPU a fallback of whole tiles, so its
+memory here says nothing about a GPU. Memory added is what the update adds to what the process holds as it begins; the peak
+is the process's in the whole step, which on our side holds the sampler too, but not the reward workers. Our decoding is with
+the sampler's taking over of the weights.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ HERE = os.path.join(ROOT, "peers")
 trl = ""  # the python of an environment made from requirements-bench.txt
 shapes = "toy,25m-256,25m-512,152k"  # comma-separated
 samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
-repeats = 5  # timed steps of each side, in turn; before them one that does not count, and two whose memory does
+repeats = 5  # steps of each side, in turn, whose memory counts, and after them as many whose time does
 threads = 2  # of each side; one works at a time
 out = ""  # a file to append the results to, as lines of JSON
 
@@ -95,12 +96,13 @@ class Side:
 
     def __init__(self, name, python, script, spec):
         self.name, self.log = name, os.path.join(spec["folder"], f"{name}.log")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([python, os.path.join(HERE, script), json.dumps(spec)], env=environment, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
 
-    def step(self, what="time"):
+    def step(self, what):
         with contextlib.suppress(BrokenPipeError):
             print(what, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
@@ -127,14 +129,13 @@ def compare(shape, sampler):
         try:
             sides.append(Side("ours", sys.executable, "ours.py", spec))
             sides.append(Side("trl", trl, "with_trl.py", spec))
-            rows, memory = {}, {}
-            for side in sides:
-                side.step()  # first allocations, not counted
-                memory[side.name] = [side.step("memory") for _ in range(2)]
-                rows[side.name] = []
-            for i in range(repeats):
-                for side in sides if i % 2 == 0 else sides[::-1]:
-                    rows[side.name].append(side.step())
+            memory, rows = ({side.name: [] for side in sides} for _ in range(2))
+            for found, what in ((memory, "memory"), (rows, "time")):
+                for side in sides:
+                    side.step("time")  # first allocations: it does not count
+                for i in range(repeats):
+                    for side in sides if i % 2 == 0 else sides[::-1]:
+                        found[side.name].append(side.step(what))
         finally:
             for side in sides:
                 side.close()
@@ -175,10 +176,12 @@ def main(argv):
     found = subprocess.run([trl, "-c", ask], capture_output=True, text=True)
     if found.returncode:
         raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
-    print(f"{found.stdout.strip()}; {threads} thread(s) each; median (least to most) of {repeats} steps")
+    own = subprocess.run([sys.executable, "-c", ask.replace("'trl', ", "")], capture_output=True, text=True, check=True)
+    print(f"{found.stdout.strip()}; ours: {own.stdout.strip()}")
+    print(f"{threads} thread(s) each; median (least to most) of {repeats} steps")
     from rollout import wants_vllm  # which takes seconds
 
     for shape in shapes.split(","):
         for sampler in samplers.split(","):
-            if wants_vllm("auto") or sampler == "torch":
+            if wants_vllm("auto" if samplers == "torch,vllm" else sampler) or sampler == "torch":
                 compare(shape, sampler)

@@ -12,7 +12,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from turns import resident, tell, wait
+from turns import resident, settle, tell, wait
 
 import train
 from configurator import configure
@@ -28,7 +28,7 @@ def main():
         "--clip_low=0.2", "--clip_high=0.2",
         f"--loss_constant={spec['prompts'] * spec['group'] * n}", "--require_think=False", f"--grader={ROOT}/peers/parity.py",
         f"--max_steps={10**6}", "--learning_rate=1e-6", "--warmup_steps=0", f"--micro_tokens={spec['micro_tokens']}",
-        "--canary_interval=0",
+        "--canary_interval=0", "--dtype=float32",
     ], train.__file__)  # fmt: skip
     # Both sides decode the same number of tokens: nothing that is sampled ends a completion.
     real_torch, real_vllm = train.TorchSampler, train.VLLMSampler
@@ -43,7 +43,7 @@ def main():
         return engine
 
     train.VLLMSampler = endless
-    records, start = [], None
+    records, start, counts = [], None, "time"
     real_write, real_reseed = train.write_metrics, train.reseed
 
     def write_metrics(folder, rows):
@@ -51,14 +51,16 @@ def main():
         real_write(folder, rows)
 
     def reseed(step):  # the first thing in a step, and so the end of the one before
-        nonlocal start
+        nonlocal start, counts
         if start is not None:
             seconds, m = time.perf_counter() - start, records[-1]
             assert m["length/own"] == n and m["own/truncated"] == 1, m
             tell({"seconds": seconds, "decode": m["time/sync"] + m["time/rollout"], "reward": m["time/reward"],
                   "update": m["time/update"], "update_bytes": m["memory/update"] * 2**30 - at_start,
                   "peak_bytes": max(m[f"memory/{name}"] for name in ("sync", "rollout", "update")) * 2**30})  # fmt: skip
-        wait()
+        counts = wait()
+        if counts == "memory":
+            settle()
         start = time.perf_counter()
         real_reseed(step)
 
@@ -70,6 +72,8 @@ def main():
         nonlocal at_start
         real_begin(phases, name)
         if name == "update":
+            if counts == "memory":
+                settle()
             at_start, _ = resident()
 
     train.Phases.begin = begin

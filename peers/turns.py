@@ -15,14 +15,17 @@ def tell(row):
 
 
 def wait():
-    """Until it is this side's turn again; when there is none any more, end at once. Before a step whose memory counts, give
-    back what is free, so that an increment is one; taking it again takes time, so that this step's time does not count."""
+    """Until it is this side's turn again: "time" or "memory", what counts of the step. When there is no turn, end at once."""
     line = sys.stdin.readline()
     if not line:
         os._exit(0)
-    if line == "memory\n":
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+    return line.strip()
+
+
+def settle():
+    """Give back what is free, so that an increment of memory is one. To take it again takes time."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident():

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from turns import resident, tell, wait  # isort: skip, it takes stdout before the libraries print
+from turns import resident, settle, tell, wait  # isort: skip, it takes stdout before the libraries print
 
 import pyarrow.parquet as pq
 import torch
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 spec, times = json.loads(sys.argv[1]), {}
+NEVER = -1  # the token that ends a completion: both sides decode the same number of tokens
 
 
 class Timed(GRPOTrainer):
@@ -29,7 +30,10 @@ class Timed(GRPOTrainer):
         start = time.perf_counter()
         inputs = super()._prepare_inputs(batch)
         times["before_update"] = time.perf_counter() - start
-        times["resident"], times["peak"] = resident()
+        _, times["peak"] = resident()
+        if times["counts"] == "memory":
+            settle()
+        times["resident"], _ = resident()
         assert inputs["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
         return inputs
 
@@ -48,7 +52,9 @@ class Timed(GRPOTrainer):
 
 class Turns(TrainerCallback):
     def on_step_begin(self, *a, **k):
-        wait()
+        times["counts"] = wait()
+        if times["counts"] == "memory":
+            settle()
         resident()  # the high-water mark starts here
         times["start"] = time.perf_counter()
 
@@ -72,16 +78,18 @@ def main():
     n, batch = spec["completion"], spec["prompts"] * spec["group"]
     config = GRPOConfig(
         output_dir=os.path.join(spec["folder"], "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        num_generations=spec["group"], max_completion_length=n, generation_kwargs={"min_new_tokens": n}, beta=0.0, epsilon=0.2,
-        loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
+        num_generations=spec["group"], max_completion_length=n, generation_kwargs={"eos_token_id": NEVER}, beta=0.0,
+        epsilon=0.2, loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
         lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, bf16=False,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
-        dataloader_num_workers=0, disable_tqdm=True, max_steps=10**6,
+        dataloader_num_workers=0, disable_tqdm=True, optim="adamw_torch_fused", max_steps=10**6,
     )  # fmt: skip
     reward = lambda completions, answer, **k: [grade(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
     reward.__name__ = "reward"
-    Timed(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-          callbacks=[Turns()]).train()  # fmt: skip
+    trainer = Timed(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
+                    processing_class=tokenizer, callbacks=[Turns()])  # fmt: skip
+    trainer.eos_token_ids = [NEVER]
+    trainer.train()
 
 
 if __name__ == "__main__":

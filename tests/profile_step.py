@@ -24,7 +24,7 @@ from rollout import TorchSampler
 KINDS = {  # the first whose words an operation's name holds
     "matrix products": "::mm addmm bmm linear_pointwise".split(),
     "attention": ["attention"],
-    "elementwise": "mul add sub div exp log pow silu neg sqrt norm mean sum softmax lerp".split(),
+    "elementwise": "mul add sub div exp log pow silu neg sqrt norm mean sum softmax lerp adam".split(),
     "copies": "copy cat index fill zero gather scatter roll clone".split(),
 }
 

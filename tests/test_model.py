@@ -136,6 +136,14 @@ def test_chunks_and_dummy(policy, problems, monkeypatch):
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
+def test_a_chunk_fits_where_it_is_computed():
+    """An eighth of a GPU's on a CPU, whatever the vocabulary; more where the logits stay within 4 MiB."""
+    on_cpu = torch.zeros(1)
+    for vocabulary, n in ((151_936, 256), (4096, 256), (64, 16384)):
+        assert model.chunk_of(on_cpu, torch.empty(vocabulary, 0)) == n
+    assert model.chunk_of(SimpleNamespace(is_cuda=True), torch.empty(64, 0)) == 2048
+
+
 @pytest.mark.parametrize("how", ["logp", "entropy", "both"])
 def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
     """In double precision, over chunks, for several targets of a token."""
