@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -112,6 +113,17 @@ def test_every_config_fits_where_it_says(script, name, model, n_gpus, gib):
     assert print_plan(knobs, model, 0, n_gpus, True, gib, lines.append)
     assert not print_plan(knobs, model, 0, n_gpus, True, gib / 4, lines.append)
     assert any(f"fits in {gib} GiB: yes" in line for line in lines) and f"fits in {gib // 4} GiB: NO" in lines[-1]
+
+
+def test_ddps_buckets_stay_through_the_rollout(script):
+    """They hold the gradients, 4 bytes a parameter, which one process gives to the engine meanwhile."""
+    knobs, rollout = script("train", ["config/luffy_1gpu.py"]).config, {}
+    for shard, n_ranks in (("none", 1), ("ddp", 1), ("ddp", 2)):
+        lines = []
+        print_plan({**knobs, "shard": shard}, QWEN_05B, 0, n_ranks, True, 80, lines.append)
+        rollout[shard, n_ranks] = float(re.search(r"the rollout ([\d.]+) GiB", lines[-1])[1])
+    n = count_parameters(QWEN_05B)[0]
+    assert rollout["none", 1] == rollout["ddp", 1] == pytest.approx(rollout["ddp", 2] - 4 * n / 2**30, abs=0.11)
 
 
 def test_memory_is_measured():

@@ -1,7 +1,7 @@
 """
 Every method on the toy worlds, three seeds each, as one table and one picture.
 
-    make table            about 40 minutes on two cores; runs that are there already are not repeated
+    make table            a quarter of an hour on two cores; runs that are there already are not repeated
 
 Each row is train.py itself with an overlay from config/method/, the torch sampler and the world's config. Runs are kept
 in out/table/WORLD/METHOD_SEED/. The table goes to docs/toy.md and LOG.md, between the lines that mark its place.
