@@ -453,7 +453,7 @@ def train(policy, engine, verifier, tokenizer, problems, held_out, teacher, guar
     folder = open_folder(begun)
     by_id = {p.id: p for p in problems}
     wrapped = DDP(policy, gradient_as_bucket_view=True) if WORLD > 1 and shard == "ddp" else policy
-    options = dict(betas=(beta1, beta2), weight_decay=weight_decay, fused=True)  # else, on a GPU, a gradient more passes
+    options = dict(betas=(beta1, beta2), weight_decay=weight_decay, fused=True)  # else a GPU holds 4 bytes a weight in passing
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, **options)
     sft_optimizer = torch.optim.AdamW(policy.parameters(), sft_learning_rate, **options)
     failed, successes = FailedQuestions(), Successes(n_rollouts, replay_start, replay_limit)

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HERE = os.path.join(ROOT, "peers")
@@ -152,9 +153,9 @@ def compare(shape, sampler):
         rate = n_tokens / statistics.median(s["seconds"] for s in steps)
         added, peak = (statistics.median(s[key] for s in memory[name]) / 2**20 for key in ("update_bytes", "peak_bytes"))
         print(f"  {name:<8}{cells}{rate:>9.0f}{added:>11.0f}{peak:>7.0f}")
-    ratios = {key: [b[key] / a[key] for a, b in zip(found["ours"], found["trl"], strict=True)]
-              for found, keys in ((rows, ("seconds", "decode", "update")), (memory, ("update_bytes", "peak_bytes")))
-              for key in keys}  # fmt: skip
+    over = lambda found, key: [b[key] / a[key] for a, b in zip(found["ours"], found["trl"], strict=True)]
+    ratios = {key: over(rows, key) for key in ("seconds", "decode", "update")}
+    ratios |= {key: over(memory, key) for key in ("update_bytes", "peak_bytes")}
     print(
         "  TRL / ours: " + ", ".join(f"{key.replace('_', ' ')} {spread(values)}" for key, values in ratios.items()), flush=True
     )
@@ -176,12 +177,14 @@ def main(argv):
     found = subprocess.run([trl, "-c", ask], capture_output=True, text=True)
     if found.returncode:
         raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
-    own = subprocess.run([sys.executable, "-c", ask.replace("'trl', ", "")], capture_output=True, text=True, check=True)
-    print(f"{found.stdout.strip()}; ours: {own.stdout.strip()}")
+    own = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    print(f"{found.stdout.strip()}; ours: {own}")
     print(f"{threads} thread(s) each; median (least to most) of {repeats} steps")
     from rollout import wants_vllm  # which takes seconds
 
     for shape in shapes.split(","):
         for sampler in samplers.split(","):
-            if wants_vllm("auto" if samplers == "torch,vllm" else sampler) or sampler == "torch":
+            if sampler == "torch" or wants_vllm("auto"):
                 compare(shape, sampler)
+            else:
+                print(f"\n{shape}, ours through vllm: not measured, vLLM is not installed")

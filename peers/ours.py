@@ -43,7 +43,7 @@ def main():
         return engine
 
     train.VLLMSampler = endless
-    records, start, counts = [], None, "time"
+    records, start = [], None
     real_write, real_reseed = train.write_metrics, train.reseed
 
     def write_metrics(folder, rows):
@@ -51,16 +51,14 @@ def main():
         real_write(folder, rows)
 
     def reseed(step):  # the first thing in a step, and so the end of the one before
-        nonlocal start, counts
+        nonlocal start
         if start is not None:
             seconds, m = time.perf_counter() - start, records[-1]
             assert m["length/own"] == n and m["own/truncated"] == 1, m
             tell({"seconds": seconds, "decode": m["time/sync"] + m["time/rollout"], "reward": m["time/reward"],
                   "update": m["time/update"], "update_bytes": m["memory/update"] * 2**30 - at_start,
                   "peak_bytes": max(m[f"memory/{name}"] for name in ("sync", "rollout", "update")) * 2**30})  # fmt: skip
-        counts = wait()
-        if counts == "memory":
-            settle()
+        wait()
         start = time.perf_counter()
         real_reseed(step)
 
@@ -72,8 +70,7 @@ def main():
         nonlocal at_start
         real_begin(phases, name)
         if name == "update":
-            if counts == "memory":
-                settle()
+            settle()
             at_start, _ = resident()
 
     train.Phases.begin = begin

@@ -8,6 +8,7 @@ import sys
 
 out = os.fdopen(os.dup(1), "w")  # the libraries print into the other
 os.dup2(2, 1)
+turn = ""  # what counts of this step, once it is this side's turn
 
 
 def tell(row):
@@ -15,17 +16,19 @@ def tell(row):
 
 
 def wait():
-    """Until it is this side's turn again: "time" or "memory", what counts of the step. When there is no turn, end at once."""
-    line = sys.stdin.readline()
-    if not line:
+    """Until it is this side's turn again, for a step whose "time" or whose "memory" counts; when there is none, end at once."""
+    global turn
+    turn = sys.stdin.readline().strip()
+    if not turn:
         os._exit(0)
-    return line.strip()
+    settle()
 
 
 def settle():
-    """Give back what is free, so that an increment of memory is one. To take it again takes time."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    """If the step's memory counts, give back what is free, so that an increment is one. To take it again takes time."""
+    if turn == "memory":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident():

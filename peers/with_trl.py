@@ -31,8 +31,7 @@ class Timed(GRPOTrainer):
         inputs = super()._prepare_inputs(batch)
         times["before_update"] = time.perf_counter() - start
         _, times["peak"] = resident()
-        if times["counts"] == "memory":
-            settle()
+        settle()
         times["resident"], _ = resident()
         assert inputs["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
         return inputs
@@ -52,9 +51,7 @@ class Timed(GRPOTrainer):
 
 class Turns(TrainerCallback):
     def on_step_begin(self, *a, **k):
-        times["counts"] = wait()
-        if times["counts"] == "memory":
-            settle()
+        wait()
         resident()  # the high-water mark starts here
         times["start"] = time.perf_counter()
 

@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import seconds as seconds_of
 from data import Rollout, pack
 from loss import batch_loss
 from model import load_policy
@@ -44,18 +45,6 @@ def by_kind(function):
     return {kind: t / sum(times.values()) for kind, t in times.items()}, seconds
 
 
-def rate(function, amount):
-    """Billions of `amount` a second: the best of ten times five calls."""
-    function()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(5):
-            function()
-        times.append(time.perf_counter() - start)
-    return 5 * amount / min(times) / 1e9
-
-
 def main(shape="25m-256"):
     _, n_prompts, group, tokens = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +67,7 @@ def main(shape="25m-256"):
 
     a, b = torch.randn(2048, 512), torch.randn(1280, 512)
     packed, vector, n = torch.ops.mkldnn._reorder_linear_weight(b), torch.randn(10**8), 2 * 2048 * 512 * 1280
+    rate = lambda function, amount: amount / seconds_of(function, "cpu", 50) / 1e9
     product, by_onednn = lambda: a @ b.T, lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
     print(f"{shape}, {torch.get_num_threads()} thread(s); 2048 x 512 x 1280 at {rate(product, n):.0f} GFLOP/s, by oneDNN at"
           f" {rate(by_onednn, n):.0f}; memory read at {rate(lambda: vector @ vector, 4 * 10**8):.0f} GB/s")  # fmt: skip

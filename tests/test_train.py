@@ -181,8 +181,7 @@ def test_the_clip_acts_where_the_policy_has_moved(script, tmp_path):
 def test_the_optimizer_gets_its_knobs(script, tmp_path, monkeypatch):
     seen = {}
     adamw, clip = torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **k: seen.update(k)
-                        or adamw(p, lr, **k))  # fmt: skip
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **k: seen.update(k) or adamw(p, lr, **k))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: seen.update(clip=norm) or clip(p, norm))
     rows = run(script, tmp_path, "x", "--beta1=0.5", "--beta2=0.6", "--weight_decay=0.7", "--grad_clip=0.8",
                "--learning_rate=0.001", "--warmup_steps=4", "--canary_interval=2", "--save_interval=2")  # fmt: skip
