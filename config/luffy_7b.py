@@ -2,21 +2,21 @@
 #
 #     torchrun --nproc_per_node=8 train.py config/luffy_7b.py
 #
-# 128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 updates of 512 each.
+# 128 prompts x (7 own samples + 1 trace) = 1024 sequences a step, 2 updates of 512 each.
 # 45.7k prompts / 128 = 357 steps an epoch; 500 steps = 1.4 epochs.
 # The paper's own figures for this run, 77 h on 8 A100:
 #     AIME24 AIME25  AMC  MATH-500 Minerva Olympiad average
 #      29.4   23.1  65.6    87.6    37.5    57.2     50.1     on-policy 45.5, SFT 44.1, RL with SFT loss 40.1
 
 data = "data/openr1.parquet"  # Elliott/Openr1-Math-46k-8192, LUFFY's training set
-model = "models/Qwen2.5-Math-7B-16k-think"  # by prepare.py model: prompt ends in "<think>\n"
+model = "models/Qwen2.5-Math-7B-16k-think"  # made by prepare.py model: the prompt ends in "<think>\n"
 out_dir = "out/luffy_7b"
-eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
-holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
+eval_data = ""  # not the released valid.parquet: it has the test files' questions, so to choose a checkpoint by it leaks
+holdout = 256  # training questions set aside to choose a checkpoint by; 0 trains on all, as the paper does
 eval_interval = 10
 eval_greedy = False
 eval_k = 1
-eval_temperature = 0.6  # as the final evaluation
+eval_temperature = 0.6  # as in the final evaluation
 
 n_rollouts = 8
 n_teacher = 1
@@ -58,10 +58,10 @@ preflight_traces = 512
 
 shard = "fsdp"
 recompute = True
-save_interval = 10  # what a crash may cost; see docs/long_run.md
+save_interval = 10  # steps that a crash may cost; see docs/long_run.md
 keep_last = 2
 keep_every = 100
 rollout_interval = 10
-canary_limit = 0.1  # bfloat16
+canary_limit = 0.1  # enough for bfloat16
 micro_tokens = 32768
 gpu_memory = 0.5

@@ -1,66 +1,16 @@
-# LUFFY on Llama-3.1-8B, which the paper trains without think tags, on the problems with short traces. Not run by us yet.
+# LUFFY on Llama-3.1-8B with luffy_7b.py's numbers, on the problems with short traces and without think tags, as the
+# paper trains it. Not run by us yet.
 #
 #     torchrun --nproc_per_node=8 train.py config/luffy_llama8b.py
 #
-# The prompt, by the paper: "User: {QUESTION}\nAnswer: Let's think step by step." (the model's chat template must say
-# so). The Easy subset: 7.3k prompts whose right trace has up to 2k tokens, so 7300 / 128 = 57 steps an epoch. The
-# traces must come without think tags. The paper's averages: LUFFY 13.2, on-policy 9.6, SFT 5.9; on-policy RL fails on
-# its Hard subset and on the whole set. Not known: the traces' exact form, and whether lengths were limited otherwise.
+# The paper's prompt: "User: {QUESTION}\nAnswer: Let's think step by step." (the model's chat template must say so).
+# The Easy subset has 7.3k prompts, whose correct trace has up to 2k tokens: 7300 / 128 = 57 steps an epoch.
+# The paper's averages: LUFFY 13.2, on-policy 9.6, SFT 5.9. On-policy RL fails on its Hard subset and on the whole set.
+# Not known: the exact form of the traces, and whether lengths were limited in another way.
 
-data = "data/openr1.easy.parquet"  # of prepare.py openr1 --tags=drop
-model = "models/Llama-3.1-8B-simple"  # prepare.py model --template=llama --rope_theta=0 --max_position=0
+include("config/luffy_7b.py")
+
+data = "data/openr1.easy.parquet"  # made by prepare.py openr1 --tags=drop: these traces must have no think tags
+model = "models/Llama-3.1-8B-simple"  # made by prepare.py model --template=llama --rope_theta=0 --max_position=0
 out_dir = "out/luffy_llama8b"
-eval_data = ""  # the released valid.parquet asks the questions of the test files: choosing a checkpoint by it leaks
-holdout = 256  # so these questions of the training set are kept for it; 0 trains on all, as the paper does
-eval_interval = 10
-eval_greedy = False
-eval_k = 1
-eval_temperature = 0.6  # as the final evaluation
-
-n_rollouts = 8
-n_teacher = 1
-verified_only = False  # the set is verified already; a trace that fails here gets advantage <= 0
-temperature = 1.0
-max_tokens = 8192
-max_prompt_tokens = 1024
-max_teacher_tokens = 8192  # EOS included; the original cuts longer traces, we drop them
-
-use_std = False  # the paper's equation divides by the std, its text and the script do not
-shaping = "luffy"
-gamma = 0.1
-clip_low = 0.0  # loss_remove_clip=True
-clip_high = 0.0
-# The script divides a rank's token sum by 8192 and FSDP averages over 8 ranks: one step is sum / 65536.
-# That holds here for any number of GPUs.
-loss_constant = 65536.0
-# The script's 0.001 is added per micro-batch, some 4 to 7 of them (32,768 tokens each), so it acts as 0.004 to
-# 0.007 times the token mean; the paper's text says 0.01.
-entropy_coef = 0.005
-sft_coef = 0.0
-
-max_steps = 500
-prompts_per_step = 128
-update_batches = 2  # ppo_mini_batch_size 64
-learning_rate = 1e-6
-warmup_steps = 0
-beta1 = 0.9
-beta2 = 0.999
-weight_decay = 0.01
-grad_clip = 1.0
-seed = 47
-
 require_think = False
-reward_workers = 8
-reward_timeout = 2.0
-min_teacher_pass = 0.9
-preflight_traces = 512
-
-shard = "fsdp"
-recompute = True
-save_interval = 10  # what a crash may cost; see docs/long_run.md
-keep_last = 2
-keep_every = 100
-rollout_interval = 10
-canary_limit = 0.1  # bfloat16
-micro_tokens = 32768
-gpu_memory = 0.5

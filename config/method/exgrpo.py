@@ -1,7 +1,7 @@
-# ExGRPO (arXiv 2510.02245): up to half of a batch's questions put one of their stored right answers into the group, the
-# one the policy is surest of, with f(pi / pi_then) in place of the ratio. It starts once 35 % of a batch is right.
-# Numbers from its released run_exgrpo.sh, but for replay_limit, which is unbounded there; no clip at any time (the
-# released code has it on until the start), no skip_grad_bound.
+# ExGRPO (arXiv 2510.02245): for up to half of a batch's questions, one stored correct answer joins the group: the one
+# that the policy is most certain of, with f(pi / pi_then) in place of the ratio. Replay starts once 35 % of a batch is
+# correct. Numbers from its released run_exgrpo.sh, except replay_limit, which is unbounded there. Also different: no clip
+# at any time (the released code clips until replay starts), no skip_grad_bound.
 n_teacher = 0
 shaping = "luffy"
 gamma = 0.1

@@ -1,6 +1,6 @@
 # KDRL (arXiv 2506.02208): GRPO + beta x reverse KL to a teacher model, estimated as (log p - log p_T)^2 / 2. Needs
-# --teacher_model=FOLDER. beta 2e-3 is its default, in units of a token mean beside a token mean, so both are set here;
-# advantages divided by the std and PPO's clip as in the GRPO it builds on.
+# --teacher_model=FOLDER. beta = 2e-3 is its default. There both terms are token means, so loss_constant is 0 here.
+# Advantages are divided by the std, and PPO's clip is on, as in the GRPO that it builds on.
 n_teacher = 0
 use_std = True
 loss_constant = 0.0

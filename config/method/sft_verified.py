@@ -1,6 +1,3 @@
-# SFT on those traces alone that the verifier accepts.
-n_rollouts = 1
-n_teacher = 1
-sft_coef = 1.0
-entropy_coef = 0.0
+# SFT on only those traces that the verifier accepts.
+include("config/method/sft.py")
 verified_only = True
