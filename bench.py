@@ -3,7 +3,7 @@ How fast, and how much memory: update, attention backends, weight sync, rollout,
 
     python bench.py                                                    a tiny shape, on a CPU
     python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
-    python bench.py peers --trl=trl/bin/python                         a step beside TRL's (peers/compare.py)
+    python bench.py peers --trl=trl/bin/python                         a step beside TRL's (measure/peers/)
     torchrun --nproc_per_node=8 bench.py --size=7b --shard=fsdp --tokens=32768 --shortest=2048 --longest=8192
 
 MFU is model FLOPs (6 per weight and token, attention and head included, recomputation not) over the rate of a
@@ -21,41 +21,39 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # ---------------------------------------------------------------- what to measure
-size = "tiny"  # a shape: tiny, toy, 0.5b, 1.5b or 7b (Qwen2.5's)
-tokens = 2048  # packed tokens of a micro-batch; an update has two, so that gradients are there when activations peak
-shortest = 64  # of its sequences
-longest = 256  # of its sequences
+size = "tiny"  # the model's shape; the last three are Qwen2.5's [tiny | toy | 0.5b | 1.5b | 7b]
+tokens = 2048  # packed tokens of a micro-batch; an update has two, so that gradients are there when activations peak [> 0]
+shortest = 64  # of its sequences [> 0]
+longest = 256  # of its sequences [> 0]
 recompute = True  # activation checkpointing
-shard = "none"  # fsdp: FSDP2 over torchrun's processes (each with its own tokens), or with this one alone
-repeats = 5  # timed updates, after one that is not
+shard = "none"  # fsdp: FSDP2 over torchrun's processes (each with its own tokens), or this one alone [none | fsdp]
+repeats = 5  # timed updates, after one that is not [> 0]
 syncs = 5  # weight reloads into the engine; 0 leaves the engine out
-rollout_prompts = 32  # samples to generate
-rollout_tokens = 64  # of each
-sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
-gpu_memory = 0.4  # share of the GPU's memory that vLLM may take
+rollout_prompts = 32  # samples to generate [> 0]
+rollout_tokens = 64  # of each [> 0]
+sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
+gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 out = ""  # a file to append the result to, as a line of JSON
 
-from configurator import UserError, configure, provenance, repo_path, require, run
+from configurator import UserError, configure, provenance, repo_path, run
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peers"]:
-        from peers.compare import main
+        from measure.peers.compare import main
 
         sys.exit(run(lambda: main(sys.argv[2:])))
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
-from eval import make_folder
 from loss import batch_loss
-from model import Policy, attention_backends, shard_policy, start_processes
-from plan import count_parameters, measured_memory, show, training_memory
-from rollout import TorchSampler, VLLMSampler, wants_vllm
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from model import Policy, attention_backends, shard_policy
+from rollout import choose_sampler, open_sampler
+from runtime.files import make_folder
+from runtime.plan import count_parameters, measured_memory, show, training_memory
+from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head
 SHAPES = {
@@ -68,8 +66,6 @@ SHAPES = {
 
 
 def model_config():
-    if size not in SHAPES:
-        raise UserError(f"size={size!r}: choose one of {', '.join(SHAPES)}")
     d, f, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
     return Qwen2Config(
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -78,12 +74,11 @@ def model_config():
 
 
 def check_knobs():
-    require(globals(), "tokens shortest longest repeats rollout_prompts rollout_tokens gpu_memory", "syncs")
     if shortest > longest or min(shortest, tokens) < 32:
         raise UserError(f"shortest={shortest}, longest={longest}, tokens={tokens}: take 32 or more, and shortest <= longest")
-    if shard not in ("none", "fsdp") or (WORLD > 1 and shard == "none"):
-        raise UserError(f"shard={shard!r} with {WORLD} process(es): choose fsdp, or none for one process")
-    wants_vllm(sampler)
+    if WORLD > 1 and shard == "none":
+        raise UserError(f"shard='none' is for one process, and torchrun started {WORLD}: set shard=fsdp")
+    choose_sampler(sampler)
     if out:
         make_folder(os.path.dirname(repo_path(out)))
 
@@ -96,12 +91,12 @@ def sequences(vocabulary):
     lengths[-1] -= sum(lengths) - tokens
     if lengths[-1] < 32:  # too short to be a sequence: give it to the one before
         lengths[-2:] = [sum(lengths[-2:])] if len(lengths) > 1 else lengths
-    pairs = []
+    rollouts = []
     for n in lengths:
         ids = torch.randint(2, vocabulary, (n,), generator=g).tolist()
         prompt = max(1, n // 16)
-        pairs.append((ids[:prompt], Rollout(0, ids[prompt:], 0, [0.0] * (n - prompt), "stop", advantage=0.5)))
-    return pairs
+        rollouts.append(Rollout(0, ids[:prompt], ids[prompt:], sampler_logps=[0.0] * (n - prompt), advantage=0.5))
+    return rollouts
 
 
 def flops(c, lengths, n_response, again):
@@ -144,41 +139,39 @@ def measure_update(c, policy, backend, device):
     """Seconds and peak bytes of one optimizer step: forward, backward, clip, AdamW."""
     policy.hf.set_attn_implementation(backend)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
-    pairs = sequences(c.vocab_size)
-    batch = pack(pairs).to(device)
+    rollouts = sequences(c.vocab_size)
+    batch = pack(rollouts).to(device)
     n = batch.loss_mask.sum().item()
 
     def step():
         optimizer.zero_grad()
         for _ in range(2):
             logp, entropy = policy(batch)
-            batch_loss(logp, entropy, None, batch, (2 * n, 0), entropy_coef=0.005, loss_constant=65536.0).backward()
+            batch_loss(logp, entropy, None, batch, (2 * n, 0, 2 * n), entropy_coef=0.005, loss_constant=65536.0).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
     measured_memory()
     t = seconds(step, device, repeats)
     peak = measured_memory()[0] if device == "cuda" else None  # a CPU process holds much besides
-    return t, peak, [len(p) + len(r.response_ids) for p, r in pairs], n
+    return t, peak, [len(r.prompt_ids) + len(r.response_ids) for r in rollouts], n
 
 
 def measure_engine(c, policy, dtype):
     """Weight syncs into the engine, what memory they take in passing and for good, and a rollout through it."""
     prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
     folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
-    if wants_vllm(sampler):
-        try:
-            if RANK == 0:
-                AutoModelForCausalLM.from_config(c, dtype=dtype).save_pretrained(folder)
-            if WORLD > 1:
-                dist.barrier()
-            name = str(dtype).removeprefix("torch.")
-            engine = VLLMSampler(folder, 1, 16 + rollout_tokens, name, gpu_memory, seed=RANK)
-        finally:
-            if RANK == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-    else:
-        engine = TorchSampler(c, 1, 16 + rollout_tokens, str(dtype).removeprefix("torch."))
+    try:
+        if RANK == 0:  # the torch sampler reads the config alone: load() brings its weights
+            vllm = choose_sampler(sampler) == "vllm"
+            (AutoModelForCausalLM.from_config(c, dtype=dtype) if vllm else c).save_pretrained(folder)
+        barrier()
+        name = str(dtype).removeprefix("torch.")
+        engine = open_sampler(folder, [1], 16 + rollout_tokens, sampler=sampler, dtype=name, gpu_memory=gpu_memory)
+        barrier()  # every rank has read the folder
+    finally:
+        if RANK == 0:
+            shutil.rmtree(folder, ignore_errors=True)
     engine.load(policy.hf, 0)  # the first allocates what later ones reuse
     times, after, passing = [], [], 0
     for i in range(1, syncs + 1):
@@ -201,11 +194,6 @@ def measure_engine(c, policy, dtype):
     return {"engine": type(engine).__name__, "sync_s": statistics.median(times), "syncs": syncs,
             "sync_growth_mib": growth / 2**20, "sync_passing_mib": passing / 2**20,
             "largest_module_mib": max(n_embedding, n_layer) * dtype.itemsize / 2**20, "rollout_tokens_per_s": rate}  # fmt: skip
-
-
-def print0(line):
-    if RANK == 0:
-        print(line, flush=True)
 
 
 def main():

@@ -9,7 +9,8 @@ tokenised again. Text exists only for the verifier and for people.
 import hashlib
 import os
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import compress
 
 import numpy as np
 import pyarrow as pa
@@ -33,38 +34,47 @@ class Problem:
 
 @dataclass
 class Rollout:
+    """One row of a group, from its creation to its line in rollouts/step_N.jsonl."""
+
     problem: int  # Problem.id
+    prompt_ids: list  # the problem's
     response_ids: list
-    n_teacher_tokens: int  # 0: own sample; all: teacher trace, or a replayed sample; between: a trace continued by the model
-    sampler_logps: list  # one per sampled token, as the sampler saw it: none for a teacher's
-    finish_reason: str  # "stop", "length", "teacher" or "replay"
+    source: str = "own"  # who wrote it: "own", "teacher" (the model may have written the end), "replay" (an earlier own sample)
+    n_teacher_tokens: int = 0  # response tokens that the teacher wrote; the model wrote the rest
+    sampler_logps: list = field(default_factory=list)  # one per token the model wrote, as the sampler saw it
+    finish_reason: str = "stop"  # "stop" (it ended by itself) or "length" (it was cut off)
     reward: float = 0.0
     reason: str = ""  # the verifier's
     advantage: float = 0.0
-    teacher_logps: tuple = ()  # log-probs the policy gave the teacher's tokens when it was trained on them, for the trace page
 
 
 @dataclass
 class Packed:
-    """One micro-batch: sequences laid end to end, T tokens in all. Index t holds what belongs to token t
-    given the tokens before it; a sequence's first token has none and is masked."""
+    """One micro-batch: sequences laid end to end, T tokens in all. Index t holds what belongs to token t given the tokens
+    before it; a sequence's first token has none and is masked. Inputs only: what is computed from it is returned."""
 
+    rows: list  # which rollouts these are: indices into the list that spread() cut
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T), restarting at 0 with each sequence
     cu_seqlens: torch.Tensor  # (n + 1,) int32: sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1]
     loss_mask: torch.Tensor  # (T,) bool: response tokens
-    is_teacher: torch.Tensor  # (T,) bool
+    is_teacher: torch.Tensor  # (T,) bool: response tokens that a teacher wrote
+    is_replay: torch.Tensor  # (T,) bool: response tokens that an earlier policy wrote
     advantage: torch.Tensor  # (T,)
-    sampler_logp: torch.Tensor  # (T,), NaN where the sampler did not choose the token
+    behaviour_logp: torch.Tensor  # (T,) log-prob under what wrote the token: the sampler's, then or now; 0 for a teacher's
     old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
     teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
     top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
-    logp: torch.Tensor | None = None  # (T,), the policy's own, once the update has computed it
     # (T,) int: the token itself, or that of an equal prompt before it, which is then computed for both; None if all differ.
     stands_for: torch.Tensor | None = None
 
     def to(self, device):
-        return Packed(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+        return Packed(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
+
+    @property
+    def is_own(self):
+        """(T,) bool: response tokens that the policy of this step wrote."""
+        return self.loss_mask & ~self.is_teacher & ~self.is_replay
 
 
 # ---------------------------------------------------------------- tokenizer and template
@@ -181,6 +191,20 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
     log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
     return problems
+
+
+def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
+    """load_problems without repeats of the same question and answer, then at most max_problems per source (0: all)."""
+    first = {}
+    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log, render=render):
+        first.setdefault(p.key, p)
+    counts, kept = {}, []
+    for p in first.values():
+        counts[p.source] = counts.get(p.source, 0) + 1
+        if not max_problems or counts[p.source] <= max_problems:
+            kept.append(p)
+    log(f"{path}: {len(kept)} distinct problems to evaluate, of {', '.join(sorted(counts))}")
+    return kept
 
 
 def digest(*key):
@@ -301,40 +325,69 @@ def bins_needed(lengths, budget):
     return n
 
 
-def pack(pairs):
-    """[(prompt_ids, Rollout), ...] -> Packed. An empty list gives a two-token dummy that weighs nothing."""
-    if not pairs:
-        pairs = [([0], Rollout(-1, [0], 1, [], "dummy"))]
-    ids, positions, mask, teacher, advantage, sampler, cu, stands_for, prompts = [], [], [], [], [], [], [0], [], {}
-    for prompt_ids, r in pairs:
-        n, m, k = len(prompt_ids), len(r.response_ids), r.n_teacher_tokens
-        first = prompts.setdefault(tuple(prompt_ids), len(ids))
+def in_order(rollouts, problems):
+    """Rollouts sorted by their problem's place in the batch, each group in its own order."""
+    place = {p.id: i for i, p in enumerate(problems)}
+    return sorted(rollouts, key=lambda r: place[r.problem])
+
+
+def cut_into_updates(rollouts, problems, n):
+    """A list of rollouts for each of n optimizer steps, by consecutive problems of the batch; without steps that have none."""
+    update_of = {p.id: i * n // len(problems) for i, p in enumerate(problems)}
+    parts = [[r for r in rollouts if update_of[r.problem] == u] for u in range(n)]
+    return [part for part in parts if part]
+
+
+def pack(rollouts, rows=None):
+    """Rollouts -> one Packed; rows, their indices in a larger list, stay with it. None at all give a two-token dummy that
+    weighs nothing."""
+    dummy = not rollouts
+    if dummy:
+        rollouts = [Rollout(-1, [0], [0], n_teacher_tokens=1)]
+    ids, positions, mask, teacher, replay, advantage, behaviour = [], [], [], [], [], [], []
+    cu, stands_for, prompts = [0], [], {}
+    for r in rollouts:
+        n, m, k = len(r.prompt_ids), len(r.response_ids), r.n_teacher_tokens
+        first = prompts.setdefault(tuple(r.prompt_ids), len(ids))
         stands_for += [*range(first, first + n), *range(len(ids) + n, len(ids) + n + m)]
-        ids += [*prompt_ids, *r.response_ids]
+        ids += [*r.prompt_ids, *r.response_ids]
         positions += range(n + m)
-        mask += [False] * n + [r.problem >= 0] * m
+        mask += [False] * n + [not dummy] * m
         teacher += [False] * n + [True] * k + [False] * (m - k)
+        replay += [False] * n + [r.source == "replay"] * m
         advantage += [0.0] * n + [r.advantage] * m
-        sampler += [float("nan")] * (n + m - len(r.sampler_logps)) + list(r.sampler_logps)
+        behaviour += [0.0] * (n + k) + list(r.sampler_logps)
         cu.append(len(ids))
     tensor = lambda values, dtype: torch.from_numpy(np.array(values, dtype))  # torch.tensor is slow on lists
     return Packed(
+        rows=[] if dummy else list(range(len(rollouts)) if rows is None else rows),
         input_ids=tensor([ids], np.int64),
         position_ids=tensor([positions], np.int64),
         cu_seqlens=tensor(cu, np.int32),
         loss_mask=tensor(mask, bool),
         is_teacher=tensor(teacher, bool),
+        is_replay=tensor(replay, bool),
         advantage=tensor(advantage, np.float32),
-        sampler_logp=tensor(sampler, np.float32),
-        stands_for=tensor(stands_for, np.int64) if len(prompts) < len(pairs) else None,
+        behaviour_logp=tensor(behaviour, np.float32),
+        stands_for=tensor(stands_for, np.int64) if len(prompts) < len(rollouts) else None,
     )
 
 
-def spread(pairs, budget, rank, world):
-    """Sequences over the ranks by tokens, then into micro-batches within the token budget, as many on every rank.
-    pairs: [(prompt_ids, Rollout), ...], the same on every rank. Returns this rank's [(indices into pairs, Packed), ...]."""
-    lengths = [len(prompt) + len(r.response_ids) for prompt, r in pairs]
+def unpack(micro_batches, values):
+    """The way back: [(row, its response tokens' values, a list), ...] from a (T,) tensor per micro-batch."""
+    found = []
+    for batch, per_token in zip(micro_batches, values, strict=True):
+        ends, per_token, mask = batch.cu_seqlens.tolist(), per_token.tolist(), batch.loss_mask.tolist()
+        for row, start, end in zip(batch.rows, ends, ends[1:], strict=False):
+            found.append((row, list(compress(per_token[start:end], mask[start:end]))))
+    return found
+
+
+def spread(rollouts, budget, rank, world):
+    """Rollouts over the ranks by tokens, then into micro-batches within the token budget, as many on every rank. The list
+    is the same on every rank. Returns this rank's micro-batches, a list of Packed."""
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     shares = partition(lengths, world)
     n_micro = max(bins_needed([lengths[i] for i in share], budget) for share in shares)
     cuts = [[shares[rank][i] for i in cut] for cut in partition([lengths[i] for i in shares[rank]], n_micro)]
-    return [(cut, pack([pairs[i] for i in cut])) for cut in cuts]
+    return [pack([rollouts[i] for i in cut], cut) for cut in cuts]

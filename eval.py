@@ -10,13 +10,9 @@ Writes out_dir/{eval.json, averages.json, settings.json, samples/}. A killed eva
 other settings left in out_dir is moved to out_dir/before_1.
 """
 
-import contextlib
-import hashlib
-import json
 import os
 import re
 import sys
-import time
 from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
@@ -29,74 +25,56 @@ sources = ""  # benchmarks to take, comma-separated; "" takes all
 max_problems = 0  # per source; 0 takes all
 # ---------------------------------------------------------------- the prompt (config/templates.toml)
 template = "own"  # own: the model's chat template; qwen, simplerl, prime, prime_sft, no
-system = "remove"  # keep or remove the data's system turn; the model's template may put its own default there
+system = "remove"  # the data's system turn; without it the chat template may add its own default [keep | remove]
 shuffle_options = ""  # sources whose multiple-choice options are permuted, by the seed, such as arc_c,gpqa,mmlu_pro
 # ---------------------------------------------------------------- sampling
 k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, and sources that differ
 temperature = 0.6  # 0 is greedy; top_p is 1 always
 sweep = ""  # temperatures, comma-separated: evaluate at each, and write sweep.json and sweep.png
-max_tokens = 8192  # response tokens at most
-seed = 0  # of the samples
+max_tokens = 8192  # response tokens at most [> 0]
+seed = 0  # of the samples [0, 4294967295]
 # ---------------------------------------------------------------- grading (reward.py)
 grader = "math_verify"  # training's rule; oat: the last \boxed{} counts; or a Python file that defines grade(text, answer)
 require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
 grade_unclosed = False  # grade a response that never closes its thought as a whole, instead of as wrong
 answer_line = False  # take "ANSWER: C" for \boxed{C} where a letter or digit is asked for and nothing is boxed
-reward_workers = 2  # verifier processes per rank
-reward_timeout = 2.0  # seconds of grading per answer
+reward_workers = 2  # verifier processes per rank [> 0]
+reward_timeout = 2.0  # seconds of grading per answer [> 0]
 # ---------------------------------------------------------------- system
-sampler = "auto"  # vllm, torch, or auto: vllm where it is installed
-dtype = "auto"  # weights and matrix products: float32, bfloat16, or auto: bfloat16 on a GPU
-gpu_memory = 0.85  # share of the GPU's memory that vLLM may take
-tensor_parallel = 1  # consecutive ranks that share one engine
-chunk = 256  # samples per piece of work: what a kill may cost each rank
+sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
+dtype = "auto"  # of weights and matrix products; auto: bfloat16 on a GPU [auto | float32 | bfloat16]
+gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
+tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
+chunk = 256  # samples per piece of work: what a kill may cost each rank [> 0]
 
-from configurator import ROOT, UserError, configure, printable, provenance, repo_path, require, run
+from configurator import UserError, configure, repo_path, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
-        from stats import compare
+        from runtime.stats import compare
 
         sys.exit(run(lambda: compare(sys.argv[2:])))
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import numpy as np
-import torch
 
-from data import digest, load_problems, load_templates, load_tokenizer, render_prompt, response_text
-from model import load_config, model_path, start_processes
+from data import digest, load_benchmark, load_templates, load_tokenizer, render_prompt, response_text
+from model import pick_device
 from reward import Verifier, graded_text
-from rollout import Sample, open_sampler, request_seed, wants_vllm
-from stats import AVERAGES, averages, summarize
+from rollout import Sample, choose_sampler, open_sampler, request_seed
+from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.metrics import best_and_worst
+from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
+from runtime.stats import AVERAGES, averages, summarize
+from runtime.work import chunk_files, open_work, settings_of, work_through
 
-WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order: without settings all is void
 # Knobs that may change between a run and its continuation: they do not matter, or what they lead to is compared.
 NOT_COMPARED = (
     "data model out_dir sources max_problems template system shuffle_options k temperature sweep gpu_memory reward_workers"
 ).split()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*args):
-    if RANK == 0:
-        print(*args, flush=True)
 
 
 # ---------------------------------------------------------------- problems
-
-
-def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
-    """load_problems without repeats of the same question and answer, then at most max_problems per source (0: all)."""
-    first = {}
-    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log, render=render):
-        first.setdefault(p.key, p)
-    counts, kept = {}, []
-    for p in first.values():
-        counts[p.source] = counts.get(p.source, 0) + 1
-        if not max_problems or counts[p.source] <= max_problems:
-            kept.append(p)
-    log(f"{path}: {len(kept)} distinct problems to evaluate, of {', '.join(sorted(counts))}")
-    return kept
 
 
 def renderer(tokenizer, template, system, shuffle=(), seed=0):
@@ -200,134 +178,32 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
     return rows
 
 
-# ---------------------------------------------------------------- work that survives a kill
-
-
-def settings_of(knobs, problems, model, sampler, dtype, grader):
-    """What the samples depend on, and so what two runs must share to be one: knobs, questions and prompts, weights, and the
-    code that samples and grades. Small enough for a JSON file."""
-    names = ("data", "decoder", "eval", "model", "reward", "rollout")
-    own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
-    return {
-        **knobs,
-        "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),
-        "weights": weights_digest(model) if RANK == 0 else None,  # compared there; it takes seconds a gigabyte
-        "code": digest(own),
-        "grader": open(repo_path(grader)).read() if os.path.isfile(repo_path(grader)) else grader,
-        "sampler": "vllm" if wants_vllm(sampler) else "torch",
-        "dtype": dtype,
-    }
-
-
-def open_work(folder, settings, knobs):
-    """Make the folder, or find in it what the same settings left, to go on with; move aside what others left there. All
-    ranks leave it together, so they agree on what is missing: vLLM's start wants either all of them or none."""
-    path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
-    if RANK == 0:
-        make_folder(folder)
-        try:
-            with open(path) as f:
-                before = json.load(f)
-        except (OSError, ValueError):  # none, so what else lies there cannot be trusted
-            before = {"settings": {}, "written_by": {}}
-        old = before["settings"]
-        if old != settings:
-            move_aside(folder, [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)])
-            write_json(path, {"settings": settings, "knobs": knobs, "written_by": provenance()})
-        elif before["written_by"] != provenance():
-            print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
-        make_folder(os.path.join(folder, "samples"))
-    if WORLD > 1:
-        torch.distributed.barrier()
-
-
-def move_aside(folder, differ):
-    """Put what work left in the folder into the first free before_N there."""
-    found = [name for name in WRITTEN if os.path.exists(os.path.join(folder, name))]
-    if found:
-        n = 1
-        while os.path.exists(aside := os.path.join(folder, f"before_{n}")):
-            n += 1
-        os.mkdir(aside)
-        for name in found:
-            os.rename(os.path.join(folder, name), os.path.join(aside, name))
-        print0(f"{folder} held work with other settings ({', '.join(differ)}): moved to {aside}")
-
-
-def work_through(folder, chunks, work, tensor_parallel=1):
-    """Call work(chunk) for each chunk whose file in folder/samples is missing, the engines taking turns; a file has a JSON
-    line per row and appears whole or not at all. Returns once the files of all ranks are there."""
-    paths, start, rewards = chunk_files(folder, chunks), time.time(), []
-    for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
-        if os.path.exists(paths[i]):
-            continue
-        rows = work(chunks[i])
-        if RANK % tensor_parallel == 0:
-            write_lines(paths[i], rows)
-        rewards += [reward for row in rows for reward in row["reward"]]
-        have, passed = sum(map(os.path.exists, paths)), time.time() - start
-        print0(f"  {have} of {len(chunks)} chunks, {passed:.0f} s, mean reward here {sum(rewards) / len(rewards):.3f}")
-    while not all(map(os.path.exists, paths)):  # another rank is at work; if it dies, torchrun ends this one
-        time.sleep(1)
-    if WORLD > 1:
-        torch.distributed.barrier()  # now all have seen them, and the caller may do with them what it likes
-
-
-def chunk_files(folder, chunks):
-    return [os.path.join(folder, "samples", f"{i:05d}.jsonl") for i in range(len(chunks))]
-
-
-@contextlib.contextmanager
-def whole(path):
-    """A text file that is at `path` when the block has ended, or not at all, even if the machine dies."""
-    try:
-        with open(path + ".partial", "w") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".partial", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".partial")
-        raise
-
-
-def write_lines(path, rows):
-    with whole(path) as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
-
-
-def read_lines(paths):
-    for path in paths:
-        with open(path) as f:
-            try:
-                yield from map(json.loads, f)
-            except ValueError:
-                raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from None
-
-
-def weights_digest(name):
-    """A number that changes if any file of a model's folder does; of a hub model, its name and commit."""
-    if not os.path.isdir(name):
-        return digest(name, load_config(name)._commit_hash)
-    seen = []
-    for file in sorted(f for f in os.listdir(name) if os.path.isfile(os.path.join(name, f))):
-        with open(os.path.join(name, file), "rb") as f:
-            seen.append((file, hashlib.file_digest(f, "sha256").digest()))
-    return digest(seen)
+def evaluate_modes(problems, sampler, verifier, tokenizer, guard, *, stamp, modes, max_tokens, seed, tensor_parallel):
+    """Greedy and sampled accuracy during training, all ranks sharing the work. modes: [(name, samples per problem,
+    temperature), ...]. Returns metrics {eval/name: mean reward}, a table {source: its numbers}, and the last mode's rows."""
+    metrics, table, rows = {}, {}, []
+    for name, k, temperature in modes:
+        with guard.interruptible():
+            own = mine(problems, tensor_parallel)
+            rows = evaluate(own, sampler, verifier, tokenizer, stamp=stamp, k=k, temperature=temperature,
+                            max_tokens=max_tokens, seed=seed)  # fmt: skip
+        rows = gather_engines(rows, tensor_parallel)
+        by_source = summarize(rows)
+        for source, row in by_source.items():
+            entry = table.setdefault(source, {"n": row["n"]})
+            entry |= {"greedy": row["avg@k"]} if name == "greedy" else row
+            metrics |= {f"eval/{name}/{source}": row["avg@k"]} if len(by_source) > 1 else {}
+        metrics[f"eval/{name}"] = sum(sum(r["reward"]) / k for r in rows) / len(rows)
+    return metrics, table, rows
 
 
 # ---------------------------------------------------------------- the command
 
 
 def main():
-    require(globals(), "max_tokens reward_workers reward_timeout gpu_memory tensor_parallel chunk", "temperature max_problems")
-    for name, value, choices in (("dtype", dtype, ("auto", "float32", "bfloat16")), ("system", system, ("keep", "remove"))):
-        if value not in choices:
-            raise UserError(f"{name}={value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
     if WORLD % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
-    wants_vllm(sampler)
+    engine_kind = choose_sampler(sampler)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)
@@ -340,15 +216,15 @@ def main():
     if max(lengths) + max_tokens > context:
         full = sum(n >= context for n in lengths)
         print0(f"note: responses end where the context of {context} tokens does; {full} prompts fill it, and count as wrong")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    device, precision = pick_device(dtype)
     start_processes(device, "none")
     compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
-    settings = settings_of(compared, problems, name, sampler, kind, grader)
+    settings = settings_of(compared, problems, name, engine_kind, precision, grader)
     engine, tables, chunks = None, {}, cut(problems, k_of)
 
     def work(part, t):
-        return evaluate(part, engine, verifier, tokenizer, name, k_of[part[0].source], t, max_tokens, seed)
+        return evaluate(part, engine, verifier, tokenizer, stamp=name, k=k_of[part[0].source], temperature=t,
+                        max_tokens=max_tokens, seed=seed)  # fmt: skip
 
     with verifier:
         for t in temperatures:
@@ -357,12 +233,14 @@ def main():
                 print0(f"temperature {t:g}")
             open_work(folder, {**settings, "temperature": t}, config)
             if engine is None and not all(map(os.path.exists, chunk_files(folder, chunks))):
-                engine = open_sampler(name, tokenizer.eos_token_id, room, sampler, kind, gpu_memory, seed, tensor_parallel)
+                engine = open_sampler(
+                    name, [tokenizer.eos_token_id], room, sampler=engine_kind, dtype=precision, gpu_memory=gpu_memory,
+                    seed=seed, tensor_parallel=tensor_parallel,
+                )  # fmt: skip
             work_through(folder, chunks, partial(work, t=t), tensor_parallel)
             if RANK == 0:
                 tables[f"{t:g}"] = report(folder, chunk_files(folder, chunks))
-    if WORLD > 1:
-        torch.distributed.barrier()  # nobody leaves while another still needs it
+    barrier()  # no rank leaves while another still needs it
     if engine:
         engine.close()
     if sweep and RANK == 0:
@@ -431,37 +309,5 @@ def report(folder, paths):
     return table
 
 
-def best_and_worst(rows):
-    """Two lines: the tails of a best answer, the shortest if there are several, and of a worst, the longest."""
-    answers = [
-        (reward, -length, i, j)
-        for i, r in enumerate(rows)
-        for j, (reward, length) in enumerate(zip(r["reward"], r["length"], strict=True))
-    ]
-    lines = []
-    for word, (reward, _, i, j) in (("best", max(answers)), ("worst", min(answers))):
-        r = rows[i]
-        tail = printable(r["response"][j][-80:].replace("\n", " "))
-        lines.append(f"  {word:<5} reward {reward:g}, {r['length'][j]} tokens, answer {printable(r['answer'][:30])}: ...{tail}")
-    return lines
-
-
-def make_folder(folder):
-    """Make an output folder before there is anything to lose. Raises UserError if it cannot be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
-    return folder
-
-
-def write_json(path, value):
-    with whole(path) as f:
-        json.dump(value, f, indent=1, allow_nan=False)
-
-
 if __name__ == "__main__":
-    run(main)
-    if WORLD > 1 and tensor_parallel == 1:  # as in train.py: gloo's threads may abort an interpreter on its way out
-        sys.stdout.flush()
-        os._exit(0)
+    leave(run(main), tensor_parallel)

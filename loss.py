@@ -97,25 +97,25 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: response tokens
-    (all, the teacher's) of the WHOLE optimizer batch over all ranks, so the cut into micro-batches cannot matter.
+    (all, the teacher's, own) of the WHOLE optimizer batch over all ranks, so the cut into micro-batches cannot matter.
     loss_constant 0 means the mean over the policy term's tokens. tis_cap above 0: own tokens weigh
     min(pi_old / pi_sampler, tis_cap), truncated importance sampling.
     """
-    mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.loss_mask & ~batch.is_teacher
-    n, n_teacher = counts
+    mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
+    n, n_teacher, n_own = counts
     # The policy has not moved before the first step after a rollout: its own log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
-    behaviour_logp = batch.sampler_logp.nan_to_num(0.0)  # teacher traces were not sampled: NaN, pi_phi := 1
-    policy = token_loss(logp, old_logp, batch.advantage, batch.is_teacher, shaping, gamma, clip_low, clip_high, behaviour_logp)
+    off_policy = batch.is_teacher | batch.is_replay
+    policy = token_loss(logp, old_logp, batch.advantage, off_policy, shaping, gamma, clip_low, clip_high, batch.behaviour_logp)
     if tis_cap:
-        policy = policy * torch.where(own, (old_logp - batch.sampler_logp).exp().clamp(max=tis_cap), 1.0)
+        policy = policy * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)
     loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(logp, teacher, n_teacher)
     if policy_coef:
-        tokens, count = (own, n - n_teacher) if sft_coef else (mask, n)
+        tokens, count = (mask & ~teacher, n - n_teacher) if sft_coef else (mask, n)
         loss = loss + policy_coef * mean(policy, tokens, loss_constant or count)
     if kl_coef:  # k2: its gradient, (log p - log p_T) * grad log p, is that of KL(pi || pi_T) in expectation; k1's is zero
-        loss = loss + kl_coef * mean((logp - batch.teacher_logp).square() / 2, own, n - n_teacher)
+        loss = loss + kl_coef * mean((logp - batch.teacher_logp).square() / 2, own, n_own)
     if ce_coef:
-        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n - n_teacher)
+        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n_own)
     return loss

@@ -7,23 +7,19 @@ the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
-import glob
 import inspect
-import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from configurator import UserError, die_with_parent, repo_path
-from data import first_line
-
-CHUNK = 2048  # tokens whose logits exist together on a GPU; 2048 x 152,064 in fp32 is 1.2 GiB, and there are two such
+from configurator import UserError
+from data import first_line, spread, unpack
+from runtime.plan import HEAD_CHUNK
+from runtime.ranks import RANK, WORLD, gather
+from runtime.tensors import read_rows_of, tensor_files
 
 disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
 
@@ -123,9 +119,9 @@ def pick(x, indices, dim=0):
 
 
 def chunk_of(hidden, weight):
-    """Tokens whose logits exist together: products of CHUNK fill a GPU; a CPU is busy with an eighth, or takes what fits its
+    """Tokens whose logits exist together: products of HEAD_CHUNK fill a GPU; a CPU is busy with an eighth, or takes what fits its
     cache."""
-    return CHUNK if hidden.is_cuda else max(CHUNK // 8, 2**20 // len(weight))
+    return HEAD_CHUNK if hidden.is_cuda else max(HEAD_CHUNK // 8, 2**20 // len(weight))
 
 
 def log_probabilities(hidden, weight, temperature):
@@ -239,34 +235,10 @@ class Policy(torch.nn.Module):
 # ---------------------------------------------------------------- processes; load, gather
 
 
-def start_processes(device, shard):
-    """Join torchrun's processes, before the engine would make a process group of its own."""
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        die_with_parent()  # torchrun ends its ranks, unless it is killed itself
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    elif shard == "fsdp":  # FSDP wants a process group even for one process
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def model_path(model):
-    """The folder a `model` knob names, or the hub name it is (one slash, no folder). Raises UserError if neither."""
-    path = repo_path(model)
-    if os.path.isdir(path):
-        return path
-    if model.count("/") == 1 and model[0] not in "./~":
-        return model
-    raise UserError(f"there is no model folder {path}")
-
-
-def load_config(model):
-    """The model's config. Raises UserError if there is none."""
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as e:
-        raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
+def pick_device(dtype):
+    """A dtype knob -> (device, dtype's name): a GPU where there is one; auto is bfloat16 there and float32 on a CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
 
 
 def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False, frozen=False,
@@ -331,31 +303,27 @@ def load_sharded(model, temperature, dtype, device, backend, weights, offload):
     return policy.eval()
 
 
-def tensor_files(folder, names="*"):
-    """{tensor name: file} of the safetensors files in a local folder, those with certain names."""
-    files = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), names + ".safetensors"))):
-        with safe_open(path, "pt") as f:
-            files |= dict.fromkeys(f.keys(), path)
-    return files
+# ---------------------------------------------------------------- what a policy says of rollouts
 
 
 @torch.no_grad()
-def read_rows_of(path, name, tensor):
-    """Fill a tensor, or this rank's rows of one that FSDP2 shards, from a safetensors file. Returns it."""
-    with safe_open(path, "pt") as f:
-        rows, local, start = f.get_slice(name), tensor, 0
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            size = -(-tensor.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
-            start = min(tensor.size(0), dist.get_rank() * size)
-        local.copy_(rows[start : start + local.size(0)])
-    return tensor
+def mean_entropies(policy, rollouts, micro_tokens):
+    """The policy's mean entropy over each response, a list. The ranks share the work."""
+    micro_batches = spread(rollouts, micro_tokens, RANK, WORLD)
+    entropies = [policy(b.to(policy.hf.device))[1] for b in micro_batches]
+    found = sorted(gather([(row, sum(values) / len(values)) for row, values in unpack(micro_batches, entropies)]))
+    return [entropy for _, entropy in found]
 
 
-def whole_tensors(named, dtype=None):
-    """Yield (name, whole tensor) of (name, tensor) pairs, one at a time and in the same order on every rank: a collective
-    under FSDP. The cast comes before the gathering."""
-    for name, t in named:
-        t = t.detach() if dtype is None else t.detach().to(dtype)
-        yield name, t.full_tensor() if isinstance(t, DTensor) else t
+@torch.no_grad()
+def ask_teacher(teacher, micro_batches, want_top1, n_tokens, offload):
+    """Put the teacher model's log-probs into the batches, and its first choices if wanted. A choice that is not among the
+    policy's n_tokens tokens counts as none. offload: the teacher's weights rest on the host."""
+    if offload:
+        teacher.to(micro_batches[0].input_ids.device)
+    for batch in micro_batches:
+        batch.teacher_logp, top1 = teacher.judge(batch)
+        if want_top1:
+            batch.top1 = torch.where(top1 < n_tokens, top1, -1)
+    if offload:
+        teacher.to("cpu")

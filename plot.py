@@ -219,8 +219,8 @@ def trace(argv):
         for r in map(json.loads, f):
             groups.setdefault(str(r["problem"]), []).append(r)
     # The group that has a trace, something to learn, and the least probable token of a teacher.
-    rarest = lambda g: min((x for r in g for x in r["teacher_logps"] if math.isfinite(x)), default=0.0)
-    tell = lambda g: (any(r["teacher_tokens"] for r in g), any(r["advantage"] for r in g), -rarest(g))
+    rarest = lambda g: min((x for r in g for x in r["update_logps"] if math.isfinite(x)), default=0.0)
+    tell = lambda g: (any(map(given_tokens, g)), any(r["advantage"] for r in g), -rarest(g))
     chosen = options.get("problem") or max(groups, key=lambda q: tell(groups[q]))
     if chosen not in groups:
         raise UserError(f"step {step} has the problems {', '.join(groups)}: choose one of them by --problem=ID")
@@ -234,20 +234,20 @@ def trace(argv):
 def write_trace(out, config, folder, step, group):
     """Fill trace.html, in which nothing of a model's is markup or code: the data stand in it as JSON without a '<'."""
     from data import load_tokenizer  # here, because torch takes seconds to load
-    from model import model_path
+    from runtime.files import model_path
 
     latest = os.path.join(folder, "latest")
     tokenizer = load_tokenizer(latest if os.path.isdir(latest) else model_path(config["model"]))
     rows = []
     for r in group:
-        by = "replay" if r["finish_reason"] == "replay" else "teacher" if r["teacher_tokens"] else "policy"
-        # Those of a row that was not trained on are not known. A replay has both, of now and of then.
-        now = r["teacher_logps"] or [math.nan] * r["teacher_tokens"]
+        by = {"own": "policy"}.get(r["written_by"], r["written_by"])
+        # A row that was not trained on has none. A replay has both: of now and of then.
+        now = r["update_logps"] or [math.nan] * given_tokens(r)
         logps = [*now, *(r["sampler_logps"] if by != "replay" else [])]
         rows.append(
             {
                 "by": by,
-                "teacher_tokens": r["teacher_tokens"],
+                "given": given_tokens(r),
                 "reward": r["reward"],
                 "advantage": r["advantage"],
                 "reason": r["reason"],
@@ -274,6 +274,11 @@ def write_trace(out, config, folder, step, group):
         raise UserError(f"--out={out} cannot be written: {e.strerror}") from None
     with f:
         f.write(before + json.dumps(data, separators=(",", ":")).replace("<", "\\u003c") + after)
+
+
+def given_tokens(r):
+    """How many of a row's tokens the policy of that step did not sample: a teacher's part, or all of a replay."""
+    return len(r["response_ids"]) if r["written_by"] == "replay" else r["teacher_tokens"]
 
 
 def brief(x, digits=3):

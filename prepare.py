@@ -11,7 +11,14 @@ All write to *.partial and rename at the end, so what has its name is whole; non
 import argparse
 import sys
 
-from configurator import UserError, repo_path, require, run
+from configurator import UserError, out_of_range, repo_path, run
+
+
+def check_range(args, names, written):
+    """Raise UserError for the first named argument that is outside the range, written as in a knob's comment."""
+    for name in names.split():
+        if wrong := out_of_range(name, getattr(args, name), written):
+            raise UserError(wrong)
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,10 +99,14 @@ from data import (
     render_prompt,
     text_type,
 )
-from eval import RANK, WORLD, chunk_files, evaluate, open_work, print0, read_lines, settings_of, work_through, write_json
-from model import load_config, load_policy, model_path, start_processes, tensor_files
+from eval import evaluate
+from model import load_policy
 from reward import Verifier
-from rollout import Sample, VLLMSampler, open_sampler, wants_vllm
+from rollout import Sample, choose_sampler, open_sampler
+from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.ranks import RANK, WORLD, print0, start_processes
+from runtime.tensors import tensor_files
+from runtime.work import chunk_files, open_work, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
 
@@ -143,7 +154,7 @@ def prepare_openr1(args):
     of out whose first trace is short), *.sft.jsonl (a conversation per trace) and *.report.json (COUNTS; of a row's or
     trace's faults the first in that order). One pass, a batch in memory; only a digest per problem, to know repeats, stays.
     """
-    require(vars(args), above_zero="max_tokens")
+    check_range(args, "max_tokens", "[> 0]")
     out = repo_path(args.out)
     stem, ending = os.path.splitext(out)
     if ending != ".parquet":
@@ -322,7 +333,9 @@ def prepare_reanswer(args):
     Under torchrun the ranks share the work. It is kept in out.work until out is written; a killed run that is started
     again goes on there, and ends with the same files.
     """
-    require(vars(args), "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "temperature")
+    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "[> 0]")
+    check_range(args, "temperature", "")  # zero or more
+    check_range(args, "seed", "[0, 4294967295]")
     out = repo_path(args.out)
     stem, ending = os.path.splitext(out)
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
@@ -352,8 +365,10 @@ def prepare_reanswer(args):
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
         if not all(map(os.path.exists, chunk_files(work, chunks))):
-            engine = open_sampler(name, tokenizer.eos_token_id, min(context, longest + args.max_tokens), args.sampler, dtype,
-                                  args.gpu_memory, args.seed, args.tensor_parallel)  # fmt: skip
+            engine = open_sampler(
+                name, [tokenizer.eos_token_id], min(context, longest + args.max_tokens), sampler=args.sampler, dtype=dtype,
+                gpu_memory=args.gpu_memory, seed=args.seed, tensor_parallel=args.tensor_parallel,
+            )  # fmt: skip
 
         def answer(part):
             return evaluate(part, engine, verifier, tokenizer, name, args.k, args.temperature, args.max_tokens, args.seed)
@@ -428,7 +443,7 @@ SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 def prepare_model(args):
     """Copy a model without subfolders and other forms of its weights, edit config.json and the chat template. Raises
     UserError unless the edits take effect, and config, weights, tokenizer and engines agree."""
-    require(vars(args), not_negative="rope_theta max_position")
+    check_range(args, "rope_theta max_position", "")  # zero or more
     out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"{out} exists and is not empty: remove it, or name another --out")
@@ -594,14 +609,14 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
             logps.append(logprobs[ids[-1]].item())
     ours = Sample(ids[len(prompt) :], logps, "")
     print(f"{dtype}, by transformers: {QUESTION['content']!r} goes on {tokenizer.decode(ours.ids)!r}", flush=True)
-    if not wants_vllm("auto"):
+    if choose_sampler("auto") != "vllm":
         print("vLLM is not installed: nothing to compare with")
         return
     del policy  # or two copies would lie in memory
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        engine = VLLMSampler(folder, eos, room, dtype, gpu_memory=0.85)
+        engine = open_sampler(folder, [eos], room, sampler="vllm", dtype=dtype, gpu_memory=0.85)
         (theirs,) = engine.generate([prompt], [0], 0.0, tokens, folder)
         engine.close()
     except Exception as e:

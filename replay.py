@@ -1,34 +1,102 @@
 """
-The two methods with memory. ReLIFT keeps the questions it failed, ExGRPO the answers it got right; both are bounded,
-the same on every rank, and part of the checkpoint. What the released versions do otherwise is listed in README.
+What a method remembers across steps: one small object each, with the same methods.
+
+    batch, replays = memory.next_batch(order, n, rng, mean_entropies)
+                                     the step's n problems; and of those that replay a stored success, {id: Rollout}
+    memory.observe(rollouts)         look at the step's rollouts, graded
+    traces = memory.sft_due()        traces, as Rollouts, for an SFT step that is due now; [] for none
+    memory.metrics()                 its size, to log
+    memory.state_dict()              {name: tensor} for the checkpoint, the same on every rank; {} for none
+    memory.load_state_dict(state)
+
+Fresh remembers nothing and serves every other method. README lists what the released ReLIFT and ExGRPO do differently.
 """
 
 import numpy as np
 import torch
 
+from data import Rollout
+
+
+def open_memory(problems, n_rollouts, sft_buffer, replay_share, replay_start, replay_limit):
+    """The memory that train.py's knobs ask for. problems: those to train on."""
+    if sft_buffer:
+        return FailedQuestions(problems, sft_buffer)
+    if replay_share:
+        return Successes(problems, n_rollouts, replay_share, replay_start, replay_limit)
+    return Fresh(problems)
+
+
+def fresh_problems(problems, order, n, skip=()):
+    """The next n problems in the data's order, all different, without those whose ids are in skip."""
+    batch = []
+    while len(batch) < n:
+        drawn = [problems[i] for i in order.take(n - len(batch))]
+        batch += [p for p in drawn if p.id not in skip and p not in batch]
+    return batch
+
+
+def own_samples(rollouts):
+    """{problem id: this step's own samples of it}. A replayed sample is not among them: it was chosen because it is right."""
+    groups = {}
+    for r in rollouts:
+        if r.source == "own":
+            groups.setdefault(r.problem, []).append(r)
+    return groups
+
+
+class Fresh:
+    """No memory: a batch is what comes next in the data's order."""
+
+    def __init__(self, problems):
+        self.problems = problems
+
+    def next_batch(self, order, n, rng, mean_entropies):
+        return fresh_problems(self.problems, order, n), {}
+
+    def observe(self, rollouts):
+        pass
+
+    def sft_due(self):
+        return []
+
+    def metrics(self):
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
 
 class FailedQuestions:
-    """ReLIFT (arXiv 2506.07527): questions that a whole group failed wait for an SFT step on their traces. First in,
-    first out, each at most once; one that is solved meanwhile leaves."""
+    """ReLIFT (arXiv 2506.07527): a question that its whole group failed waits for an SFT step on its trace, which is due when
+    `size` of them wait. FIFO without duplicates; a question leaves once it is solved."""
 
-    def __init__(self):
-        self.queue = []
+    def __init__(self, problems, size):
+        self.problems, self.size, self.queue = problems, size, []
+        self.traced = {p.id: p for p in problems if p.teacher}
 
-    def observe(self, groups):
-        """groups: {question: its own samples, Rollouts}."""
-        for question, rollouts in groups.items():
-            failed = not any(r.reward for r in rollouts)
-            if failed and question not in self.queue:
+    def next_batch(self, order, n, rng, mean_entropies):
+        return fresh_problems(self.problems, order, n), {}
+
+    def observe(self, rollouts):
+        for question, samples in own_samples(rollouts).items():
+            failed = not any(r.reward for r in samples)
+            if failed and question in self.traced and question not in self.queue:
                 self.queue.append(question)
             elif not failed and question in self.queue:
                 self.queue.remove(question)
 
-    def take(self, n):
-        """The n that wait longest; none while there are fewer."""
-        if len(self.queue) < n:
+    def sft_due(self):
+        if len(self.queue) < self.size:
             return []
-        taken, self.queue = self.queue[:n], self.queue[n:]
-        return taken
+        due, self.queue = [self.traced[q] for q in self.queue[: self.size]], self.queue[self.size :]
+        return [Rollout(p.id, p.prompt_ids, p.teacher[0], "teacher", len(p.teacher[0])) for p in due]
+
+    def metrics(self):
+        return {"relift/waiting": len(self.queue)}
 
     def state_dict(self):
         return {"queue": torch.tensor(self.queue, dtype=torch.int64)}
@@ -40,35 +108,59 @@ class FailedQuestions:
 class Successes:
     """ExGRPO (arXiv 2510.02245): right answers by question, in buckets by how often the question was solved last.
 
-    Stored as token ids (int32) with the log-probs they were sampled with (float32), the newest `limit` of a question. A
-    question solved by every fresh sample is retired for good. Nothing is stored before a batch was solved to the share
-    `start`: until then a success says more about luck than about the policy.
+    At most the share `share` of a batch replays one: of a drawn question's stored answers, the one over which the policy's
+    mean entropy is lowest now. Answers are token ids (int32) with the log-probs they were sampled with (float32); the newest
+    `limit` of a question are kept. A question that every fresh sample solves is retired for good. Nothing is stored before a
+    batch was solved to the share `start`: until then a success says more about luck than about the policy.
     """
 
-    def __init__(self, n_rollouts, start, limit):
-        self.n_rollouts, self.start, self.limit = n_rollouts, start, limit
+    def __init__(self, problems, n_rollouts, share, start, limit):
+        self.problems, self.n_rollouts, self.share, self.start, self.limit = problems, n_rollouts, share, start, limit
+        self.by_id = {p.id: p for p in problems}
         self.active = False
         self.samples, self.bucket, self.retired = {}, {}, set()
 
-    def observe(self, groups):
-        """groups: {question: its own samples, Rollouts}. A replayed one is not among them: it was right by choice."""
-        rewards = [r.reward for rollouts in groups.values() for r in rollouts]
-        for question, rollouts in groups.items():
-            solved = [r for r in rollouts if r.reward]
-            if len(solved) == len(rollouts):
+    def next_batch(self, order, n, rng, mean_entropies):
+        drawn = self.draw(int(n * self.share), rng)
+        skip = self.retired | set(drawn)
+        if len(self.problems) - len(skip) < n - len(drawn):
+            skip = set(drawn)  # too few are left: retired questions serve again
+        batch = fresh_problems(self.problems, order, n - len(drawn), skip)
+        if not drawn:
+            return batch, {}
+        stored = [Rollout(q, self.by_id[q].prompt_ids, ids.tolist(), source="replay", sampler_logps=logps.tolist())
+                  for q in drawn for ids, logps in self.samples[q]]  # fmt: skip
+        replays = {}
+        for _, i in sorted(zip(mean_entropies(stored), range(len(stored)), strict=True)):
+            replays.setdefault(stored[i].problem, stored[i])
+        batch += [self.by_id[q] for q in drawn]
+        return [batch[i] for i in rng.permutation(n)], replays
+
+    def observe(self, rollouts):
+        groups = own_samples(rollouts)
+        rewards = [r.reward for samples in groups.values() for r in samples]
+        for question, samples in groups.items():
+            solved = [r for r in samples if r.reward]
+            if len(solved) == len(samples):
                 self.retired.add(question)
                 self.samples.pop(question, None)
                 self.bucket.pop(question, None)
             elif solved and self.active and question not in self.retired:
                 # Of n_rollouts, also where a replay left room for fewer fresh samples.
-                k = round(len(solved) / len(rollouts) * self.n_rollouts)
+                k = round(len(solved) / len(samples) * self.n_rollouts)
                 self.bucket[question] = min(self.n_rollouts - 1, max(1, k))
                 kept = {ids.tobytes(): (ids, logps) for ids, logps in self.samples.get(question, [])}
-                for r in solved:  # an answer that is known already stays where it is
+                for r in solved:  # an answer that is known already keeps its place
                     ids = np.array(r.response_ids, np.int32)
                     kept.setdefault(ids.tobytes(), (ids, np.array(r.sampler_logps, np.float32)))
                 self.samples[question] = list(kept.values())[-self.limit :]
         self.active = self.active or sum(rewards) / max(1, len(rewards)) > self.start
+
+    def sft_due(self):
+        return []
+
+    def metrics(self):
+        return {"replay/questions": len(self.samples), "replay/retired": len(self.retired)}
 
     def draw(self, n, rng):
         """At most n different questions: a bucket k by weight N(k; n_rollouts / 2, 1) over those that have any left, in

@@ -3,7 +3,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from transformers import Qwen2Config
 
 import bench
@@ -11,7 +10,7 @@ from configurator import ROOT, UserError
 
 
 def test_flops_by_hand():
-    """One sequence through one layer, every product counted: 2 m n k forward, three times that with backward."""
+    """One sequence through one layer, every product counted: 2 m n k forward, and three times that with backward."""
     c = Qwen2Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
                     vocab_size=50, tie_word_embeddings=False)  # fmt: skip
     n, response = 10, 9
@@ -25,10 +24,10 @@ def test_flops_by_hand():
 
 
 def test_sequences_fill_the_budget():
-    pairs = bench.sequences(100)
-    lengths = [len(p) + len(r.response_ids) for p, r in pairs]
+    rollouts = bench.sequences(100)
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     assert sum(lengths) == bench.tokens and min(lengths) >= 32
-    assert torch.tensor(pairs[0][0]).max() < 100
+    assert max(rollouts[0].prompt_ids) < 100
 
 
 def test_the_command(tmp_path):

@@ -11,15 +11,16 @@ import sys
 
 import pytest
 import torch
-from kill import POINTS, at_points, at_random, check, outcome
+from helpers import load_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-from checkpoint import NotSaved, files_below, find
 from configurator import ROOT, UserError
-from metrics import write_metrics
+from measure.kill import POINTS, at_points, at_random, check, outcome
 from model import load_policy
+from runtime import checkpoint
+from runtime.checkpoint import NotSaved, files_below, find
+from runtime.metrics import write_metrics
 
 BASIC = ["--sampler=torch", "--reward_workers=1", "--eval_max_problems=16", "--eval_k=0", "--eval_interval=1"]
 METHODS = {
@@ -37,8 +38,6 @@ def train(script, out, *argv):
 @pytest.fixture(scope="module")
 def peace(tmp_path_factory):
     """Four steps, each saved, nobody disturbing them."""
-    from conftest import load_script
-
     out = tmp_path_factory.mktemp("peace") / "run"
     train(load_script, out, "--max_steps=4", "--save_interval=1", "--keep_last=0")
     return out
@@ -255,8 +254,6 @@ TWO = ["--update_batches=2", "--max_steps=4"]
 
 @pytest.fixture(scope="module")
 def two_updates(tmp_path_factory):
-    from conftest import load_script
-
     out = tmp_path_factory.mktemp("two") / "run"
     train(load_script, out, *TWO)
     return outcome(out, 4)
@@ -268,7 +265,7 @@ def two_updates(tmp_path_factory):
 def test_sigterm_saves_the_last_boundary(script, tmp_path, capfd, monkeypatch, two_updates, where, resumes_after):
     """In a rollout, or before its first update, the step is dropped; later it is finished. An evaluation that was cut short
     is made up for. No checkpoint was due."""
-    monkeypatch.setattr("metrics.measured_memory", lambda: (math.nan, math.nan))  # as where there is no /proc
+    monkeypatch.setattr("runtime.metrics.measured_memory", lambda: (math.nan, math.nan))  # as where there is no /proc
     out = tmp_path / "x"
     module = script("train", [*BASIC, *TWO, f"--out_dir={out}"])
     interrupt(module, where, 3)
@@ -403,7 +400,7 @@ def test_find_says_nothing_of_an_empty_folder(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_named_points_and_at_random(tmp_path):
-    """tests/kill.py: nothing is lost but the step under way."""
+    """measure/kill.py: nothing is lost but the step under way."""
     more = ["--sampler=torch"]
     check(tmp_path, *at_points(tmp_path, POINTS, more), more)
     check(tmp_path, *at_random(tmp_path, 15, more), more)
@@ -435,7 +432,7 @@ def test_three_and_three_are_six_on_two_ranks(tmp_path, method, shard):
 SMALL_FILES = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-import checkpoint
+from runtime import checkpoint
 checkpoint.FILE = 100_000
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """

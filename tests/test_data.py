@@ -5,26 +5,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import a_row, write
 
 from configurator import UserError
-from data import Order, Rollout, bins_needed, load_problems, load_tokenizer, pack, partition, response_text, set_aside
-
-
-def write(path, rows, schema=build.SCHEMA):
-    pq.write_table(pa.Table.from_pylist(rows, schema), path)
-    return str(path)
-
-
-def a_row(**changes):
-    return {
-        "data_source": "toy",
-        "prompt": [{"content": "12+34=?", "role": "user"}],
-        "target": [{"content": "<think>\n12>46</think>\\boxed{46}", "role": "assistant"}],
-        "ability": "math",
-        "reward_model": {"ground_truth": "46", "style": "rule"},
-        "extra_info": {"index": 0, "split": "train"},
-        **changes,
-    }
+from data import (
+    Order,
+    Rollout,
+    bins_needed,
+    load_benchmark,
+    load_problems,
+    load_tokenizer,
+    pack,
+    partition,
+    response_text,
+    set_aside,
+    unpack,
+)
 
 
 def load(path, tokenizer, **options):
@@ -34,7 +30,7 @@ def load(path, tokenizer, **options):
 
 
 def test_token_in_token_out(tokenizer, problems):
-    """A trace's ids are those of its text after the prompt, plus EOS; decoded, they are that text again."""
+    """A trace's ids are those of its text after the prompt, and EOS. Decoded, they are that text again."""
     table = pq.read_table(build.HERE + "/train.parquet").to_pylist()
     for problem, row in zip(problems[:50], table[:50], strict=True):
         prompt = row["prompt"][0]["content"] + "<think>\n"
@@ -70,7 +66,7 @@ def test_bad_files(tmp_path, tokenizer):
     whole = open(write(*good), "rb").read()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.parquet").write_bytes(b"")
-    # Damage inside the data, the footer being whole.
+    # Damage inside the data; the footer is whole.
     (tmp_path / "damaged.parquet").write_bytes(whole[:8] + b"\xff" * 200 + whole[208:])
     pq.write_table(pa.table({"question": ["?"], "answer": ["!"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"prompt": ["?"], "reward_model": ["!"]}), tmp_path / "flat.parquet")
@@ -152,24 +148,52 @@ def test_partition_keeps_the_budget_and_every_sequence():
         bins_needed([700, 3], 600)
 
 
+def some_rollouts():
+    """One of each source. The teacher's has an end that the policy wrote."""
+    own = Rollout(0, [2, 3], [5, 6, 1], sampler_logps=[-0.1, -0.2, -0.3], advantage=-0.125)
+    continued = Rollout(1, [4], [7, 8, 9, 1], source="teacher", n_teacher_tokens=3, sampler_logps=[-0.4], advantage=0.875)
+    replayed = Rollout(2, [4, 2], [8, 1], source="replay", sampler_logps=[-0.5, -0.6], advantage=0.5)
+    return [own, continued, replayed]
+
+
 def test_pack_layout():
-    own = Rollout(0, [5, 6, 1], 0, [-0.1, -0.2, -0.3], "stop", advantage=-0.125)
-    mixed = Rollout(1, [7, 8, 9, 1], 3, [-0.4], "stop", advantage=0.875)  # a trace continued by the model
-    b = pack([([2, 3], own), ([4], mixed)])
-    assert b.input_ids.tolist() == [[2, 3, 5, 6, 1, 4, 7, 8, 9, 1]]
-    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
-    assert b.cu_seqlens.tolist() == [0, 5, 10]
-    assert b.loss_mask.tolist() == [False, False, True, True, True, False, True, True, True, True]
-    assert b.is_teacher.tolist() == [False] * 6 + [True] * 3 + [False]
-    torch.testing.assert_close(b.advantage, torch.tensor([0, 0] + [-0.125] * 3 + [0] + [0.875] * 4))
-    nan = float("nan")
-    want = torch.tensor([nan, nan, -0.1, -0.2, -0.3, nan, nan, nan, nan, -0.4])
-    torch.testing.assert_close(b.sampler_logp, want, equal_nan=True)
-    assert not pack([]).loss_mask.any()
+    b = pack(some_rollouts())
+    assert b.input_ids.tolist() == [[2, 3, 5, 6, 1, 4, 7, 8, 9, 1, 4, 2, 8, 1]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert b.cu_seqlens.tolist() == [0, 5, 10, 14] and b.rows == [0, 1, 2] and b.stands_for is None
+    tokens = lambda *where: [i in where for i in range(14)]
+    assert b.loss_mask.tolist() == tokens(2, 3, 4, 6, 7, 8, 9, 12, 13)
+    assert b.is_teacher.tolist() == tokens(6, 7, 8)
+    assert b.is_replay.tolist() == tokens(12, 13)
+    assert b.is_own.tolist() == tokens(2, 3, 4, 9)
+    torch.testing.assert_close(b.advantage, torch.tensor([0, 0] + [-0.125] * 3 + [0] + [0.875] * 4 + [0, 0] + [0.5] * 2))
+    behaviour = torch.tensor([0, 0, -0.1, -0.2, -0.3, 0, 0, 0, 0, -0.4, 0, 0, -0.5, -0.6])  # a teacher's: log 1
+    torch.testing.assert_close(b.behaviour_logp, behaviour)
+    assert pack(some_rollouts(), [7, 3, 5]).rows == [7, 3, 5]
+
+
+def test_equal_prompts_stand_for_the_first():
+    own, continued, replayed = some_rollouts()
+    b = pack([own, continued, replace(replayed, prompt_ids=[2, 3])])
+    assert b.stands_for.tolist() == [*range(10), 0, 1, 12, 13]
+
+
+def test_nothing_packed_weighs_nothing():
+    b = pack([])
+    assert b.rows == [] and b.input_ids.numel() == 2
+    assert not (b.loss_mask.any() or b.is_own.any() or b.is_replay.any() or b.advantage.any() or b.behaviour_logp.any())
+    assert unpack([b], [torch.ones(2)]) == []
+
+
+def test_unpack_is_the_way_back():
+    rollouts = some_rollouts()
+    batches = [pack(rollouts[1:], [1, 2]), pack([]), pack(rollouts[:1], [0])]
+    found = unpack(batches, [b.input_ids[0] for b in batches])
+    assert found == [(1, [7, 8, 9, 1]), (2, [8, 1]), (0, [5, 6, 1])]
 
 
 def test_set_aside(tokenizer, problems):
-    """The same questions whatever the order of the file; repeats of a question go with it; nothing in both halves."""
+    """The same questions whatever the order of the file. Repeats of a question go with it. Nothing is in both halves."""
     twice = [*problems, *problems[:50]]
     left, held = set_aside(twice, 20)
     ids = {tuple(p.prompt_ids) for p in held}
@@ -186,8 +210,8 @@ def test_set_aside(tokenizer, problems):
         set_aside(twice, 100000)
 
 
-def test_a_problems_key_is_its_own(tmp_path, tokenizer):
-    """Of source, question and answer as the file has them, wherever the row stands and whatever renders it."""
+def test_a_problems_key_depends_on_its_content_alone(tmp_path, tokenizer):
+    """On source, question and answer as the file has them; not on the row's place, nor on the template."""
     rows = [a_row(), a_row(data_source="b"), a_row(reward_model={"ground_truth": "47", "style": "rule"}),
             a_row(prompt=[{"content": "12+35=?", "role": "user"}]), a_row(extra_info={"index": 9, "split": "b"})]  # fmt: skip
     keys = [p.key for p in load(write(tmp_path / "a.parquet", rows), tokenizer)[0]]
@@ -198,3 +222,14 @@ def test_a_problems_key_is_its_own(tmp_path, tokenizer):
     )
     assert [p.key for p in other] == keys[::-1] and {p.answer for p in other} == {"x"}
     assert tokenizer.decode(other[-1].prompt_ids) == "12+34=?+<think>\n"
+
+
+def test_a_benchmark_has_each_question_once(tmp_path, tokenizer):
+    """Repeated rows of a source count once. Then the first max_problems of each source are taken; 0 takes all."""
+    question = lambda n: [{"content": f"{n}+1=?", "role": "user"}]
+    rows = [a_row(data_source=source, prompt=question(n), target=None) for source in "ab" for n in (1, 2, 1, 3)]
+    path, lines = write(tmp_path / "a.parquet", rows), []
+    found = lambda n: [(p.source, p.id) for p in load_benchmark(path, tokenizer, n, 64, True, lines.append)]
+    assert found(0) == [("a", 0), ("a", 1), ("a", 3), ("b", 4), ("b", 5), ("b", 7)]
+    assert found(2) == [("a", 0), ("a", 1), ("b", 4), ("b", 5)]
+    assert lines[-1].endswith("4 distinct problems to evaluate, of a, b")

@@ -1,18 +1,16 @@
-"""What tests/docs_check.py says of the pages, and that it would notice."""
+"""measure/docs_check.py finds nothing wrong with the pages, and would find what is wrong."""
 
 import re
 
-import docs_check
-from test_plan import LLAMA_8B, QWEN_05B, QWEN_7B
-from transformers import Qwen2Config
+from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
 
-from plan import print_plan
+from measure import docs_check
+from runtime.plan import print_plan
 
 SHAPES = {
     "luffy_7b.py": (QWEN_7B, 8, 80), "grpo_7b.py": (QWEN_7B, 8, 80), "luffy_llama8b.py": (LLAMA_8B, 8, 80),
     "luffy_7b_instruct.py": (QWEN_7B, 8, 80), "sft_7b.py": (QWEN_7B, 8, 80), "luffy_1gpu.py": (QWEN_05B, 1, 24),
-    "luffy_1p5b.py": (Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                                  num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True), 8, 80),
+    "luffy_1p5b.py": (QWEN_15B, 8, 80),
 }  # fmt: skip
 
 
@@ -49,7 +47,7 @@ $ pip install x
         "LICENSE#L2",
         "LICENSE#L999",
     ]
-    assert faults[2].endswith("it stands on [1]: python tests/docs_check.py --fix")
+    assert faults[2].endswith("it stands on [1]: python measure/docs_check.py --fix")
     typed = ["for a in 1 2; do python a.py --x=$a --y; done", "make lunch", "pip install x", "python nothing.py"]
     assert docs_check.commands("README.md") == typed
     faults = docs_check.unknown_commands()
@@ -65,7 +63,7 @@ $ pip install x
 
 
 def test_the_memory_table_is_the_plans(script):
-    """README's GiB are those that --dry_run=True prints."""
+    """README's GiB are the ones that --dry_run=True prints."""
     seen = set()
     for line in docs_check.read("README.md").splitlines():
         names = (

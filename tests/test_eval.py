@@ -1,28 +1,26 @@
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
-from test_data import a_row, write
+from helpers import a_row, killed_runs, lines_of, write
 from tokenizers import processors
 
 from configurator import ROOT, UserError
 from data import load_templates, load_tokenizer
-from eval import renderer, samples_per_source, shuffled, weights_digest
+from eval import renderer, samples_per_source, shuffled
+from runtime.files import weights_digest
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
 
 
 def benchmark(tmp_path):
-    """A file as the released ones are: several sources, no target, some problems repeated row by row."""
+    """A file like the released ones: several sources, no target, the problems of some repeated row by row."""
     rows = []
     for s, source in enumerate(SOURCES):
         for i in range(3):
@@ -51,7 +49,7 @@ def options(text):
 
 
 def test_shuffled_options_keep_the_answer():
-    """Every order comes up; the right text keeps being the answer; nothing else of the question changes."""
+    """Every order occurs, the answer stays the right text, and nothing else in the question changes."""
     orders = set()
     for seed in range(200):
         text, label = shuffled(ARC, "C", seed)
@@ -66,7 +64,7 @@ def test_shuffled_options_keep_the_answer():
     assert options(text)[label] == "Days will become shorter." and label in "1234"
 
 
-def test_a_last_option_with_text_behind_it():
+def test_text_after_the_last_option_stays():
     text = "Which?\n(A) one\ntwo\n(B) three\n\nEnd with 'ANSWER: $LETTER'."
     found = {shuffled(text, "B", seed) for seed in range(20)}
     assert found == {(text, "B"), ("Which?\n(A) three\n(B) one\ntwo\n\nEnd with 'ANSWER: $LETTER'.", "A")}
@@ -82,7 +80,7 @@ def test_a_last_option_with_text_behind_it():
         (ARC.replace("B) ", "C) "), "C"),  # labels out of order
     ],
 )
-def test_what_cannot_be_shuffled_stays(text, answer):
+def test_what_cannot_be_shuffled_is_unchanged(text, answer):
     assert {shuffled(text, answer, seed) for seed in range(20)} == {(text, answer)}
 
 
@@ -116,7 +114,7 @@ def test_the_system_prompt_is_the_released_one():
 
 
 def test_raw_prompts_begin_as_the_tokenizer_begins(byte_model):
-    """Given text, as in the released code, vLLM adds a BOS if the tokenizer does; a chat template has its own."""
+    """With text, as in the released code, vLLM adds a BOS if the tokenizer does. A chat template has its own."""
     tokenizer = load_tokenizer(byte_model)
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     assert renderer(tokenizer, "no", "keep")(TURNS, "2", "math")[0] == "1+{1}?"
@@ -144,7 +142,7 @@ def test_k():
 
 
 def read(folder):
-    """What an evaluation wrote: {file: bytes}, but for settings.json, which names commit and versions."""
+    """What an evaluation wrote, {file: bytes}, without settings.json, which names commit and versions."""
     found = {}
     for root, _, files in os.walk(folder):
         found |= {os.path.relpath(os.path.join(root, f), folder): open(os.path.join(root, f), "rb").read() for f in files}
@@ -152,12 +150,12 @@ def read(folder):
 
 
 def samples_of(folder):
-    return [json.loads(line) for f in sorted(os.listdir(folder / "samples")) for line in open(folder / "samples" / f)]
+    return [row for f in sorted(os.listdir(folder / "samples")) for row in lines_of(folder / "samples" / f)]
 
 
 @pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_the_command(sampler, tmp_path, byte_model):
-    """A byte-level model through the whole command: repeats count once, every source is there, text never matters."""
+    """The whole command with a byte-level model: repeats count once, every source is there, any text is graded."""
     out = tmp_path / "out"
     argv = [f"--model={byte_model}", f"--data={benchmark(tmp_path)}", f"--out_dir={out}", "--k=3", "--max_problems=2",
             "--max_tokens=12", f"--sampler={sampler}"]  # fmt: skip
@@ -179,7 +177,7 @@ def test_the_command(sampler, tmp_path, byte_model):
 
 @pytest.fixture
 def run_eval(script, byte_model, tmp_path):
-    """eval.py with its knobs in this process, by the torch sampler; returns what it wrote."""
+    """A function that runs eval.py in this process with the torch sampler and returns what it wrote."""
 
     def call(*argv, out="out"):
         module = script("eval", [f"--model={byte_model}", f"--out_dir={tmp_path / out}", "--max_tokens=12", "--sampler=torch",
@@ -191,7 +189,7 @@ def run_eval(script, byte_model, tmp_path):
 
 
 def test_repeated_rows_are_the_problem_once(run_eval, tmp_path):
-    """The released layout, rows repeated, and one row a problem tried k times give the same files, byte for byte."""
+    """The released layout with repeated rows, and one row per problem with k samples, give the same files, byte for byte."""
     repeated = benchmark(tmp_path)
     table = pq.read_table(repeated)
     once = str(tmp_path / "once.parquet")
@@ -202,10 +200,10 @@ def test_repeated_rows_are_the_problem_once(run_eval, tmp_path):
     assert first == run_eval(f"--data={once}", *argv, out="b") and len(first) == 2 + 9 + 3
     scores = json.loads(first["eval.json"])
     assert [(scores[s]["n"], scores[s]["k"]) for s in SOURCES] == [(3, 4)] * 3 + [(3, 1)] * 3
-    assert run_eval(f"--data={once},{repeated}", *argv, out="c") == first  # over files, too
+    assert run_eval(f"--data={once},{repeated}", *argv, out="c") == first  # also over several files
 
 
-def test_it_goes_on_where_it_stopped(run_eval, tmp_path, capsys):
+def test_it_continues_where_it_stopped(run_eval, tmp_path, capsys):
     argv = [f"--data={benchmark(tmp_path)}", "--k=2", "--chunk=4"]
     whole = run_eval(*argv)
     shutil.rmtree(tmp_path / "out" / "samples")
@@ -219,11 +217,11 @@ def test_it_goes_on_where_it_stopped(run_eval, tmp_path, capsys):
     assert os.stat(tmp_path / "out" / "samples" / "00002.jsonl").st_mtime_ns == kept
     capsys.readouterr()
     assert run_eval(*argv, "--reward_workers=1", f"--data={benchmark(tmp_path)},{benchmark(tmp_path)}") == again
-    assert "chunks" not in capsys.readouterr().out  # nothing was left to do
+    assert "chunks" not in capsys.readouterr().out  # there was nothing left to do
 
 
 def test_other_settings_never_meet(run_eval, tmp_path, capsys):
-    """Whatever changes the result moves the old one aside, whole, and says which setting it was."""
+    """A change of any setting that matters moves the old result aside, whole, and names the setting."""
     path = benchmark(tmp_path)
     first = run_eval(f"--data={path}", "--k=1", "--max_problems=1")
     (tmp_path / "out" / "mine.txt").write_text("kept")
@@ -238,7 +236,7 @@ def test_other_settings_never_meet(run_eval, tmp_path, capsys):
 
 
 def test_samples_without_settings_are_void(run_eval, tmp_path, capsys):
-    """A kill while the old files are moved aside, or an edited settings.json, never lets old samples in."""
+    """After a kill while old files were moved aside, or an edit of settings.json, old samples are not used."""
     argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
     first = run_eval(*argv)
     for content in (None, "{", '{"settings": {}, "written_by": {}}'):
@@ -269,7 +267,7 @@ def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
 
 
 def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
-    """It is not left out: how many problems a benchmark has does not depend on the model."""
+    """It is not left out: the number of problems of a benchmark does not depend on the model."""
     long = a_row(prompt=[{"content": "9" * 5000, "role": "user"}], target=None)
     table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', [a_row(), long])}", "--k=1")["eval.json"])
     assert (table["toy"]["n"], table["toy"]["truncated"]) == (2, 1.0) and table["toy"]["length"] <= 6
@@ -284,7 +282,7 @@ def test_damaged_samples_are_named(run_eval, tmp_path):
         run_eval(*argv)
 
 
-def test_a_broken_grader_shows_before_anything_is_sampled(run_eval, tmp_path, monkeypatch):
+def test_a_broken_grader_is_found_before_anything_is_sampled(run_eval, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def grade(text, answer) return 1")
     with pytest.raises(UserError, match="mine.py must run and define grade"):
         run_eval(f"--data={benchmark(tmp_path)}", f"--grader={tmp_path / 'mine.py'}")
@@ -310,7 +308,7 @@ def test_compare_the_command(run_eval, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["torch", "vllm"])
 def test_ranks_share_the_work(sampler, run_eval, byte_model, tmp_path):
-    """Two processes write what one does; and again if one of them has nothing left to do."""
+    """Two processes write what one writes, also where one of them has nothing left to do."""
     argv = [f"--data={benchmark(tmp_path)}", "--k=2", "--chunk=4", "--max_tokens=12", f"--sampler={sampler}"]
     alone = run_eval(*argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731",
@@ -327,35 +325,14 @@ def test_ranks_share_the_work(sampler, run_eval, byte_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler,kills", [("torch", 10), ("vllm", 3)])
 def test_killed_again_and_again(sampler, kills, byte_model, tmp_path):
-    """kill -9 in the midst of the work, again and again: the files are those of a run left in peace."""
+    """kill -9 during the work, again and again: the files equal those of a run that was not disturbed."""
     rows = [a_row(prompt=[{"content": f"{i}+{i}=?", "role": "user"}], target=None) for i in range(120)]
     command = [sys.executable, os.path.join(ROOT, "eval.py"), f"--model={byte_model}", "--k=4", "--chunk=16",
                f"--data={write(tmp_path / 'a.parquet', rows)}", "--max_tokens=200", f"--sampler={sampler}"]  # fmt: skip
-    subprocess.run([*command, f"--out_dir={tmp_path / 'peace'}"], check=True, capture_output=True)
+    subprocess.run([*command, f"--out_dir={tmp_path / 'undisturbed'}"], check=True, capture_output=True)
     folder = tmp_path / "killed"
     assert killed_runs([*command, f"--out_dir={folder}"], folder / "samples", 30, kills) == kills
-    assert read(folder) == read(tmp_path / "peace")
-
-
-def killed_runs(command, folder, n_chunks, kills):
-    """Run a command until it ends by itself, killing it `kills` times on the way, each after a few more chunks and at
-    another moment of the next. Returns how often it was killed at work."""
-    rng, killed = random.Random(0), 0
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        count = lambda: len([f for f in os.listdir(folder) if f.endswith(".jsonl")]) if folder.exists() else 0
-        before = count()
-        while killed < kills and process.poll() is None:
-            if count() >= min(n_chunks - 1, before + 1):
-                time.sleep(rng.random() * 0.05)  # less than the chunks that are left take
-                break
-            time.sleep(0.002)
-        if killed == kills or process.poll() is not None:
-            assert process.wait() == 0
-            return killed
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        killed += 1
+    assert read(folder) == read(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(

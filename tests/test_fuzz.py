@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sympy import parse_expr
 
 from configurator import UserError, configure, printable
-from data import Rollout, bins_needed, load_problems, load_tokenizer, partition, spread
-from reward import MATHD, PRM800K, expression, fast_verdict, graded_text, integer, last_boxed, prm800k_equal, rewrite
+from data import Rollout, bins_needed, load_problems, load_tokenizer, partition, spread, unpack
+from reward import fast_verdict, graded_text
+from runtime.oat import MATHD, PRM800K, expression, integer, last_boxed, prm800k_equal, rewrite
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TEXT = st.text(max_size=40)
@@ -92,12 +94,12 @@ def tokenizer():
 @fuzz
 @given(st.lists(ROW, max_size=5), st.sets(st.sampled_from(SCHEMA.names), max_size=2))
 def test_any_rows_of_the_schema(tokenizer, rows, without):
-    """What is read is within the limits and whole; what is not is counted; nothing else happens."""
+    """What is read is whole and within the limits, what is not read is counted, and nothing else happens."""
     with tempfile.TemporaryDirectory() as folder:
         path, lines = os.path.join(folder, "d.parquet"), []
         try:
             table = pa.Table.from_pylist(rows, SCHEMA).drop_columns(sorted(without))
-        except (pa.ArrowException, UnicodeEncodeError):  # a lone surrogate is no string of Arrow's
+        except (pa.ArrowException, UnicodeEncodeError):  # a lone surrogate is no string to Arrow
             return
         pq.write_table(table, path)
         try:
@@ -115,7 +117,7 @@ def test_any_rows_of_the_schema(tokenizer, rows, without):
 @fuzz
 @given(st.data())
 def test_a_damaged_file(tokenizer, data):
-    """Bytes flipped or cut: a UserError that names the file, or problems; never anything else."""
+    """Bytes flipped or cut: a UserError that names the file, or problems, and never anything else."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "d.parquet")
         shutil.copy("toy/shaping/test.parquet", path)
@@ -144,32 +146,73 @@ def test_partition(lengths, n):
     assert max(totals) - min(totals) <= max(lengths, default=0)
 
 
-@fuzz
-@given(LENGTHS, st.integers(1, 4), st.integers(60, 200))
-def test_every_sequence_is_packed_once_and_every_rank_has_as_many(lengths, world, budget):
-    rng = np.random.default_rng(len(lengths))
-    pairs = []
+def some_rollouts(lengths, seed):
+    """One for each number of tokens, of every source, with some prompts that repeat and values that tell them apart."""
+    rng, rollouts = np.random.default_rng(seed), []
     for i, n in enumerate(lengths):
-        cut = int(rng.integers(0, n))
-        response = list(range(100, 100 + n - cut))
-        pairs.append((list(range(cut)), Rollout(i, response, n % 2 * len(response), [], "", advantage=float(i))))
-    shares = [spread(pairs, budget, rank, world) for rank in range(world)]
+        n_prompt = int(rng.integers(0, n))
+        n_response = n - n_prompt
+        source = ("own", "teacher", "replay")[rng.integers(3)]
+        n_teacher = int(rng.integers(1, n_response + 1)) if source == "teacher" else 0
+        logps = [float(-i - j / 64) for j in range(n_response - n_teacher)]
+        response = [100 + (i + j) % 40 for j in range(n_response)]
+        rollouts.append(Rollout(i, list(range(n_prompt)), response, source, n_teacher, logps, advantage=float(i)))
+    return rollouts
+
+
+CUTS = (LENGTHS, st.integers(1, 4), st.integers(60, 200), st.integers(0, 9))  # lengths, ranks, token budget, seed
+
+
+@fuzz
+@given(*CUTS)
+def test_every_rollout_is_packed_once_and_every_rank_has_as_many(lengths, world, budget, seed):
+    rollouts = some_rollouts(lengths, seed)
+    shares = [spread(rollouts, budget, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     seen = []
-    for cut, batch in (part for share in shares for part in share):
+    for batch in (batch for share in shares for batch in share):
         ends = batch.cu_seqlens.tolist()
-        assert ends[-1] == batch.input_ids.numel() <= max(budget, 2)
-        for i, start, end in zip(cut, ends, ends[1:], strict=False):
+        assert ends[-1] == batch.input_ids.numel() <= max(budget, 2) and len(ends) == max(1, len(batch.rows)) + 1
+        for i, start, end in zip(batch.rows, ends, ends[1:], strict=False):
             seen.append(i)
-            prompt, r = pairs[i]
-            assert batch.input_ids[0, start:end].tolist() == prompt + r.response_ids
-            assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
-            assert batch.loss_mask[start:end].tolist() == [False] * len(prompt) + [True] * len(r.response_ids)
-            assert batch.is_teacher[start:end].sum() == r.n_teacher_tokens
-            assert set(batch.advantage[start + len(prompt) : end].tolist()) <= {float(i)}
-        if not cut:
+            r = rollouts[i]
+            n_prompt, first_own = len(r.prompt_ids), len(r.prompt_ids) + r.n_teacher_tokens
+            part = lambda values: values[start:end].tolist()  # noqa: B023
+            assert part(batch.input_ids[0]) == r.prompt_ids + r.response_ids
+            assert part(batch.position_ids[0]) == list(range(end - start))
+            assert part(batch.loss_mask) == [False] * n_prompt + [True] * len(r.response_ids)
+            assert part(batch.is_teacher) == [n_prompt <= t < first_own for t in range(end - start)]
+            assert part(batch.advantage) == [0.0] * n_prompt + [r.advantage] * len(r.response_ids)
+            assert part(batch.behaviour_logp) == [0.0] * first_own + r.sampler_logps
+            assert batch.is_replay[start:end].sum() == len(r.response_ids) * (r.source == "replay")
+        if not batch.rows:
             assert not batch.loss_mask.any()  # the dummy weighs nothing
-    assert sorted(seen) == list(range(len(pairs)))
+    assert sorted(seen) == list(range(len(rollouts)))
+
+
+@fuzz
+@given(*CUTS)
+def test_own_teachers_and_replayed_tokens_partition_the_response(lengths, world, budget, seed):
+    """Each response token is of exactly one kind, no other token is of any, and no number is NaN."""
+    for batch in (b for rank in range(world) for b in spread(some_rollouts(lengths, seed), budget, rank, world)):
+        teacher = batch.is_teacher & batch.loss_mask  # the dummy's token is a teacher's, and no response token
+        kinds = teacher.int() + batch.is_replay.int() + batch.is_own.int()
+        assert kinds.tolist() == batch.loss_mask.int().tolist()
+        for name, value in vars(batch).items():
+            assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name
+
+
+@fuzz
+@given(*CUTS)
+def test_unpack_is_the_inverse_of_spread(lengths, world, budget, seed):
+    """Over all ranks, every row comes back exactly once, with the values of its own response tokens."""
+    rollouts, found = some_rollouts(lengths, seed), []
+    for rank in range(world):
+        batches = spread(rollouts, budget, rank, world)
+        found += unpack(batches, [batch.input_ids[0] + 1000 * batch.advantage for batch in batches])
+    assert sorted(row for row, _ in found) == list(range(len(rollouts)))
+    for row, values in found:
+        assert values == [token + 1000 * row for token in rollouts[row].response_ids]
 
 
 @fuzz
@@ -229,7 +272,7 @@ def test_answers_are_read_as_what_they_are(text, answer):
 @fuzz
 @given(st.text("0123456789+-*/^().xypisqrtln", max_size=12))
 def test_expressions_parse_or_raise(text):
-    """A parser by hand: it ends, and nothing but its errors gets out. Powers of powers are left out before it is asked."""
+    """A hand-written parser: it ends, and raises nothing but its own errors. Its callers reject powers of powers first."""
     if "^" in text:
         return
     try:
@@ -255,7 +298,7 @@ EXPRESSION = st.recursive(
 @fuzz
 @given(EXPRESSION)
 def test_expressions_are_read_as_sympy_reads_them(text):
-    """Its own parser evaluates Python: here it may, as the measure of ours."""
+    """sympy's parser evaluates Python. Here that is safe, and it is the measure of ours."""
     ours, theirs = expression(text), parse_expr(text.replace("^", "**"), transformations="implicit")
     difference = (ours - theirs).subs({"x": 0.37, "y": 0.71}).evalf()
     assert ours == theirs or abs(complex(difference)) < 1e-9, (ours, theirs)

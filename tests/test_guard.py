@@ -12,11 +12,11 @@ import time
 
 import pytest
 import torch
-from kill import outcome
 
 from configurator import ROOT, UserError
-from guard import Guard, Stopped
-from metrics import collapse, rewind
+from measure.kill import outcome
+from runtime.guard import Guard, Stopped
+from runtime.metrics import collapse, rewind
 
 # ---------------------------------------------------------------- one process
 
@@ -67,7 +67,7 @@ def child(text, **more):
 
 def test_a_second_signal_ends_at_once():
     process = child(
-        "import time; from guard import Guard\nwith Guard(60):\n    print('in', flush=True)\n    while True: time.sleep(0.1)"
+        "import time; from runtime.guard import Guard\nwith Guard(60):\n    print('in', flush=True)\n    while True: time.sleep(0.1)"
     )
     assert process.stdout.readline() == "in\n"
     process.terminate()
@@ -82,13 +82,13 @@ def test_a_second_signal_ends_at_once():
 
 def test_a_hang_ends_with_the_place_and_a_traceback():
     process = child(
-        "import time; from guard import Guard\ndef stuck():\n    time.sleep(1000)\n"
+        "import time; from runtime.guard import Guard\ndef stuck():\n    time.sleep(1000)\n"
         "with Guard(2) as g:\n    g.phase(3, 'rollout')\n    stuck()"
     )
     start = time.time()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.time() - start < 30
-    assert "no rank got on for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
+    assert "no rank made progress for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
 
 
 def test_a_store_that_never_answers_stops_no_clock():
@@ -101,9 +101,9 @@ def test_a_store_that_never_answers_stops_no_clock():
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(silent.getsockname()[1]),
         }
-        process = child("import time; from guard import Guard\nwith Guard(2) as g:\n    time.sleep(1000)", env=env)
+        process = child("import time; from runtime.guard import Guard\nwith Guard(2) as g:\n    time.sleep(1000)", env=env)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "no rank got on for 2 s (hang_timeout): rank 0: start" in err
+    assert process.returncode == 1 and "no rank made progress for 2 s (hang_timeout): rank 0: start" in err
 
 
 def test_a_signal_to_save_is_agreed_on(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_signal_to_save_is_agreed_on(monkeypatch):
 
     with Guard(60) as guard:
         with monkeypatch.context() as patch:
-            patch.setattr("guard.torch.tensor", tensor)
+            patch.setattr("runtime.guard.torch.tensor", tensor)
             guard.agree()
         assert not guard.save_now and guard.save_asked
         guard.agree()
@@ -159,7 +159,8 @@ ARGV = ["--sampler=torch", "--eval_data=", "--reward_workers=1", "--max_steps=6"
 FAULTY = """
 import os, runpy, signal, sys, time
 sys.path.insert(0, {root!r})
-import guard, reward, rollout
+import reward, rollout
+from runtime import guard
 if os.environ["RANK"] == "1":
     phase = guard.Guard.phase
     def faulty(self, step, name):
@@ -209,12 +210,12 @@ FAULTS = {  # where, what, within how many seconds it ends, what it says
         35,
         "last seen: rank 0: .*; rank 1: step 4, update",
     ),
-    "hangs in a rollout": ("rollout", "time.sleep(1000)", 60, r"no rank got on for 8 s.*rank 0: .*; rank 1: step 4, rollout"),
+    "hangs in a rollout": ("rollout", "time.sleep(1000)", 60, r"no rank made progress for 8 s.*rank 0: .*; rank 1: step 4, rollout"),
     "frozen in an update": (
         "update",
         "os.kill(os.getpid(), signal.SIGSTOP)",
         60,
-        r"no rank got on for 8 s.*rank 1: step 4, update",
+        r"no rank made progress for 8 s.*rank 1: step 4, update",
     ),
     "its engine raises": (
         "rollout",

@@ -1,4 +1,4 @@
-"""What comes from outside is data: model output, datasets, model folders, secrets in the environment."""
+"""Everything from outside is treated as data: model output, datasets, model folders, secrets in the environment."""
 
 import ast
 import glob
@@ -9,17 +9,17 @@ import shutil
 import subprocess
 import sys
 
-import hostile_answers
 import pytest
 import torch
+from helpers import BASE, a_row, write
 from safetensors.torch import load_file
-from test_data import a_row, write
 
 from configurator import ROOT, UserError, printable, run
 from data import load_problems, load_tokenizer
-from model import load_config, load_policy
+from measure import hostile_answers
+from model import load_policy
+from runtime.files import load_config
 
-BASE = os.path.join(ROOT, "toy", "base")
 EVIL = "\x1b]0;owned\x07\x1b[2J\r\u202e"
 
 
@@ -30,7 +30,7 @@ def test_printable():
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
-    """In a source's name, a prompt, a trace, an answer: through a whole run, and into an error."""
+    """In a source's name, a prompt, a trace and an answer: in a whole run, and in an error."""
     rows = [
         a_row(
             data_source=f"x{EVIL}",
@@ -48,9 +48,8 @@ def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
     for more, code in ((["--min_teacher_pass=0"], 0), (["--min_teacher_pass=0.99"], 2)):
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *argv, *more], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert (
-            "\x1b" not in done.stdout + done.stderr and "\u202e" not in done.stdout + done.stderr and "\x07" not in done.stdout
-        )
+        shown = done.stdout + done.stderr
+        assert "\x1b" not in shown and "\u202e" not in shown and "\x07" not in done.stdout
     assert "owned" in done.stderr  # the failing rows are shown, as text
 
 
@@ -87,7 +86,7 @@ class Owned:
 
 
 def test_pickled_weights_are_not_unpickled(tmp_path):
-    """Weights in pytorch_model.bin are read as tensors, and nothing else in it is built."""
+    """Of pytorch_model.bin only tensors are read; no other object in it is built."""
     folder = tmp_path / "model"
     shutil.copytree(BASE, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -101,10 +100,10 @@ def test_pickled_weights_are_not_unpickled(tmp_path):
 
 
 def test_no_eval_and_no_pickle_in_the_code():
-    """But for a config file, which is Python and README says so, and a grader of the user's own."""
+    """Except for a config file, which is Python as README says, and for the user's own grader."""
     allowed = {("configurator.py", "exec"), ("configurator.py", "compile"), ("reward.py", "runpy.run_path")}
     found = set()
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
+    for path in (*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "runtime", "*.py"))):
         for node in ast.walk(ast.parse(open(path).read())):
             name = None
             if isinstance(node, ast.Call):
@@ -122,9 +121,8 @@ def test_no_eval_and_no_pickle_in_the_code():
 def test_secrets_stay_in_the_environment(tmp_path):
     secrets = {"HF_TOKEN": "hf_secretA", "WANDB_API_KEY": "secretB", "AWS_SECRET_ACCESS_KEY": "secretC"}
     argv = ["--sampler=torch", "--eval_data=", "--max_steps=1", f"--out_dir={tmp_path / 'out'}"]
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "train.py"), *argv], capture_output=True, text=True, env={**os.environ, **secrets}
-    )
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **secrets})
     assert done.returncode == 0, done.stderr
     written = [open(p, "rb").read() for p in glob.glob(str(tmp_path / "out" / "**"), recursive=True) if os.path.isfile(p)]
     assert len(written) > 8

@@ -3,15 +3,15 @@ import math
 
 import pytest
 import torch
+from helpers import packed
 
-from data import Packed
 from loss import batch_loss, group_advantages, shape, token_loss
 
 SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log")
 
 
 def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
-    """LUFFY's token term, restated in plain floats."""
+    """LUFFY's token term again, in plain floats."""
     if teacher:
         p = math.exp(logp)
         f = {"none": p, "luffy": p / (p + gamma), "sqrt": math.sqrt(p), "pow": p**gamma,
@@ -55,7 +55,7 @@ def test_gradient_is_the_finite_difference(shaping, low, high):
 
 
 def test_gradient_weights():
-    """Unshaped teacher tokens weigh p, shaped ones gamma p / (p + gamma)^2; an own token at ratio 1 weighs 1."""
+    """A teacher token has weight p without shaping and gamma p / (p + gamma)^2 with it; an own token at ratio 1 has weight 1."""
     p = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
     one, yes = torch.ones_like(p), torch.ones(5, dtype=torch.bool)
     for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2)):
@@ -69,7 +69,7 @@ def test_gradient_weights():
 
 @pytest.mark.parametrize("shaping", SHAPES)
 def test_hopeless_tokens_stay_finite(shaping):
-    """A teacher token of probability e^-200 underflows in fp32; an absurd old_logp there must not matter."""
+    """A teacher token of probability e^-200 underflows in fp32. An absurd old_logp there must not matter."""
     logp = torch.tensor([-200.0, -1.0], requires_grad=True)
     old, teacher = torch.tensor([-1e4, -1.0]), torch.tensor([True, False])
     token_loss(logp, old, torch.ones(2), teacher, shaping).sum().backward()
@@ -100,7 +100,7 @@ def test_advantages_with_std_baseline_and_any_labels():
         r = rewards[group == label]
         torch.testing.assert_close(a[group == label], (r - r.mean()) / (r.std() + 1e-6))
     assert group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.long), use_std=True).eq(0).all()
-    own = torch.tensor([True, True, False])  # RL with an SFT loss takes its mean over own rows alone
+    own = torch.tensor([True, True, False])  # RL with an SFT loss takes the mean over own rows only
     a = group_advantages(torch.tensor([1.0, 0, 1]), torch.zeros(3, dtype=torch.long), baseline=own)
     assert a.tolist() == [0.5, -0.5, 0.5]
     with pytest.raises(ValueError, match="baseline"):
@@ -109,21 +109,24 @@ def test_advantages_with_std_baseline_and_any_labels():
 
 
 def test_batch_loss_does_not_depend_on_the_cut():
-    """Every combination of terms: the whole batch's loss is the sum of its parts', and the formula's."""
+    """For every combination of terms: the loss of the whole batch is the sum over its parts, and it is the formula's."""
     g = torch.Generator().manual_seed(3)
     n = 60
     rand = lambda: torch.rand(n, generator=g, dtype=torch.float64)
     logp, old, advantage, teacher = random_tokens(n)
     mask, entropy, top1_logp, teacher_logp = rand() < 0.8, rand(), -rand(), -rand()
-    sampler_logp = torch.where(teacher, float("nan"), old + 0.2 * rand())
+    replay = ~teacher & (rand() < 0.4)
+    behaviour_logp = torch.where(teacher, 0.0, old + 0.2 * rand())
     top1 = torch.where(rand() < 0.7, 1, -1)
+    fields = dict(loss_mask=mask, is_teacher=teacher, is_replay=replay, advantage=advantage, behaviour_logp=behaviour_logp,
+                  old_logp=old, teacher_logp=teacher_logp, top1=top1)  # fmt: skip
 
     def batch(a, b):
-        x = [v[a:b] for v in (mask, teacher, advantage, sampler_logp, old, teacher_logp, top1)]
-        return Packed(torch.zeros(1, b - a), None, None, *x)
+        return packed(b - a, **{name: value[a:b] for name, value in fields.items()})
 
-    own, theirs = mask & ~teacher, mask & teacher
-    counts = (mask.sum().item(), theirs.sum().item())
+    own, replayed, theirs = mask & ~teacher & ~replay, mask & replay, mask & teacher
+    assert min(own.sum(), replayed.sum(), theirs.sum()) > 5
+    counts = [where.sum().item() for where in (mask, theirs, own)]
     coefficients = itertools.product((0.0, 512.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0), (0.0, 0.2), (0.0, 0.4), (0.0, 1.1))
     for constant, policy_coef, entropy_coef, sft_coef, kl_coef, ce_coef, cap in coefficients:
         options = dict(loss_constant=constant, policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef,
@@ -132,24 +135,39 @@ def test_batch_loss_does_not_depend_on_the_cut():
         whole = loss(0, n)
         torch.testing.assert_close(loss(0, 7) + loss(7, 8) + loss(8, n), whole)
         tokens = token_loss(logp, old, advantage, teacher, clip_low=0.2)
+        tokens = torch.where(replay, -advantage * shape((logp - behaviour_logp).exp()), tokens)
         if cap:
-            tokens = tokens * torch.where(teacher, 1.0, (old - sampler_logp).exp().clamp(max=cap))
-        where = own if sft_coef else mask
+            tokens = tokens * torch.where(own, (old - behaviour_logp).exp().clamp(max=cap), 1.0)
+        where = own | replayed if sft_coef else mask
         want = policy_coef * tokens[where].sum() / (constant or where.sum()) - entropy_coef * entropy[mask].mean()
         want = want - sft_coef * logp[theirs].mean() + kl_coef * ((logp - teacher_logp)[own] ** 2 / 2).mean()
         torch.testing.assert_close(whole, want - ce_coef * (top1_logp * (top1 >= 0))[own].mean())
 
 
-def test_what_was_not_sampled_does_not_poison_the_gradient():
-    """Teacher tokens have no sampler's log-prob (NaN) and no teacher model's opinion matters there."""
-    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    teacher, yes = torch.tensor([True, False]), torch.tensor([True, True])
-    batch = Packed(None, None, None, yes, teacher, torch.ones(2), torch.tensor([float("nan"), -2.0]), None, torch.zeros(2))
-    batch_loss(logp, -logp, None, batch, (2, 1), tis_cap=2.0, kl_coef=0.1).backward()
-    assert logp.grad.isfinite().all()
+def test_only_own_tokens_have_an_importance_weight_and_a_kl():
+    """With tis_cap and kl_coef the gradients at a teacher's token and at a replayed one are those of f alone."""
+    logp = torch.tensor([-1.0, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
+    teacher, replay = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    batch = packed(3, is_teacher=teacher, is_replay=replay, advantage=torch.ones(3),
+                   behaviour_logp=torch.tensor([0.0, -3.0, -2.5]), teacher_logp=torch.full((3,), -9.0))  # fmt: skip
+    batch_loss(logp, -logp, None, batch, (3, 1, 1), tis_cap=2.0, kl_coef=0.1).backward()
+    weight = lambda w: 0.1 * w / (w + 0.1) ** 2
+    want = [-weight(math.exp(-1.0)) / 3, -weight(math.exp(1.5)) / 3, -math.exp(0.5) / 3 + 0.1 * (-2.0 + 9.0)]
+    torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
+
+
+def test_likelihood_is_for_the_teachers_tokens_and_replayed_ones_stay_in_the_policy_term():
+    """sft_coef moves the teacher's tokens out of the policy term. A replayed token is the policy's own and is not moved."""
+    logp = torch.tensor([-1.0, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
+    teacher, replay = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    batch = packed(3, is_teacher=teacher, is_replay=replay, advantage=torch.tensor([5.0, 1.0, -1.0]),
+                   behaviour_logp=torch.tensor([0.0, -1.5, -2.0]))  # fmt: skip
+    batch_loss(logp, -logp, None, batch, (3, 1, 1), sft_coef=0.5).backward()
+    want = [-0.5, -0.1 / 1.1**2 / 2, 1 / 2]  # two tokens are left in the policy term
+    torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
 
 
 def test_without_old_logp_the_ratio_is_one():
-    logp, _, advantage, teacher = random_tokens(10)
-    batch = Packed(None, None, None, torch.ones(10, dtype=torch.bool), teacher & False, advantage, logp, None)
-    torch.testing.assert_close(batch_loss(logp, logp, None, batch, (10, 0), loss_constant=1.0), -advantage.sum())
+    logp, _, advantage, _ = random_tokens(10)
+    batch = packed(10, advantage=advantage, behaviour_logp=logp)
+    torch.testing.assert_close(batch_loss(logp, logp, None, batch, (10, 0, 10), loss_constant=1.0), -advantage.sum())

@@ -1,5 +1,5 @@
-"""Each estimator's expected gradient, by enumeration: a tabular policy of three tokens and two steps, every sequence
-weighted by its probability. And every overlay, run."""
+"""The expected gradient of each estimator by enumeration: a tabular policy of three tokens and two steps, where every
+sequence counts by its probability. And a run of every overlay."""
 
 import glob
 import itertools
@@ -7,21 +7,20 @@ import json
 import os
 import random
 import re
+from dataclasses import dataclass
 
 import build
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import QWEN_05B, QWEN_7B, a_row, launch, packed, rollouts_of, run, write
 from safetensors.torch import load_file
-from test_data import a_row, write
-from test_plan import QWEN_05B, QWEN_7B
-from test_train import launch, run
 
 from configurator import ROOT, UserError
-from data import Packed, check_same_tokens, load_tokenizer
+from data import Rollout, check_same_tokens, load_tokenizer
 from loss import batch_loss, token_loss
 from model import load_policy
+from replay import Successes
+from rollout import TorchSampler
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))
@@ -36,11 +35,13 @@ def states(y):
     return torch.tensor([0, 1 + y[0]])
 
 
-def packed(y, advantage=0.0, **fields):
-    """The sequence alone, as batch_loss sees it: two response tokens."""
-    fill = lambda x: torch.full((2,), float(x), dtype=torch.float64)
-    return Packed(torch.tensor([y]), None, None, torch.tensor([True, True]), torch.tensor([False, False]), fill(advantage),
-                  fields.pop("sampler_logp", fill(float("nan"))), **fields)  # fmt: skip
+def sampled(y, advantage=0.0, **fields):
+    """A sequence without a prompt, as batch_loss sees it: two tokens that the policy sampled."""
+    advantage = torch.full((2,), float(advantage), dtype=torch.float64)
+    return packed(2, input_ids=torch.tensor([y]), advantage=advantage, **fields)
+
+
+OWN = (2, 0, 2)  # response tokens: all, the teacher's, own
 
 
 def expected_gradient(theta, loss, behaviour=None):
@@ -72,7 +73,7 @@ T_LOGPROBS = TEACHER.log_softmax(-1)
 def test_policy_term_is_the_policy_gradient():
     reward = {y: float(y[0] + 2 * y[1] == 4) for y in SEQUENCES}
     got = expected_gradient(
-        THETA, lambda y, logp, h, _: batch_loss(logp, h, None, packed(y, reward[y]), (2, 0), loss_constant=1.0)
+        THETA, lambda y, logp, h, _: batch_loss(logp, h, None, sampled(y, reward[y]), OWN, loss_constant=1.0)
     )
     theta = THETA.clone().requires_grad_(True)
     logprobs = theta.log_softmax(-1)
@@ -82,23 +83,23 @@ def test_policy_term_is_the_policy_gradient():
 
 def kl_term(y, logp, h, _):
     teacher_logp = T_LOGPROBS[states(y)][torch.arange(2), list(y)]
-    return batch_loss(logp, h, None, packed(y, teacher_logp=teacher_logp), (2, 0), policy_coef=0.0, kl_coef=2.0)
+    return batch_loss(logp, h, None, sampled(y, teacher_logp=teacher_logp), OWN, policy_coef=0.0, kl_coef=2.0)
 
 
 def test_kl_term_is_reverse_kl():
-    """The k2 estimate's gradient, over the policy's own samples, is that of KL(pi || pi_T) in each state."""
+    """The gradient of the k2 estimate over the policy's own samples is the gradient of KL(pi || pi_T) in each state."""
     want = gradient_over_states(THETA, lambda logprobs, s: (logprobs.exp() * (logprobs - T_LOGPROBS[s])).sum())
     torch.testing.assert_close(expected_gradient(THETA, kl_term), want)  # kl_coef 2 over 2 tokens
 
 
-def test_kl_by_its_value_would_teach_nothing():
-    """Why not k1, log p - log p_T: its gradient does not know the teacher, and is zero on average."""
+def test_the_k1_estimate_would_teach_nothing():
+    """Why the loss does not use k1 = log p - log p_T: its gradient does not depend on the teacher and is zero on average."""
     k1 = lambda y, logp, h, _: (logp - T_LOGPROBS[states(y)][torch.arange(2), list(y)]).sum()
     torch.testing.assert_close(expected_gradient(THETA, k1), torch.zeros(V + 1, V, dtype=torch.float64))
 
 
 def test_kl_term_has_the_right_sign():
-    """A step against its gradient brings the policy nearer to the teacher; the released KDRL goes away from it."""
+    """A step against its gradient moves the policy towards the teacher. The released KDRL moves away from it."""
     kl = lambda theta: (theta.softmax(-1) * (theta.log_softmax(-1) - T_LOGPROBS)).sum(-1)
     after = THETA - 0.1 * expected_gradient(THETA, kl_term)
     assert (kl(after) < kl(THETA)).all()
@@ -106,7 +107,7 @@ def test_kl_term_has_the_right_sign():
 
 def ce_term(y, logp, h, rows):
     top1 = T_LOGPROBS[states(y)].argmax(-1)
-    return batch_loss(logp, h, rows[torch.arange(2), top1], packed(y, top1=top1), (2, 0), policy_coef=0.0, ce_coef=2.0)
+    return batch_loss(logp, h, rows[torch.arange(2), top1], sampled(y, top1=top1), OWN, policy_coef=0.0, ce_coef=2.0)
 
 
 def test_ce_term_is_cross_entropy_along_own_samples():
@@ -121,12 +122,12 @@ def test_ce_term_is_cross_entropy_along_own_samples():
 def test_tokens_without_a_first_choice_count_for_nothing():
     y = (1, 2)
     logp = torch.tensor([-1.0, -2.0], dtype=torch.float64)
-    loss = lambda top1: batch_loss(logp, -logp, logp, packed(y, top1=torch.tensor(top1)), (2, 0), policy_coef=0.0, ce_coef=1.0)
+    loss = lambda top1: batch_loss(logp, -logp, logp, sampled(y, top1=torch.tensor(top1)), OWN, policy_coef=0.0, ce_coef=1.0)
     assert loss([-1, -1]) == 0 and loss([0, -1]) == 0.5 and loss([0, 0]) == 1.5
 
 
 def test_a_probability_is_no_advantage():
-    """The released tipo_adv adds pi(y*) to the advantage: a baseline, with no expected effect. 1[y = y*] has one."""
+    """The released tipo_adv adds pi(y*) to the advantage. That is a baseline: it has no expected effect. 1[y = y*] has one."""
     first = T_LOGPROBS.argmax(-1)
 
     def with_advantage(advantage):
@@ -143,26 +144,26 @@ def test_a_probability_is_no_advantage():
 
 def test_entropy_and_sft_terms():
     got = expected_gradient(
-        THETA, lambda y, logp, h, _: batch_loss(logp, h, None, packed(y), (2, 0), policy_coef=0.0, entropy_coef=2.0)
+        THETA, lambda y, logp, h, _: batch_loss(logp, h, None, sampled(y), OWN, policy_coef=0.0, entropy_coef=2.0)
     )
     torch.testing.assert_close(got, gradient_over_states(THETA, lambda logprobs, s: (logprobs.exp() * logprobs).sum()))
-    logp, teacher = torch.tensor([-1.0, -2.0], dtype=torch.float64), packed((0, 1), advantage=1.0)
+    logp, teacher = torch.tensor([-1.0, -2.0], dtype=torch.float64), sampled((0, 1), advantage=1.0)
     teacher.is_teacher = torch.tensor([True, True])
-    assert batch_loss(logp, -logp, None, teacher, (2, 2), sft_coef=0.5) == 0.75  # and nothing is left of the policy term
+    assert batch_loss(logp, -logp, None, teacher, (2, 2, 0), sft_coef=0.5) == 0.75  # the policy term has no token left
 
 
 def test_truncated_importance_sampling():
-    """Samples of another policy, one step each: weighed by pi_old / pi_sampler the gradient is the on-policy one, until
-    the cap cuts the weights."""
+    """Samples of another policy, one step each: weighted by pi_old / pi_sampler they give the on-policy gradient, until the
+    cap limits the weights."""
     sampler = table(2)
     reward = lambda y: float(y[0] == 1)
 
     def loss(cap):
         def one(y, logp, h, rows):
-            sampler_logp = sampler.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
-            batch = packed(y, reward(y), sampler_logp=sampler_logp)
+            behaviour_logp = sampler.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+            batch = sampled(y, reward(y), behaviour_logp=behaviour_logp)
             batch.loss_mask = torch.tensor([True, False])
-            return batch_loss(logp, h, None, batch, (1, 0), loss_constant=1.0, tis_cap=cap)
+            return batch_loss(logp, h, None, batch, (1, 0, 1), loss_constant=1.0, tis_cap=cap)
 
         return one
 
@@ -173,18 +174,23 @@ def test_truncated_importance_sampling():
     torch.testing.assert_close(expected_gradient(THETA, loss(w.item() / 2), sampler), on_policy / 2)
 
 
-def test_replayed_tokens_weigh_by_their_ratio():
-    """ExGRPO: f(w), w = pi / pi_then: at w = 1 a gradient of gamma / (1 + gamma)^2 = 0.0826, a twelfth of a fresh token's."""
+def test_replayed_tokens_are_weighted_by_their_ratio():
+    """ExGRPO: f(w) with w = pi / pi_then. At w = 1 the gradient is gamma / (1 + gamma)^2 = 0.0826, a twelfth of a fresh
+    token's."""
     w = torch.tensor([1.0, 0.1, 2.0], dtype=torch.float64)
     then = torch.tensor([-2.0, -1.0, -3.0], dtype=torch.float64)
     logp = (then + w.log()).requires_grad_(True)
-    yes = torch.ones(3, dtype=torch.bool)
-    token_loss(logp, then, torch.ones(3, dtype=torch.float64), yes, behaviour_logp=then).sum().backward()
+    one, yes = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    token_loss(logp, then, one, yes, behaviour_logp=then).sum().backward()
     torch.testing.assert_close(-logp.grad, 0.1 * w / (w + 0.1) ** 2)
     assert -logp.grad[0] == pytest.approx(0.0826, abs=1e-4) and -logp.grad[1] == pytest.approx(0.25)
+    replayed = packed(3, is_replay=yes, advantage=one, behaviour_logp=then)  # and the same through a batch
+    again = logp.detach().requires_grad_(True)
+    batch_loss(again, -again, None, replayed, (3, 0, 0), loss_constant=1.0).backward()
+    torch.testing.assert_close(again.grad, logp.grad)
 
 
-# ---------------------------------------------------------------- the overlays, run
+# ---------------------------------------------------------------- runs of the overlays
 
 OVERLAYS = sorted(os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "config", "method", "*.py")))
 WITH_TEACHER = ("rkl", "kdrl", "tgpo")
@@ -211,7 +217,8 @@ def glossary():
 
 
 def test_the_glossary_names_nothing_else():
-    code = "".join(open(os.path.join(ROOT, name)).read() for name in ("train.py", "metrics.py"))
+    files = ["train.py", "replay.py", *sorted(glob.glob("runtime/*.py", root_dir=ROOT))]
+    code = "".join(open(os.path.join(ROOT, name)).read() for name in files)
     phases = {f"{kind}/{p}{end}" for p in ("sync", "rollout", "reward", "update") for kind, end in PHASE_METRICS}
     for name in glossary() - phases:
         assert f'"{name}"' in code or name in ("eval/greedy", "eval/avg@k"), name
@@ -232,20 +239,20 @@ def test_every_overlay_runs(script, tmp_path, name, other_model):
     if name == "tgpo":
         assert 0 < rows[1]["teacher_model/agrees"] < 1
     if name == "relift":
-        assert rows[1]["relift/sft_loss"] > 0 and rows[1]["relift/waiting"] < 16  # the base fails every question
+        assert rows[1]["sft/loss"] > 0 and rows[1]["relift/waiting"] < 16  # the base fails every question
     if name == "exgrpo":
         assert rows[2]["replay/questions"] == 0  # and so nothing starts
     if name == "luffy_partial":
-        samples = [json.loads(line) for line in open(tmp_path / name / "rollouts" / "step_2.jsonl")]
+        samples = rollouts_of(tmp_path / name, 2)
         assert not any(s["teacher_tokens"] for s in samples)  # the share has fallen to zero
 
 
 def test_partial_traces_are_continued(script, tmp_path):
     run(script, tmp_path, "x", "--max_steps=1", "--teacher_share=0.5", "--teacher_share_end=0.5")
-    rows = [json.loads(line) for line in open(tmp_path / "x" / "rollouts" / "step_1.jsonl")]
-    cut = [r for r in rows if r["teacher_tokens"]]
+    cut = [r for r in rollouts_of(tmp_path / "x", 1) if r["teacher_tokens"]]
     assert len(cut) == 16
     for r in cut:
+        assert r["written_by"] == "teacher"
         assert 0 < r["teacher_tokens"] < len(r["response_ids"]) == r["teacher_tokens"] + len(r["sampler_logps"])
         assert r["finish_reason"] in ("stop", "length") and len(r["response_ids"]) <= 40
 
@@ -253,16 +260,16 @@ def test_partial_traces_are_continued(script, tmp_path):
 @pytest.mark.parametrize(
     "argv,words",
     [
-        (["config/method/kdrl.py"], "want a teacher model"),
+        (["config/method/kdrl.py"], "need a teacher model"),
         (["config/method/kdrl.py", "--teacher_model=nowhere"], "there is no model folder"),
-        (["--baseline=own", "--n_rollouts=1"], "baseline='own' wants own samples"),
+        (["--baseline=own", "--n_rollouts=1"], "baseline='own' needs own samples"),
         (["--replay_share=0.5"], "set n_teacher=0"),
         (["--teacher_share=1.5"], "between 0 and 1"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
-        (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 wants the policy to go on"),
+        (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
         (["config/method/exgrpo.py", "--sft_buffer=16"], "are two methods"),
-        (["--teacher_model=toy/base"], "of no use without kl_coef or ce_coef"),
+        (["--teacher_model=toy/base"], "has no effect without kl_coef or ce_coef"),
     ],
 )
 def test_method_knobs_are_checked(script, tmp_path, argv, words):
@@ -290,10 +297,8 @@ def test_the_learning_rates_schedule(script):
 
 
 def test_what_dapo_leaves_out(script):
-    from data import Rollout
-
     groups = [(0, "stop", 0.0), (0, "stop", 0.0), (1, "stop", 1.0), (1, "length", 0.0)]
-    rows = [Rollout(q, [i], 0, [], how, reward=r) for i, (q, how, r) in enumerate(groups)]
+    rows = [Rollout(q, [2], [i], finish_reason=how, reward=r) for i, (q, how, r) in enumerate(groups)]
     kept = lambda *argv: [r.response_ids[0] for r in script("train", list(argv)).worth_training(rows)]
     assert kept() == [0, 1, 2, 3]
     assert kept("--skip_equal_groups=True") == [2, 3]
@@ -302,7 +307,7 @@ def test_what_dapo_leaves_out(script):
 
 @pytest.fixture(scope="module")
 def easy_data(tmp_path_factory):
-    """Sums of two numbers, which the base knows, so that hot samples are right now and then."""
+    """Sums of two numbers. The base knows them, so samples at a high temperature are right now and then."""
     rng, rows = random.Random(0), []
     for i in range(64):
         numbers = build.sample_numbers(rng, 2)
@@ -311,152 +316,147 @@ def easy_data(tmp_path_factory):
                      "target": [{"role": "assistant", "content": "<think>\n" + trace}], "ability": "math",
                      "reward_model": {"ground_truth": f"{build.add(*numbers):02d}", "style": "rule"},
                      "extra_info": {"index": i, "split": "train"}})  # fmt: skip
-    path = str(tmp_path_factory.mktemp("easy") / "two.parquet")
-    pq.write_table(pa.Table.from_pylist(rows, build.SCHEMA), path)
-    return path
+    return write(tmp_path_factory.mktemp("easy") / "two.parquet", rows)
 
 
 def test_replay_starts_and_fills_half_the_batch(script, tmp_path, easy_data):
     rows = run(script, tmp_path, "x", "config/method/exgrpo.py", f"--data={easy_data}", "--temperature=1.6", "--max_steps=4",
                "--save_interval=4")  # fmt: skip
     assert "reward/replayed" not in rows[1] and rows[1]["replay/questions"] == 0 and rows[1]["reward/own"] > 0.35
-    assert rows[2]["replay/questions"] > 4 and "reward/replayed" not in rows[2]  # active now: it stores, and replays next
+    assert rows[2]["replay/questions"] > 4 and "reward/replayed" not in rows[2]  # it stores now, and replays in the next step
     assert rows[3]["reward/replayed"] == 1.0  # graded again, and right again
-    dumped = [json.loads(line) for line in open(tmp_path / "x" / "rollouts" / "step_3.jsonl")]
-    replayed = [r for r in dumped if r["finish_reason"] == "replay"]
+    dumped = rollouts_of(tmp_path / "x", 3)
+    replayed = [r for r in dumped if r["written_by"] == "replay"]
     assert len(dumped) == 128 and len({r["problem"] for r in dumped}) == 16 and 4 < len(replayed) <= 8
-    earlier = {
-        tuple(r["response_ids"]): r
-        for n in (1, 2)
-        for r in map(json.loads, open(tmp_path / "x" / "rollouts" / f"step_{n}.jsonl"))
-    }
-    for r in replayed:  # ids and log-probs are those of its own sampling
+    earlier = {tuple(r["response_ids"]): r for n in (1, 2) for r in rollouts_of(tmp_path / "x", n)}
+    for r in replayed:  # ids and log-probs are those with which it was sampled
         assert earlier[tuple(r["response_ids"])]["sampler_logps"] == pytest.approx(r["sampler_logps"], abs=1e-6)
-    assert (
-        load_file(tmp_path / "x" / "ckpt_4" / "state" / "memory.safetensors")["question"].numel() >= rows[4]["replay/questions"]
-    )
-    load_policy(str(tmp_path / "x" / "ckpt_4"))  # which the replay's state does not disturb
+    memory = load_file(tmp_path / "x" / "ckpt_4" / "state" / "memory.safetensors")
+    assert memory["question"].numel() >= rows[4]["replay/questions"]
+    load_policy(str(tmp_path / "x" / "ckpt_4"))  # the memory beside the weights does no harm
 
 
 def test_relift_interleaves(script, tmp_path):
-    """Every question of the toy is failed, bar luck: one SFT step for each 16 that wait, with its own optimizer."""
+    """Every question of the toy is failed, except by luck: one SFT step for each 16 that wait, by an optimizer of its own."""
     rows = run(script, tmp_path, "x", "config/method/relift.py", "--max_steps=4")
-    fired = ["relift/sft_loss" in r for r in rows[1:]]
+    fired = ["sft/loss" in r for r in rows[1:]]
     waiting = 0
     for r, f in zip(rows[1:], fired, strict=True):
         waiting += round(16 * r["groups/none_solved"]) - 16 * f
         assert r["relift/waiting"] == waiting and (waiting < 16)
     assert sum(fired) >= 3
-    losses = [r["relift/sft_loss"] for r in rows[1:] if "relift/sft_loss" in r]
+    losses = [r["sft/loss"] for r in rows[1:] if "sft/loss" in r]
     assert losses[-1] < losses[0]
     assert load_file(tmp_path / "x" / "ckpt_4" / "state" / "memory.safetensors")["queue"].numel() == waiting
 
 
-def spied(script, tmp_path, *argv):
-    """Run train.py's main and note what each update was called with, and each stamp that the engine took."""
-    out = tmp_path / "x"
-    module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", *argv])
-    calls, stamps, update, sampler = [], [], module.update, module.TorchSampler
+@dataclass
+class Update:
+    """One optimizer step, as it was seen from outside."""
 
-    def spy(policy, optimizer, micro_batches, max_norm, terms, safe_point):
-        calls.append((id(optimizer), optimizer.param_groups[0]["lr"], max_norm, dict(terms), micro_batches))
-        return update(policy, optimizer, micro_batches, max_norm, terms, safe_point)
+    optimizer: int
+    lr: float
+    max_norm: float
+    terms: dict  # batch_loss's keywords
+    batches: list
 
-    class Spy(sampler):
-        def load(self, hf, stamp):
+
+@pytest.fixture
+def spied(script, tmp_path, monkeypatch):
+    """A function that loads train.py and notes its optimizer steps and the stamps of the weights that the sampler took:
+    (module, updates, stamps). The run goes to tmp_path / "x"."""
+
+    def load(*argv):
+        updates, stamps, calls, norms = [], [], [], []
+        real_loss, real_clip = batch_loss, torch.nn.utils.clip_grad_norm_
+        real_step, real_load = torch.optim.AdamW.step, TorchSampler.load
+
+        def spy_loss(logp, entropy, top1_logp, batch, counts, **terms):
+            calls.append((batch, terms))
+            return real_loss(logp, entropy, top1_logp, batch, counts, **terms)
+
+        def spy_clip(parameters, max_norm, **options):
+            norms.append(max_norm)
+            return real_clip(parameters, max_norm, **options)
+
+        def spy_step(optimizer):
+            batches, terms = [b for b, _ in calls], calls[-1][1]
+            updates.append(Update(id(optimizer), optimizer.param_groups[0]["lr"], norms[-1], dict(terms), batches))
+            calls.clear()
+            return real_step(optimizer)
+
+        def spy_load(sampler, hf, stamp):
             stamps.append(stamp)
-            super().load(hf, stamp)
+            real_load(sampler, hf, stamp)
 
-    module.update, module.TorchSampler = spy, Spy
-    return module, calls, stamps
+        monkeypatch.setattr("loss.batch_loss", spy_loss)
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", spy_clip)
+        monkeypatch.setattr("torch.optim.AdamW.step", spy_step)
+        monkeypatch.setattr(TorchSampler, "load", spy_load)
+        argv = ["--sampler=torch", f"--out_dir={tmp_path / 'x'}", "--eval_data=", "--reward_workers=1", *argv]
+        return script("train", argv), updates, stamps
+
+    return load
 
 
-def test_relifts_step_is_its_own(script, tmp_path):
-    """ReLIFT's SFT step: another AdamW, its own rate, clip and terms; and the engine hears of it."""
-    argv = [
-        "config/method/relift.py",
-        "--max_steps=3",
-        "--sft_learning_rate=0.0005",
-        "--sft_grad_clip=0.9",
-        "--canary_interval=0",
-    ]
-    module, calls, stamps = spied(script, tmp_path, *argv)
+def test_relifts_step_is_its_own(spied):
+    """ReLIFT's SFT step has an AdamW, a learning rate, a clip and terms of its own, and the sampler gets its weights."""
+    module, updates, stamps = spied("config/method/relift.py", "--max_steps=3", "--sft_learning_rate=0.0005",
+                                    "--sft_grad_clip=0.9", "--canary_interval=0")  # fmt: skip
     module.main()
-    rl, sft = [c for c in calls if c[3]["policy_coef"]], [c for c in calls if not c[3]["policy_coef"]]
+    rl, sft = [u for u in updates if u.terms["policy_coef"]], [u for u in updates if not u.terms["policy_coef"]]
     assert len(rl) == 3 and len(sft) >= 2
-    assert {c[0] for c in rl}.isdisjoint(c[0] for c in sft)
-    assert all(c[1:3] == (0.0005, 0.9) for c in sft) and all(c[2] == 0.7 for c in rl)
-    assert all(c[3] == {"policy_coef": 0.0, "sft_coef": 1.0, "entropy_coef": 1e-4} for c in sft)
-    assert all(b.is_teacher[b.loss_mask].all() for c in sft for b in c[4])
+    assert {u.optimizer for u in rl}.isdisjoint(u.optimizer for u in sft)
+    assert all((u.lr, u.max_norm) == (0.0005, 0.9) for u in sft) and all(u.max_norm == 0.7 for u in rl)
+    for u in sft:  # likelihood and an entropy term, nothing else
+        used = {name: value for name, value in u.terms.items() if name.endswith("_coef") and value}
+        assert used == {"sft_coef": 1.0, "entropy_coef": 1e-4} and u.terms["policy_coef"] == 0
+    assert all(b.is_teacher[b.loss_mask].all() for u in sft for b in u.batches)
     assert stamps[-1] >= 3  # two RL updates and at least one SFT step before the last rollout
 
 
-def test_tgpos_weight_falls_to_zero(script, tmp_path, other_model):
+def test_tgpos_weight_falls_to_zero(spied, other_model):
     argv = ["config/method/tgpo.py", f"--teacher_model={other_model}", "--ce_coef=0.5", "--ce_steps=2", "--max_steps=3"]
-    module, calls, _ = spied(script, tmp_path, *argv)
+    module, updates, _ = spied(*argv)
     module.main()
-    assert [c[3]["ce_coef"] for c in calls] == [0.5, 0.25, 0.0]
-    assert [c[4][0].top1 is None for c in calls] == [False, False, True]  # and then nobody asks the teacher
+    assert [u.terms["ce_coef"] for u in updates] == [0.5, 0.25, 0.0]
+    assert [u.batches[0].top1 is None for u in updates] == [False, False, True]  # the teacher is not asked in vain
 
 
-def test_choices_that_are_no_tokens_count_as_none(script):
-    module = script("train", [])
+def test_replays_are_the_surest_and_never_retired(spied, tmp_path, easy_data, monkeypatch):
+    """Of a question's stored successes the one with the lowest entropy goes into the group. Batches are whole and their
+    questions differ. Replays do not count as successes. Retired questions are not served while others are left."""
+    asked, pools = [], []
+    entropies = lambda rollouts: [(i * 7) % 5 + i / 100 for i in range(len(rollouts))]
+    real_batch, real_observe = Successes.next_batch, Successes.observe
 
-    class Teacher:
-        def judge(self, batch):
-            return torch.zeros(3), torch.tensor([2, 20, 21])
+    def next_batch(memory, order, n, rng, mean_entropies):
+        return real_batch(memory, order, n, rng, lambda rollouts: asked.append(rollouts) or entropies(rollouts))
 
-    batch = packed((0, 1))
-    module.ask(Teacher(), [batch], True, 21)
-    assert batch.top1.tolist() == [2, 20, -1]
-    module.ask(Teacher(), [other := packed((0, 1))], False, 21)
-    assert other.top1 is None
+    def observe(memory, rollouts):
+        pools.append((set(memory.retired), {r.problem for r in rollouts if r.source == "own"}))
+        real_observe(memory, rollouts)
 
-
-def test_mean_entropies(script, policy, problems):
-    """The mean, not the sum, over each response, in the order asked, however the pairs are cut."""
-    from data import Rollout, pack
-
-    pairs = [(p.prompt_ids, Rollout(p.id, p.teacher[0][: 5 + 4 * i], 0, [], "stop")) for i, p in enumerate(problems[:5])]
-    want = []
-    for pair in pairs:
-        with torch.no_grad():
-            _, entropy = policy(pack([pair]))
-        want.append(entropy.sum().item() / len(pair[1].response_ids))
-    assert script("train", ["--micro_tokens=110"]).mean_entropies(policy, pairs) == pytest.approx(want, abs=1e-5)
-
-
-def test_replays_are_the_surest_and_never_retired(script, tmp_path, easy_data):
-    """Of a question's stored successes the one with the lowest entropy goes into the group; whole batches of different
-    questions; replays do not count as successes; retired questions are not served while others are left."""
-    module, *_ = spied(script, tmp_path, "config/method/exgrpo.py", f"--data={easy_data}", "--temperature=2.0", "--max_steps=6",
+    monkeypatch.setattr(Successes, "next_batch", next_batch)
+    monkeypatch.setattr(Successes, "observe", observe)
+    module, *_ = spied("config/method/exgrpo.py", f"--data={easy_data}", "--temperature=2.0", "--max_steps=6",
                        "--prompts_per_step=8")  # fmt: skip
-    asked, pools, successes = [], [], module.Successes
-    module.mean_entropies = lambda policy, pairs: asked.append(pairs) or [(i * 7) % 5 + i / 100 for i in range(len(pairs))]
-
-    class Spy(successes):
-        def observe(self, groups):
-            assert all(r.finish_reason != "replay" for rows in groups.values() for r in rows)
-            pools.append((set(self.retired), set(groups)))
-            super().observe(groups)
-
-    module.Successes = Spy
     module.main()
-    assert len(asked) >= 3 and any(len(pairs) > 4 for pairs in asked)
-    steps = [[json.loads(line) for line in open(tmp_path / "x" / "rollouts" / f"step_{n}.jsonl")] for n in range(1, 7)]
+    assert len(asked) >= 3 and any(len(rollouts) > 4 for rollouts in asked)
+    steps = [rollouts_of(tmp_path / "x", n) for n in range(1, 7)]
     assert all(len(rows) == 64 and len({r["problem"] for r in rows}) == 8 for rows in steps)
-    with_replays = [rows for rows in steps if any(r["finish_reason"] == "replay" for r in rows)]
-    for pairs, rows in zip(asked, with_replays, strict=True):
-        entropy = [(i * 7) % 5 + i / 100 for i in range(len(pairs))]
-        for r in (r for r in rows if r["finish_reason"] == "replay"):
-            mine = [i for i, (_, s) in enumerate(pairs) if s.problem == r["problem"]]
-            assert pairs[min(mine, key=entropy.__getitem__)][1].response_ids == r["response_ids"]
+    replayed = [[r for r in rows if r["written_by"] == "replay"] for rows in steps]
+    for rollouts, rows in zip(asked, filter(None, replayed), strict=True):
+        entropy = entropies(rollouts)
+        for r in rows:
+            same = [i for i, stored in enumerate(rollouts) if stored.problem == r["problem"]]
+            assert rollouts[min(same, key=entropy.__getitem__)].response_ids == r["response_ids"]
     assert all(not retired & served for retired, served in pools)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_every_method_plans_at_7b(script, tmp_path, name, capsys):
-    """Each overlay over luffy_7b says what it takes, from config.json files alone, a teacher model's included."""
+    """Each overlay over luffy_7b prints its memory, from config.json files alone; a teacher model's included."""
     for folder, model in (("student", QWEN_7B), ("teacher", QWEN_05B)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(model.to_dict()))
@@ -476,7 +476,7 @@ def test_several_traces_in_a_group(script, tmp_path):
     rows = [a_row(target=[one, {**one, "content": "<think>\n36</think>\\boxed{36}"}]), a_row(target=[one])]
     data = write(tmp_path / "two.parquet", [{**r, "reward_model": {"ground_truth": "36", "style": "rule"}} for r in rows])
     run(script, tmp_path, "x", f"--data={data}", "--prompts_per_step=2", "--n_teacher=2", "--max_steps=1")
-    dumped = [json.loads(line) for line in open(tmp_path / "x" / "rollouts" / "step_1.jsonl")]
+    dumped = rollouts_of(tmp_path / "x", 1)
     by_problem = {p: [r["teacher_tokens"] > 0 for r in dumped if r["problem"] == p] for p in (0, 1)}
     assert by_problem == {0: [False] * 6 + [True] * 2, 1: [False] * 7 + [True]}
     group = [r for r in dumped if r["problem"] == 0]
@@ -495,7 +495,7 @@ def test_several_traces_in_a_group(script, tmp_path):
     ],
 )
 def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model):
-    """Buffers, pools and teacher models are the same on one process and on two FSDP2 ranks: so are four steps."""
+    """Memory and teacher models are the same in one process and on two FSDP2 ranks, and so are four steps."""
     argv = [f"config/method/{name}.py", "--max_steps=4", "--sampler=torch", "--eval_data=",
             *(m.format(easy=easy_data, other=other_model) for m in more)]  # fmt: skip
     one = launch(tmp_path, "one", 1, *argv)

@@ -5,31 +5,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE
+from helpers import BASE, packed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model
 from configurator import UserError
 from data import Rollout, pack
-from model import load_policy
+from model import ask_teacher, load_policy, mean_entropies
 
 
-def sequences(problems, n=6):
-    return [(p.prompt_ids, Rollout(p.id, p.teacher[0], len(p.teacher[0]), [], "teacher")) for p in problems[:n]]
+def traces(problems, n=6):
+    """The first n problems' traces as rollouts."""
+    return [Rollout(p.id, p.prompt_ids, p.teacher[0], source="teacher", n_teacher_tokens=len(p.teacher[0])) for p in problems[:n]]
+
+
+def own(prompt_ids, response_ids):
+    return Rollout(0, prompt_ids, response_ids, sampler_logps=[0.0] * len(response_ids))
 
 
 def test_packed_equals_unpacked(policy, problems):
-    """Log-probs, entropies and gradients are those of each sequence alone, by transformers' own forward."""
-    pairs = sequences(problems)
-    logp, entropy = policy(pack(pairs))
+    """Log-probs, entropies and gradients equal those of each sequence alone, from transformers' own forward."""
+    rollouts = traces(problems)
+    logp, entropy = policy(pack(rollouts))
     (logp.sum() + entropy.sum()).backward()
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     want_logp, want_entropy = [], []
-    for prompt, r in pairs:
-        ids = torch.tensor([prompt + r.response_ids])
+    for r in rollouts:
+        ids = torch.tensor([r.prompt_ids + r.response_ids])
         logprobs = plain(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        n = len(prompt)
+        n = len(r.prompt_ids)
         want_logp += [torch.zeros(n), logprobs[n - 1 :].gather(-1, ids[0, n:, None])[:, 0]]
         want_entropy += [torch.zeros(n), -(logprobs.exp() * logprobs).sum(-1)[n - 1 :]]
     want_logp, want_entropy = torch.cat(want_logp), torch.cat(want_entropy)
@@ -40,10 +45,10 @@ def test_packed_equals_unpacked(policy, problems):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels want a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels need a GPU")
 @pytest.mark.parametrize("backend", ["packed_varlen", "packed_fa"])
 def test_kernels_equal_sdpa(problems, backend):
-    """Each kernel that is installed gives packed_sdpa's log-probs and gradients, to bfloat16's precision."""
+    """Each installed kernel gives the log-probs and gradients of packed_sdpa, to bfloat16's precision."""
     if backend not in model.attention_backends("cuda", torch.bfloat16):
         pytest.skip(f"{backend} is not installed")
     batch, results = pack(groups(problems)).to("cuda"), []
@@ -60,8 +65,8 @@ def test_kernels_equal_sdpa(problems, backend):
 
 def groups(problems):
     """Several responses to some of the prompts, not side by side."""
-    pairs = sequences(problems)
-    return [pairs[0], pairs[1], *((p, Rollout(9, r.response_ids[3:], 0, [], "stop")) for p, r in pairs[:3]), *pairs[:4]]
+    rollouts = traces(problems)
+    return [*rollouts[:2], *(own(r.prompt_ids, r.response_ids[3:]) for r in rollouts[:3]), *rollouts[:4]]
 
 
 def run_backward(policy, batch):
@@ -78,7 +83,7 @@ def assert_same(found, wanted):
 
 
 def test_a_shared_prompt_is_computed_once(policy, problems, monkeypatch):
-    """And the result is that of computing it for each sequence."""
+    """The result is the same as when it is computed for each sequence."""
     batch, seen, forward = pack(groups(problems)), [], policy.hf.get_decoder().forward
 
     def counted(**options):
@@ -87,15 +92,16 @@ def test_a_shared_prompt_is_computed_once(policy, problems, monkeypatch):
 
     monkeypatch.setattr(policy.hf.get_decoder(), "forward", counted)
     found = run_backward(policy, batch)
-    assert pack(sequences(problems)).stands_for is None
+    assert pack(traces(problems)).stands_for is None
     batch.stands_for = None
     assert_same(found, run_backward(policy, batch))
-    n_responses, prompts = sum(len(r.response_ids) for _, r in groups(problems)), {tuple(p) for p, _ in groups(problems)}
+    n_responses = sum(len(r.response_ids) for r in groups(problems))
+    prompts = {tuple(r.prompt_ids) for r in groups(problems)}
     assert seen == [n_responses + sum(map(len, prompts)), batch.input_ids.numel()] and len(prompts) == 4
 
 
 def test_the_kernels_get_whole_sequences(policy, problems, monkeypatch):
-    """packed_fa over shared prompts, with flash-attn's function played by SDPA, a sequence at a time."""
+    """packed_fa over shared prompts. SDPA, a sequence at a time, stands in for flash-attn's function."""
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
         assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and len(q) == len(k) == cu_seqlens_q[-1]
@@ -107,7 +113,7 @@ def test_the_kernels_get_whole_sequences(policy, problems, monkeypatch):
         return torch.cat([attend(part)[0].transpose(0, 1) for part in parts])
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
-    for batch in (pack(groups(problems)), pack(sequences(problems))):
+    for batch in (pack(groups(problems)), pack(traces(problems))):
         wanted = run_backward(policy, batch)
         policy.hf.set_attn_implementation("packed_fa")
         assert_same(run_backward(policy, batch), wanted)
@@ -115,29 +121,28 @@ def test_the_kernels_get_whole_sequences(policy, problems, monkeypatch):
 
 
 def test_packed_sequences_do_not_see_each_other(policy, problems):
-    pairs = sequences(problems, 3)
+    first, second, third = traces(problems, 3)
     with torch.no_grad():
-        before, _ = policy(pack(pairs))
-        middle = Rollout(9, [5] * 20, 20, [], "teacher")
-        after, _ = policy(pack([pairs[0], ([6, 7, 8], middle), pairs[2]]))
-    n0, n2 = (len(p) + len(r.response_ids) for p, r in (pairs[0], pairs[2]))
+        before, _ = policy(pack([first, second, third]))
+        after, _ = policy(pack([first, own([6, 7, 8], [5] * 20), third]))
+    n0, n2 = (len(r.prompt_ids) + len(r.response_ids) for r in (first, third))
     torch.testing.assert_close(after[:n0], before[:n0])
     torch.testing.assert_close(after[-n2:], before[-n2:])
 
 
 def test_chunks_and_dummy(policy, problems, monkeypatch):
-    batch = pack(sequences(problems))
+    batch = pack(traces(problems))
     whole, _ = policy(batch)
     monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 7)
     logp, _ = policy(batch)
     torch.testing.assert_close(logp, whole)
-    nothing, _ = policy(pack([]))  # a rank without sequences: zero loss, and a gradient for every parameter
+    nothing, _ = policy(pack([]))  # a rank without sequences: a loss of zero, and a gradient for every parameter
     nothing.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
 def test_a_chunk_fits_where_it_is_computed():
-    """An eighth of a GPU's on a CPU, whatever the vocabulary; more where the logits stay within 4 MiB."""
+    """On a CPU an eighth of a GPU's chunk, whatever the vocabulary; more where the logits stay within 4 MiB."""
     on_cpu = torch.zeros(1)
     for vocabulary, n in ((151_936, 256), (4096, 256), (64, 16384)):
         assert model.chunk_of(on_cpu, torch.empty(vocabulary, 0)) == n
@@ -146,7 +151,7 @@ def test_a_chunk_fits_where_it_is_computed():
 
 @pytest.mark.parametrize("how", ["logp", "entropy", "both"])
 def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
-    """In double precision, over chunks, for several targets of a token."""
+    """In double precision, over several chunks, for several targets per token."""
     monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 2)
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (11, 3)))
@@ -157,7 +162,7 @@ def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
-    """151,936 words, chunks of 7 tokens: log-probs, entropies and every gradient are those of the whole logits."""
+    """151,936 tokens, chunks of 7: log-probs, entropies and every gradient equal those from the whole logits."""
     config = Qwen2Config(
         vocab_size=151_936, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1,
@@ -166,7 +171,7 @@ def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="packed_sdpa", dtype=torch.float32)
     policy = model.Policy(hf, temperature=0.7)
     ids = torch.randint(2, 151_936, (20,)).tolist()
-    batch = pack([(ids[:3], Rollout(0, ids[3:], 0, [0.0] * 17, "stop"))])
+    batch = pack([own(ids[:3], ids[3:])])
     monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 7)
     logp, entropy = policy(batch)
     (logp.sum() - 0.3 * entropy.sum()).backward()
@@ -185,7 +190,7 @@ def test_chunked_head_is_the_full_head_at_a_real_vocabulary(monkeypatch, tied):
 
 
 def test_recomputation_changes_nothing(problems):
-    batch = pack(sequences(problems))
+    batch = pack(traces(problems))
     grads = []
     for recompute in (False, True):
         policy = load_policy(BASE, recompute=recompute)
@@ -196,25 +201,47 @@ def test_recomputation_changes_nothing(problems):
 
 
 def test_temperature_divides_the_logits(problems):
-    batch = pack(sequences(problems, 2))
+    batch = pack(traces(problems, 2))
     with torch.no_grad():
         hot, _ = load_policy(BASE, temperature=2.0)(batch)
         plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-        prompt, r = sequences(problems, 1)[0]
-        ids = torch.tensor([prompt + r.response_ids])
+        (r,) = traces(problems, 1)
+        ids, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.prompt_ids)
         want = (plain(ids).logits[0, :-1] / 2).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(hot[len(prompt) : ids.size(1)], want[len(prompt) - 1 :], rtol=0, atol=2e-5)
+    torch.testing.assert_close(hot[n : ids.size(1)], want[n - 1 :], rtol=0, atol=2e-5)
 
 
 def test_bfloat16_is_what_it_says(policy, problems):
-    """Products in bfloat16: near the fp32 result, and not it; log-probs and weights stay fp32."""
-    batch = pack(sequences(problems))
+    """Products in bfloat16 are close to the fp32 result, but not equal. Log-probs and weights stay in fp32."""
+    batch = pack(traces(problems))
     half = load_policy(BASE, dtype=torch.bfloat16)
     with torch.no_grad():
         (a, _), (b, _) = policy(batch), half(batch)
     assert b.dtype == torch.float32 and all(p.dtype == torch.float32 for p in half.parameters())
     gap = (a - b).abs()[batch.loss_mask]
     assert 1e-4 < gap.mean() < 0.1
+
+
+def test_mean_entropies(policy, problems):
+    """The mean over each response, not the sum, in the order of the request, however the rollouts are cut."""
+    rollouts, want = [own(p.prompt_ids, p.teacher[0][: 5 + 4 * i]) for i, p in enumerate(problems[:5])], []
+    for r in rollouts:
+        with torch.no_grad():
+            _, entropy = policy(pack([r]))
+        want.append(entropy.sum().item() / len(r.response_ids))
+    for micro_tokens in (110, 10_000):
+        assert mean_entropies(policy, rollouts, micro_tokens) == pytest.approx(want, abs=1e-5)
+
+
+def test_a_teachers_choices_that_the_policy_lacks_count_as_none():
+    """Its vocabulary may be padded. It is moved to where the batch is for as long as it is asked."""
+    places = []
+    teacher = SimpleNamespace(to=places.append, judge=lambda batch: (torch.full((3,), -0.5), torch.tensor([2, 20, 21])))
+    batch, other = packed(3), packed(3)
+    ask_teacher(teacher, [batch], want_top1=True, n_tokens=21, offload=False)
+    assert batch.top1.tolist() == [2, 20, -1] and batch.teacher_logp.tolist() == [-0.5] * 3 and places == []
+    ask_teacher(teacher, [other], want_top1=False, n_tokens=21, offload=True)
+    assert other.top1 is None and other.teacher_logp.tolist() == [-0.5] * 3 and places == [torch.device("cpu"), "cpu"]
 
 
 def test_bad_models(tmp_path):
@@ -224,7 +251,7 @@ def test_bad_models(tmp_path):
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     shutil.copytree(BASE, tmp_path / "short")
     save_file(tensors, tmp_path / "short" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lack 1 tensor.*layers.1.mlp.up_proj"):  # transformers would draw it at random
+    with pytest.raises(UserError, match="lack 1 tensor.*layers.1.mlp.up_proj"):  # transformers would fill it at random
         load_policy(str(tmp_path / "short"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no causal LM"):

@@ -1,4 +1,4 @@
-"""bench.py peers: TRL's GRPOTrainer and train.py, in turn, on the same work."""
+"""bench.py peers: TRL's GRPOTrainer and train.py do the same work in turn."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from configurator import ROOT
 
-# What TRL wants besides the packages that are here; those it shares, so that nothing large is installed twice.
+# What TRL needs besides the packages of .venv, which it shares, so that nothing large is installed twice.
 OWN = "trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 dill multiprocess xxhash pandas httpx fsspec python-dateutil".split()
 
 

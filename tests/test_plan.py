@@ -4,25 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
 
 from configurator import ROOT, UserError
-from plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
-
-QWEN_7B = Qwen2Config(
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152064, max_position_embeddings=16384, tie_word_embeddings=False,
-)  # fmt: skip
-
-
-QWEN_05B = Qwen2Config(
-    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
-)  # fmt: skip
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
-)  # fmt: skip
+from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
 
 
 def test_parameters_of_the_released_7b():
@@ -39,15 +24,13 @@ def test_sharding_divides_what_persists():
     assert sum(whole.values()) > 80 * GIB > sum(shard.values())
     without = training_memory(QWEN_7B, 32768, 8, True, 2, False)
     kept = "activations kept for backward"
-    assert without[kept] > 10 * shard[kept]  # whole layers instead of what flows between them
+    assert without[kept] > 10 * shard[kept]  # all of a layer's activations, not only its input
     assert shard["one chunk of logits, or one layer"] < 32768 * 152064 * 4  # the logits of all tokens: 18.6 GiB
 
 
 def test_forecast_against_a_simulation():
-    """Peaks that tests/track_memory.py found: 1.5B and 32,768 tokens, 33.9 GiB; 0.5B and 16,384 tokens, 12.6 GiB."""
-    qwen_15b = Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                           num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
-    for config, tokens, tracked in ((qwen_15b, 32768, 33.9), (QWEN_05B, 16384, 12.6)):
+    """Peaks that measure/track_memory.py found: 1.5B and 32,768 tokens, 33.9 GiB; 0.5B and 16,384 tokens, 12.6 GiB."""
+    for config, tokens, tracked in ((QWEN_15B, 32768, 33.9), (QWEN_05B, 16384, 12.6)):
         assert sum(training_memory(config, tokens, 1, False, 2, True).values()) == pytest.approx(tracked * GIB, rel=0.05)
 
 
@@ -55,7 +38,7 @@ def test_cache_of_the_7b():
     _, tokens = kv_cache(QWEN_7B, 24 * GIB, 1, 2)
     assert tokens == int((24 * GIB - 2 * 7_615_616_512 - 2 * GIB) / (2 * 28 * 4 * 128 * 2))
     assert kv_cache(QWEN_7B, 10 * GIB, 1, 2)[1] == 0
-    # Four key-value heads: the fifth to eighth rank hold copies.
+    # Four key-value heads: ranks five to eight hold copies.
     assert kv_cache(QWEN_7B, 64 * GIB, 8, 2)[1] < 1.2 * kv_cache(QWEN_7B, 64 * GIB, 4, 2)[1]
 
 
@@ -94,7 +77,7 @@ def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 update(s) of 512, 8 rank(s)" in done.stdout
-    assert "checkpoints: 85.1 GiB each, 680.9 GiB at the most" in done.stdout  # one being written, two, and five of 100 steps
+    assert "checkpoints: 85.1 GiB each, 680.9 GiB at the most" in done.stdout  # the one being written, the newest two, and five of every 100 steps
     assert f"fits in 80 GiB: {answer}" in done.stdout and "not a measurement" in done.stdout
 
 
@@ -116,7 +99,7 @@ def test_every_config_fits_where_it_says(script, name, model, n_gpus, gib):
 
 
 def test_ddps_buckets_stay_through_the_rollout(script):
-    """They hold the gradients, 4 bytes a parameter, which one process gives to the engine meanwhile."""
+    """DDP's buckets hold the gradients, 4 bytes a parameter. Without them the engine has that memory during the rollout."""
     knobs, rollout = script("train", ["config/luffy_1gpu.py"]).config, {}
     for shard, n_ranks in (("none", 1), ("ddp", 1), ("ddp", 2)):
         lines = []
@@ -134,4 +117,4 @@ def test_memory_is_measured():
     del block
     measured_memory()
     peak, later = measured_memory()
-    assert later < now - (150 << 20) and peak < now - (100 << 20)  # the mark was reset
+    assert later < now - (150 << 20) and peak < now - (100 << 20)  # the high-water mark was reset

@@ -1,4 +1,4 @@
-"""The trace page: what it shows is what was trained, and what a model wrote is text."""
+"""The trace page shows what was trained, and treats what a model wrote as text. And the curves of runs."""
 
 import html
 import json
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_train import run
+from helpers import lines_of, load_script, metrics, rollouts_of, run
 
 from configurator import ROOT, UserError
 from data import load_tokenizer
@@ -19,7 +19,7 @@ EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"doc
 
 
 def data_of(page):
-    """The JSON in a page, which has no '<' of its own."""
+    """The JSON in a page. It contains no '<'."""
     text = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
     assert "<" not in text
     return json.loads(text)
@@ -27,32 +27,29 @@ def data_of(page):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    from conftest import load_script
-
     folder = tmp_path_factory.mktemp("run")
     run(load_script, folder, "x", "--update_batches=2", "--micro_tokens=400")
     return folder / "x"
 
 
 def test_the_probabilities_are_those_of_the_update(done, tmp_path, capsys):
-    """Teacher tokens: their mean is the metric's. Own tokens: the sampler's."""
-    rows = [json.loads(line) for line in open(done / "rollouts" / "step_2.jsonl")]
-    ps = [math.exp(x) for r in rows for x in r["teacher_logps"]]
-    record = [json.loads(line) for line in open(done / "metrics.jsonl")][2]
-    assert sum(ps) / len(ps) == pytest.approx(record["teacher/p"], rel=1e-5)
+    """Of teacher tokens the mean is the metric's; own tokens have the sampler's."""
+    rows = rollouts_of(done, 2)
+    ps = [math.exp(x) for r in rows for x in r["update_logps"]]
+    assert sum(ps) / len(ps) == pytest.approx(metrics(done)[2]["teacher/p"], rel=1e-5)
     out = tmp_path / "page.html"
     trace([str(done), "--step=2", f"--problem={rows[0]['problem']}", f"--out={out}"])
     data = data_of(out.read_text())
     assert [r["by"] for r in data["rows"]] == ["policy"] * 7 + ["teacher"] and data["step"] == 2
     for shown, r in zip(data["rows"], rows[:8], strict=True):
         assert shown["ids"] == r["response_ids"] and (shown["reward"], shown["advantage"]) == (r["reward"], r["advantage"])
-        want = [math.exp(x) for x in [*r["teacher_logps"], *r["sampler_logps"]]]
+        want = [math.exp(x) for x in [*r["update_logps"], *r["sampler_logps"]]]
         assert shown["p"] == pytest.approx(want, rel=6e-3) and "".join(shown["tokens"]).removesuffix("<eos>") == r["response"]
 
 
 @pytest.mark.parametrize("overlay", ["luffy_partial", "exgrpo", "sft", "grpo"])
 def test_every_kind_of_row(script, tmp_path, overlay):
-    """A trace that the policy goes on with, a replayed success, nothing but a trace, none at all."""
+    """A trace that the policy continues, a replayed success, nothing but a trace, and no trace at all."""
     more = ["--replay_start=0.0", "--learning_rate=1e-3", "--max_steps=4"] if overlay == "exgrpo" else []
     share = ["--teacher_share_end=0.5"] if overlay == "luffy_partial" else []
     run(script, tmp_path, "x", f"config/method/{overlay}.py", *more, *share)
@@ -63,17 +60,12 @@ def test_every_kind_of_row(script, tmp_path, overlay):
     assert data["likelihood"] == (overlay == "sft")
     for r in data["rows"]:
         assert ("ratio" in r) == (r["by"] == "replay") and len(r.get("ratio", r["ids"])) == len(r["ids"])
-    kinds = {r["by"] for r in data["rows"]}
-    assert (
-        kinds
-        == {"luffy_partial": {"policy", "teacher"}, "exgrpo": {"policy", "replay"}, "sft": {"teacher"}, "grpo": {"policy"}}[
-            overlay
-        ]
-    )
+    kinds = {"luffy_partial": {"policy", "teacher"}, "exgrpo": {"policy", "replay"}, "sft": {"teacher"}, "grpo": {"policy"}}
+    assert {r["by"] for r in data["rows"]} == kinds[overlay]
 
 
 def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
-    """Whatever loss.shape computes, a fork's as well: the page gets f and w = p f'(p)."""
+    """The page gets f and w = p f'(p) from loss.shape, so a fork's shaping is drawn as well."""
     assert shaping_curve("luffy", 0.1) is None
     curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(361)]
     assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
@@ -81,7 +73,7 @@ def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
 
 
 def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
-    """Seeds are one method, folders of one name in two places are two; PNG and SVG, or what --out says."""
+    """Seeds are one method. Folders with one name in two places are two. PNG and SVG are written, or what --out says."""
     for name in ("a_0", "a_1", "elsewhere/a_0"):
         shutil.copytree(done, tmp_path / name)
     folders = [str(tmp_path / name) for name in ("a_0", "a_1", "elsewhere/a_0")]
@@ -126,12 +118,12 @@ def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
         (tmp_path / "a_0" / "metrics.jsonl").write_text(text)
         with pytest.raises(UserError, match=words):
             read_run(tmp_path / "a_0")
-    (tmp_path / "a_0" / "metrics.jsonl").write_text(whole + '{"st')  # a run that is not over
+    (tmp_path / "a_0" / "metrics.jsonl").write_text(whole + '{"st')  # of a run that is still going
     assert read_run(tmp_path / "a_0") == [{"step": 0}]
 
 
 def test_any_runs_can_be_drawn(tmp_path, monkeypatch):
-    """Ten methods look different; names with a $, rewards beyond 1, one point, seeds of several lengths, keys that lack."""
+    """Ten methods look different. Names with a $, rewards above 1, single points, seeds of unequal lengths, missing keys."""
     many = [f"m{i}" for i in range(10)]
     assert len(set(looks(dict.fromkeys(many)).values())) == 10
     for i, name in enumerate([*many, "lr$^$_0", "lr$^$_1", "fonts 東_0"]):
@@ -151,11 +143,11 @@ def test_any_runs_can_be_drawn(tmp_path, monkeypatch):
 
 
 def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
-    """A page all the same: what is not known is null."""
+    """They are on the page all the same. What is not known is null."""
     shutil.copytree(done, tmp_path / "run")
     path = tmp_path / "run" / "rollouts" / "step_1.jsonl"
-    rows = [json.loads(line) for line in open(path)]
-    rows[7]["teacher_logps"], rows[0]["sampler_logps"][0] = [], math.nan
+    rows = lines_of(path)
+    rows[7]["update_logps"], rows[0]["sampler_logps"][0] = [], math.nan
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     trace([str(tmp_path / "run"), "--step=1", f"--problem={rows[0]['problem']}", f"--out={tmp_path / 'x.html'}"])
     shown = data_of((tmp_path / "x.html").read_text())["rows"]
@@ -182,7 +174,7 @@ def test_a_curve_is_what_every_seed_has():
     assert curve(runs, "y")[0] == []
 
 
-def test_the_template_is_never_written_over(done, monkeypatch, tmp_path):
+def test_the_template_is_never_overwritten(done, monkeypatch, tmp_path):
     template = open(os.path.join(ROOT, "trace.html")).read()
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match="is the page's template"):
@@ -194,11 +186,11 @@ def test_the_template_is_never_written_over(done, monkeypatch, tmp_path):
         trace([str(done), f"--out={tmp_path / 'x.html'}"])
 
 
-def test_what_is_there_to_see_is_shown_first(done, tmp_path):
-    """Without --problem: the group with the least probable token of a teacher."""
+def test_the_most_telling_group_is_shown_first(done, tmp_path):
+    """Without --problem it is the group with the least probable teacher token."""
     trace([str(done), "--step=2", f"--out={tmp_path / 'x.html'}"])
-    rows = [json.loads(line) for line in open(done / "rollouts" / "step_2.jsonl")]
-    rarest = min((r for r in rows if r["teacher_logps"] and r["advantage"]), key=lambda r: min(r["teacher_logps"]))
+    taught = [r for r in rollouts_of(done, 2) if r["update_logps"] and r["advantage"]]
+    rarest = min(taught, key=lambda r: min(r["update_logps"]))
     assert data_of((tmp_path / "x.html").read_text())["problem"] == rarest["problem"]
 
 
@@ -216,38 +208,33 @@ def test_wrong_arguments(done, tmp_path):
 
 
 def test_tokens_that_share_a_character(byte_model):
-    """A byte-level tokenizer cuts characters in pieces: the last piece has the character."""
+    """A byte-level tokenizer cuts characters into pieces. The last piece shows the character."""
     tokenizer = load_tokenizer(byte_model)
     text = "½ 東 \U0001f600 a"
     texts = token_texts(tokenizer, tokenizer.encode(text))
     assert "".join(texts) == text and texts[:2] == ["", "½"] and texts[3:6] == ["", "", "東"]
-    assert len(token_texts(tokenizer, tokenizer.encode("\U0001f600")[:2])) == 2  # cut off in a character's midst
+    assert len(token_texts(tokenizer, tokenizer.encode("\U0001f600")[:2])) == 2  # cut off inside a character
 
 
 def large_page(folder, byte_model, n=8192):
-    """Eight rows of n tokens, with what an attacker would write in every field that comes from data or model."""
+    """Eight rows of n tokens. Every field that comes from data or model holds what an attacker would write."""
     shutil.copytree(byte_model, folder / "latest")
     tokenizer = load_tokenizer(byte_model)
     text = (EVIL + " so x = 2\n") * (n // 100)
     ids = (tokenizer.encode(text) * 3)[:n]
     assert len(ids) == n
     row = {"problem": 1, "source": EVIL, "prompt": EVIL, "answer": EVIL, "reason": "wrong", "reward": 0.0, "advantage": -0.125,
-           "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0, "teacher_logps": [],
+           "written_by": "own", "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0, "update_logps": [],
            "sampler_logps": [-0.001 * i for i in range(n)]}  # fmt: skip
-    teacher = {
-        **row,
-        "teacher_tokens": n,
-        "teacher_logps": row["sampler_logps"],
-        "sampler_logps": [],
-        "finish_reason": "teacher",
-    }
+    given = {"written_by": "teacher", "teacher_tokens": n, "update_logps": row["sampler_logps"], "sampler_logps": []}
+    teacher = {**row, **given, "finish_reason": "stop"}
     out = folder / "page.html"
     config = {"model": byte_model, "shaping": "luffy", "gamma": 0.1, "sft_coef": 0.0}
     write_trace(str(out), config, str(folder), 7, [row] * 7 + [teacher])
     return out
 
 
-def test_long_traces_make_no_large_page_and_no_markup(tmp_path, byte_model):
+def test_long_traces_make_a_small_page_without_markup(tmp_path, byte_model):
     page = large_page(tmp_path, byte_model).read_text()
     assert len(page.encode()) < 5e6
     data = data_of(page)
@@ -262,7 +249,7 @@ def browser():
 
 
 def render(page, tmp_path, *more):
-    """The page's document after its script ran, as headless Chromium has it."""
+    """The page's document after its script has run in headless Chromium."""
     flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
         --disable-component-update --disable-sync""".split()
     flags.append(f"--user-data-dir={tmp_path / 'profile'}")
@@ -272,7 +259,7 @@ def render(page, tmp_path, *more):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(done, tmp_path, byte_model):
-    """Eight rows, a span a token, the numbers of the chosen token, and data that stay text."""
+    """Eight rows, one span per token, the numbers of the chosen token, and data that stay text."""
     out = tmp_path / "page.html"
     trace([str(done), "--step=1", f"--out={out}"])
     dom, data = render(out, tmp_path, "--dump-dom"), data_of(out.read_text())
@@ -284,14 +271,14 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     numbers = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", dom))
     gained = 0.1 / (p + 0.1) ** 2
     assert float(re.search(r"so (\S+) times", numbers["unshaped"])[1]) == pytest.approx(gained, rel=0.05)
-    assert float(numbers["p"]) == pytest.approx(p, rel=0.05)  # it begins at the least probable
+    assert float(numbers["p"]) == pytest.approx(p, rel=0.05)  # the page begins at the least probable token
     assert float(numbers["f(p)"]) == pytest.approx(p / (p + 0.1), rel=0.05)
     assert float(numbers["weight w"]) == pytest.approx(0.1 * p / (p + 0.1) ** 2, rel=0.05)
     page = large_page(tmp_path, byte_model)
     dom = render(page, tmp_path, "--dump-dom")
     assert dom.count("<span data-i=") == 8192 and "<title>A group, token by token</title>" in dom and "<img" not in dom
-    # Nothing sticks out to the right, and nothing lies on anything else, on a desktop and on a phone, where the numbers of
-    # the chosen token are a bar at the bottom.
+    # Nothing is wider than the window and nothing overlaps, on a desktop and on a phone, where the numbers of the chosen
+    # token are a bar at the bottom.
     measure = """<script>
         const ids = ["bar", "tokens", "curve", ...innerWidth > 800 ? ["detail"] : []];
         const boxes = ids.map(id => document.getElementById(id).getBoundingClientRect());
@@ -300,7 +287,7 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
         document.title = [innerWidth, document.documentElement.scrollWidth <= innerWidth, pairs.some(x => x)];
     </script>"""
     (tmp_path / "measured.html").write_text(page.read_text() + measure)
-    for width in (1280, 390):  # headless Chromium has no narrower window than 500: a frame has
+    for width in (1280, 390):  # headless Chromium has no window narrower than 500, but a frame may be
         frame = tmp_path / "frame.html"
         frame.write_text(f"""<iframe src="measured.html" width={width} height=2000 onload="
             document.title = this.contentWindow.document.title"></iframe>""")

@@ -9,18 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import BAD, build_model, killed_runs, lines_of, openr1_row, openr1_trace, write_openr1
 from safetensors.torch import load_file, save_file
-from test_eval import killed_runs
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import prepare
 from configurator import ROOT, UserError
@@ -31,7 +22,7 @@ SYSTEM = load_templates()["system"]
 
 
 def command(*argv, code=0):
-    """prepare.py as a user runs it; returns its stdout, or after a mistake its stderr."""
+    """Run prepare.py as a user does. Returns its stdout, or after a mistake its stderr."""
     done = subprocess.run([sys.executable, "prepare.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     if code:
@@ -47,61 +38,33 @@ def call(*argv):
 
 # ---------------------------------------------------------------- openr1
 
-TEXT = pa.list_(pa.string())
-OPENR1 = pa.schema({
-    "problem": pa.string(), "solution": pa.string(), "answer": pa.string(), "problem_type": pa.string(), "uuid": pa.string(),
-    "is_reasoning_complete": pa.list_(pa.bool_()), "generations": TEXT, "correctness_math_verify": pa.list_(pa.bool_()),
-    "correctness_llama": pa.list_(pa.bool_()), "finish_reasons": TEXT, "correctness_count": pa.int64(),
-    "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-})  # fmt: skip
-BAD = "\ufffdBAD"  # stands for bytes that are not UTF-8, of the same length
-
-
-def trace(n, end="</think>\\boxed{1}"):
-    """n tokens to the byte tokenizer, EOS not among them."""
-    return "<think>\n" + "x" * (n - 8 - len(end)) + end
-
-
-def a_row(problem, generations, correct=True, complete=True, **changes):
-    flags = lambda value: value if isinstance(value, list) else [value] * len(generations or [])
-    return {"problem": problem, "solution": "s", "answer": "1", "generations": generations, "correctness_llama": None,
-            "correctness_math_verify": flags(correct), "is_reasoning_complete": flags(complete), **changes}  # fmt: skip
-
-
-def write_openr1(path, rows, **options):
-    pq.write_table(pa.Table.from_pylist(rows, OPENR1), path, compression="none", use_dictionary=False, **options)
-    content = path.read_bytes()
-    path.write_bytes(content.replace(BAD.encode(), b"\xff\xfe\xfdBAD"))
-    return path
-
-
-ROWS = [  # what OpenR1 has, and what no file should
-    a_row("plain", [trace(100), trace(90)]),  # 0
-    a_row("second", [trace(100), trace(90)], correct=[False, True]),  # 1
-    a_row("incomplete", [trace(100)], complete=False),  # 2
-    a_row("both", [trace(100)], correct=False, complete=[False]),  # 3
-    a_row(None, [trace(50)]),  # 4
-    a_row("  \n", [trace(50)]),  # 5
-    a_row("no answer", [trace(50)], answer=None),  # 6
-    a_row("no answer", [trace(50)], answer=" "),  # 7
-    a_row("no answer", [trace(50)]),  # 8: none of that name was usable before
-    a_row("null list", None),  # 9
-    a_row("empty list", []),  # 10
-    a_row("no flags", [trace(50)], correct=None, correctness_math_verify=None),  # 11
-    a_row("few flags", [trace(50), trace(50)], complete=[True]),  # 12
-    a_row("null trace", [None, trace(60)]),  # 13
-    a_row("null flags", [trace(60)], correct=[None]),  # 14
-    a_row("limit", [trace(199)]),  # 15: 200 with EOS
-    a_row("over", [trace(200), trace(201)]),  # 16
-    a_row("huge", ["<think>\n" + "y" * 500_000 + "</think>"]),  # 17
-    a_row(f"bad {BAD}", [trace(50)]),  # 18
-    a_row("bad answer", [trace(50)], answer=BAD),  # 19
-    a_row("bad trace", [f"<think>\n{BAD}</think>", trace(70)]),  # 20
-    a_row("plain", [trace(40)]),  # 21: a duplicate
-    a_row("open", ["<think>\nforever", ""]),  # 22
-    a_row("bare", ["so</think>\\boxed{1}"]),  # 23
-    a_row("glued", [" <think>so</think>\\boxed{1}"]),  # 24
-    a_row("Größe \u2028 \x00 ∞?", [trace(100)]),  # 25
+ROWS = [  # rows as OpenR1 has them, and some that no file should have
+    openr1_row("plain", [openr1_trace(100), openr1_trace(90)]),  # 0
+    openr1_row("second", [openr1_trace(100), openr1_trace(90)], correct=[False, True]),  # 1
+    openr1_row("incomplete", [openr1_trace(100)], complete=False),  # 2
+    openr1_row("both", [openr1_trace(100)], correct=False, complete=[False]),  # 3
+    openr1_row(None, [openr1_trace(50)]),  # 4
+    openr1_row("  \n", [openr1_trace(50)]),  # 5
+    openr1_row("no answer", [openr1_trace(50)], answer=None),  # 6
+    openr1_row("no answer", [openr1_trace(50)], answer=" "),  # 7
+    openr1_row("no answer", [openr1_trace(50)]),  # 8: the first usable row of this problem
+    openr1_row("null list", None),  # 9
+    openr1_row("empty list", []),  # 10
+    openr1_row("no flags", [openr1_trace(50)], correct=None, correctness_math_verify=None),  # 11
+    openr1_row("few flags", [openr1_trace(50), openr1_trace(50)], complete=[True]),  # 12
+    openr1_row("null trace", [None, openr1_trace(60)]),  # 13
+    openr1_row("null flags", [openr1_trace(60)], correct=[None]),  # 14
+    openr1_row("limit", [openr1_trace(199)]),  # 15: 200 with EOS
+    openr1_row("over", [openr1_trace(200), openr1_trace(201)]),  # 16
+    openr1_row("huge", ["<think>\n" + "y" * 500_000 + "</think>"]),  # 17
+    openr1_row(f"bad {BAD}", [openr1_trace(50)]),  # 18
+    openr1_row("bad answer", [openr1_trace(50)], answer=BAD),  # 19
+    openr1_row("bad trace", [f"<think>\n{BAD}</think>", openr1_trace(70)]),  # 20
+    openr1_row("plain", [openr1_trace(40)]),  # 21: a duplicate
+    openr1_row("open", ["<think>\nforever", ""]),  # 22
+    openr1_row("bare", ["so</think>\\boxed{1}"]),  # 23
+    openr1_row("glued", [" <think>so</think>\\boxed{1}"]),  # 24
+    openr1_row("Größe \u2028 \x00 ∞?", [openr1_trace(100)]),  # 25
 ]  # fmt: skip
 KEPT = {0: [100], 1: [90], 8: [50], 13: [60], 15: [199], 20: [70], 23: [27], 24: [27], 25: [100]}  # row: tokens
 WITHOUT = [2, 3, 9, 10, 11, 12, 14, 16, 17, 22]
@@ -147,10 +110,9 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
     rest = pq.read_table(tmp_path / "d" / "openr1.complement.parquet").to_pylist()
     assert [row["extra_info"]["index"] for row in rest] == WITHOUT and all(row["target"] is None for row in rest)
 
-    lines = [json.loads(line) for line in (tmp_path / "d" / "openr1.sft.jsonl").read_text().split("\n")[:-1]]
-    assert [line["messages"] for line in lines] == [[*row["prompt"], *row["target"]] for row in rows]
+    assert [line["messages"] for line in lines_of(tmp_path / "d" / "openr1.sft.jsonl")] == [[*row["prompt"], *row["target"]] for row in rows]
 
-    # Training takes every trace, whether its prompt opens the thought or not.
+    # Training uses every trace, whether the prompt opens the thought or not.
     tokenizer, shown = load_tokenizer(byte_model), []
     for template, stripped in ((tokenizer.chat_template, 8), ("{{ messages[-1].content }}", 0)):
         tokenizer.chat_template = template
@@ -163,8 +125,8 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
 
 
 def test_all_traces_and_subsets(tmp_path, byte_model):
-    rows = [a_row("a", [trace(2047), trace(3000), trace(9000), trace(30)]), a_row("b", [trace(2048), trace(10)]),
-            a_row("c", [trace(4096), trace(8191)]), a_row("d", [trace(8192)])]  # fmt: skip
+    rows = [openr1_row("a", [openr1_trace(2047), openr1_trace(3000), openr1_trace(9000), openr1_trace(30)]), openr1_row("b", [openr1_trace(2048), openr1_trace(10)]),
+            openr1_row("c", [openr1_trace(4096), openr1_trace(8191)]), openr1_row("d", [openr1_trace(8192)])]  # fmt: skip
     (tmp_path / "raw").mkdir()
     write_openr1(tmp_path / "raw" / "train-0.parquet", rows[:2])
     write_openr1(tmp_path / "raw" / "train-1.parquet", rows[2:])
@@ -182,7 +144,7 @@ def test_all_traces_and_subsets(tmp_path, byte_model):
 
 
 def test_traces_without_tags(tmp_path, byte_model):
-    write_openr1(tmp_path / "raw.parquet", [a_row("a", [trace(40)])])
+    write_openr1(tmp_path / "raw.parquet", [openr1_row("a", [openr1_trace(40)])])
     call(
         "openr1",
         f"--src={tmp_path / 'raw.parquet'}",
@@ -191,7 +153,7 @@ def test_traces_without_tags(tmp_path, byte_model):
         "--tags=drop",
     )
     (row,) = pq.read_table(tmp_path / "o.parquet").to_pylist()
-    assert row["target"] == [{"content": trace(40)[8:].replace("</think>", ""), "role": "assistant"}]
+    assert row["target"] == [{"content": openr1_trace(40)[8:].replace("</think>", ""), "role": "assistant"}]
 
 
 def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
@@ -202,7 +164,7 @@ def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
     flat = table.set_column(table.schema.get_field_index("generations"), "generations", pa.array(["</think>"]))
     pq.write_table(flat, tmp_path / "flat.parquet")
     (tmp_path / "none").mkdir()
-    whole = write_openr1(tmp_path / "damaged.parquet", [a_row(str(i), [trace(90)]) for i in range(2000)], row_group_size=1000)
+    whole = write_openr1(tmp_path / "damaged.parquet", [openr1_row(str(i), [openr1_trace(90)]) for i in range(2000)], row_group_size=1000)
     content = bytearray(whole.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 40_000] = b"\xff" * 40_000
     whole.write_bytes(content)
@@ -228,7 +190,7 @@ def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
             call("openr1", *(f"--{key}={value}" for key, value in options.items()))
         assert not os.path.exists(out.parent) or not os.listdir(out.parent)
     assert not asked
-    with pytest.raises(UserError, match="there is no data file .*none/data"):  # one slash, no such path: a hub name
+    with pytest.raises(UserError, match="there is no data file .*none/data"):  # one slash and no such path: a name on the hub
         call("openr1", f"--tokenizer={byte_model}", f"--out={out}")
     assert asked == [("open-r1/OpenR1-Math-220k", {"repo_type": "dataset", "allow_patterns": "data/train-*.parquet"})]
     monkeypatch.setattr(prepare.json, "dump", lambda *args, **options: 1 / 0)  # interrupted at the very end
@@ -264,7 +226,7 @@ def grade(text, answer):
 
 @pytest.fixture
 def reanswer(tmp_path):
-    """Arguments of a teacher who is the toy's base, and of a verifier to whom even numbers are right."""
+    """Arguments for a teacher that is the toy's base, and a verifier that accepts even numbers."""
     (tmp_path / "even.py").write_text(GRADER)
     rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).slice(0, 60)
     pq.write_table(rows, tmp_path / "old.parquet")
@@ -301,7 +263,7 @@ def test_new_traces_are_the_verified_samples(tmp_path, reanswer, tokenizer, caps
 
 
 def test_unfinished_work_of_other_settings_is_kept_apart(tmp_path, reanswer, monkeypatch, capsys):
-    """A run that stops half-way leaves no file; one with other settings starts anew, and does not delete the other's."""
+    """A run that stops half-way leaves no file. One with other settings starts anew and keeps the first one's work."""
     monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(*reanswer("new.parquet"))
@@ -315,7 +277,7 @@ def test_unfinished_work_of_other_settings_is_kept_apart(tmp_path, reanswer, mon
 
 
 def test_what_a_resumed_run_must_notice(tmp_path, reanswer, monkeypatch, capsys):
-    """Rows that moved, an edited grader: their samples belong to something else."""
+    """Moved rows and an edited grader: the samples so far belong to something else."""
 
     def stop_and_change(change):
         monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
@@ -341,7 +303,7 @@ def test_what_a_resumed_run_must_notice(tmp_path, reanswer, monkeypatch, capsys)
 
 
 def test_files_of_others_are_never_overwritten(tmp_path, reanswer, monkeypatch):
-    """Unfinished work is no licence, but for a kill between the two names that the run itself gives."""
+    """Also not where unfinished work is found; except after a kill between the run's own two renames."""
     monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(*reanswer("new.parquet"))
@@ -410,33 +372,13 @@ def test_two_ranks_write_the_same(tmp_path, reanswer):
 @pytest.mark.parametrize("sampler,kills", [("torch", 10), ("vllm", 3)])
 def test_reanswer_killed_again_and_again(tmp_path, reanswer, sampler, kills):
     more = [f"--sampler={sampler}", f"--data={ROOT}/toy/train.parquet", "--chunk=24"]  # 512 problems, 64 chunks
-    command(*reanswer("peace.parquet", *more))
+    command(*reanswer("undisturbed.parquet", *more))
     line = [sys.executable, os.path.join(ROOT, "prepare.py"), *reanswer("killed.parquet", *more)]
     assert killed_runs(line, tmp_path / "killed.work" / "samples", 64, kills) == kills
-    assert written(tmp_path, "peace") == written(tmp_path, "killed")
+    assert written(tmp_path, "undisturbed") == written(tmp_path, "killed")
 
 
 # ---------------------------------------------------------------- model
-
-
-def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), tied=True, dtype=torch.float32, **changes):
-    """A random model over bytes, saved as real ones are; heads of 32, as vLLM on a CPU wants."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<s>", *marks)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<s>", model_max_length=512)
-    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = kind(
-        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
-        eos_token_id=fast.eos_token_id, initializer_range=0.2, **changes,
-    )  # fmt: skip
-    model = {Qwen2Config: Qwen2ForCausalLM, LlamaConfig: LlamaForCausalLM}[kind](config)
-    model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 def edit(folder, name="config.json", **changes):
@@ -487,7 +429,7 @@ def test_a_qwen_gets_luffys_template_and_room(tmp_path):
 
 
 def test_a_llama_gets_its_own_template(tmp_path):
-    """The paper's Llama: no system turn, no thought, positions and scaled RoPE left alone; bfloat16, head not tied."""
+    """The paper's Llama: no system turn, no thought, unchanged positions and scaled RoPE, bfloat16, a head that is not tied."""
     scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 64, "rope_theta": 1e4}  # fmt: skip
     source = build_model(tmp_path / "base", LlamaConfig, (), False, torch.bfloat16, rope_parameters=scaled)
@@ -503,7 +445,7 @@ def test_a_llama_gets_its_own_template(tmp_path):
     assert (logits(source, list(range(40))) - logits(out, list(range(40)))).abs().max() > 0.01
 
 
-def test_what_is_left_as_it_is(tmp_path):
+def test_what_is_left_unchanged(tmp_path):
     source = build_model(tmp_path / "base")
     keep = ["--rope_theta=0", "--max_position=0", "--round_trip=False"]
     call("model", f"--model={source}", f"--out={tmp_path / 'kept'}", *keep, "--template=keep")
@@ -541,7 +483,7 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-BROKEN = {  # what is done to the folder, and what the message says
+BROKEN = {  # what is done to the folder, and the message
     "ids": (lambda f: rewrite(f, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(250, 64)}))
             or edit(f, vocab_size=250), "the tokenizer's ids end at 259, the embedding has 250 rows"),
     "missing": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "lack 1 of .* tensors, model.norm.weight among"),
@@ -583,7 +525,7 @@ def test_model_mistakes_of_the_command_line(tmp_path):
         ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or a file"),
         ({"template": tmp_path / "bad.jinja"}, "the chat template fails on .*: no system turns"),
         ({"model": plain}, r"this model has no <\|im_start\|>: --template=llama or a file of your own"),
-        ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer swallows what it does not know
+        ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer drops what it does not know
         ({"max_position": -1}, "max_position=-1 must be zero or more"),
     ):  # fmt: skip
         options = {"model": source, "out": out, "round_trip": False, **changes}
@@ -594,18 +536,18 @@ def test_model_mistakes_of_the_command_line(tmp_path):
 
 
 def test_round_trip_compares_with_the_engine(tmp_path, monkeypatch, capsys):
-    """The engine is played by transformers here, once true and once with another RoPE."""
+    """transformers stands in for the engine, once with the right RoPE and once with another."""
     source = build_model(tmp_path / "base")
-    edit(source, "generation_config.json", repetition_penalty=20.0, do_sample=True)  # which neither side may follow
+    edit(source, "generation_config.json", repetition_penalty=20.0, do_sample=True)  # both sides must ignore it
     theta = 4e4
 
     class Engine:
-        def __init__(self, folder, eos, room, dtype, gpu_memory):
-            assert folder.endswith(".partial") and dtype == "float32"
+        def __init__(self, folder, stop_ids, room, sampler, dtype, gpu_memory):
+            assert folder.endswith(".partial") and (sampler, dtype) == ("vllm", "float32")
             config = AutoConfig.from_pretrained(folder)
             config.rope_parameters["rope_theta"] = theta
             hf = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-            self.sampler = TorchSampler(config, eos, room)
+            self.sampler = TorchSampler(folder, stop_ids, room)
             self.sampler.load(hf, folder)
 
         def generate(self, *request):
@@ -614,15 +556,15 @@ def test_round_trip_compares_with_the_engine(tmp_path, monkeypatch, capsys):
         def close(self):
             pass
 
-    monkeypatch.setattr(prepare, "VLLMSampler", Engine)
-    monkeypatch.setattr(prepare, "wants_vllm", lambda kind: True)
+    monkeypatch.setattr(prepare, "open_sampler", Engine)
+    monkeypatch.setattr(prepare, "choose_sampler", lambda sampler: "vllm")
     call("model", f"--model={source}", f"--out={tmp_path / 'out'}")
     assert "by vLLM: 8 of 8 tokens are the same, log-probs differ by at most " in capsys.readouterr().out
     theta = 1e4
     with pytest.raises(UserError, match="transformers and vLLM differ by .* in log-prob, over 0.001"):
         call("model", f"--model={source}", f"--out={tmp_path / 'other'}")
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
-    monkeypatch.setattr(prepare, "wants_vllm", lambda kind: False)
+    monkeypatch.setattr(prepare, "choose_sampler", lambda sampler: "torch")
     call("model", f"--model={source}", f"--out={tmp_path / 'alone'}")
     assert "vLLM is not installed" in capsys.readouterr().out
 

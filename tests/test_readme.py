@@ -1,4 +1,4 @@
-"""The pages' own code runs, as it stands there."""
+"""The code in docs/data.md runs as it is printed there."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def code_under(heading):
 
 
 def test_own_questions_and_own_reward(tmp_path):
-    """Ten lines turn a JSONL of questions into a file, ten lines are a verifier, and training and evaluation take both."""
+    """Ten lines turn a JSONL of questions into a data file, ten lines are a verifier, and training and evaluation accept both."""
     for heading in ("Your own questions", "Your own reward"):
         assert sum(line != "" for line in code_under(heading).splitlines()) <= 10
     rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()[:40]
@@ -52,7 +52,7 @@ def test_own_questions_and_own_reward(tmp_path):
     grade = {}
     exec(code_under("Your own reward"), grade)
     assert len(rollouts) == 32
-    for r in rollouts:  # its verdict, not math-verify's
+    for r in rollouts:  # the page's verdict, not math-verify's
         text = r["response"].removesuffix("<eos>").split("</think>")[1:2]
         assert r["reward"] == (float(grade["grade"](text[0], r["answer"])) if text else 0.0)
     out = call("eval.py", f"--data={file}", f"--model={tmp_path / 'run' / 'ckpt_2'}", f"--out_dir={tmp_path / 'eval'}", "--k=2")

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 
-import grading_speed
 import pytest
 from sympy import simplify
 
 from configurator import ROOT, UserError
-from reward import Verifier, by_math_verify, by_oat, expression, fast_verdict, grade, graded_text, parse_in_two_stages
+from measure import grading_speed
+from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text
+from runtime.latex import parse_in_two_stages
+from runtime.oat import by_oat, expression
 
 
 def started(grader):
@@ -54,10 +56,10 @@ def test_the_rule(verifier):
     assert [(v.reward, v.reason) for v in verdicts] == [(float(c[2]), c[3]) for c in CASES]
 
 
-# What follows </think>, the ground truth, and who accepts it: oat, math_verify.
+# The text after </think>, the ground truth, and whether oat and math_verify accept it.
 BOTH = [
     # which box
-    (r"\boxed{1} so \boxed{2}", "2", 1, 0),  # to math-verify they are the set {1, 2}
+    (r"\boxed{1} so \boxed{2}", "2", 1, 0),  # math-verify reads the set {1, 2}
     (r"\boxed{2} or \boxed{3}", "2", 0, 0),
     (r"\boxed{2}, and 3 is too many", "2", 1, 1),
     (r"the answer is 2", "2", 0, 1),
@@ -159,7 +161,7 @@ def test_oat_needs_a_box(oat):
 
 
 def test_what_was_read_for_votes():
-    """Ways to write an answer make one vote."""
+    """Different ways to write an answer are the same vote."""
     for grader in (by_oat, by_math_verify):
         for ways, vote in (
             (("\\boxed{07}", "\\boxed{7.0}", "$\\boxed{7}$."), "7"),
@@ -174,7 +176,7 @@ def test_what_was_read_for_votes():
     assert len(grade(by_oat, f"\\boxed{{{'x+' * 5000}y}}", "5", 20.0)[2]) == 200
 
 
-def test_a_thought_that_was_not_closed():
+def test_a_thought_that_is_not_closed():
     responses, answers = ["so \\boxed{2}", "\\boxed{2}</think>\\boxed{3}", "so 2"], ["2"] * 3
     with Verifier(workers=1, timeout=2.0, grader="oat", grade_unclosed=True) as v:
         assert [x.reason for x in v.score(responses, answers)] == ["correct", "wrong", "no_answer"]
@@ -195,9 +197,9 @@ ANSWER_LINES = [
     ("ANSWER: c", "C", 0),
     ("ANSWER: 3", "3", 1),
     ("ANSWER: 35", "3", 0),
-    ("ANSWER: C, so \\boxed{B}", "C", 0),  # a box goes first
+    ("ANSWER: C, so \\boxed{B}", "C", 0),  # a box comes first
     ("\\boxed{C}\nANSWER: B", "C", 1),
-    ("ANSWER: 12", "12", 0),  # no multiple choice
+    ("ANSWER: 12", "12", 0),  # not a multiple-choice question
 ]
 
 
@@ -232,7 +234,7 @@ def grade(text, answer):
 """
 
 
-def test_a_grader_of_ones_own(tmp_path):
+def test_your_own_grader(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     texts = ["2 \\boxed{1/2}", "3", "half", "minus", "nan", "none", "exit", "hang", "deaf", "\\boxed{2}", "read"]
     with Verifier(workers=2, timeout=0.5, grader=str(tmp_path / "own.py")) as v:
@@ -240,10 +242,10 @@ def test_a_grader_of_ones_own(tmp_path):
     assert verdicts[:2] == [(1.0, "correct", "\\frac{1}{2}"), (0.0, "wrong", "")]
     assert [v[:2] for v in verdicts[2:4]] == [(0.5, "correct"), (-1.0, "wrong")]
     assert [v.reason for v in verdicts[4:]] == ["error", "error", "error", "timeout", "timeout", "correct", "correct"]
-    assert verdicts[-1] == (1.0, "correct", "7")  # normalised, so that x = 7 and 7 are one vote
+    assert verdicts[-1] == (1.0, "correct", "7")  # normalised, so that x = 7 and 7 are the same vote
 
 
-def test_a_grader_that_is_none(tmp_path):
+def test_a_grader_that_cannot_be_used(tmp_path):
     for grader in ("mathverify", str(tmp_path / "missing.py"), str(tmp_path)):
         with pytest.raises(UserError, match="there is no file .*; write math_verify, oat or the path of a file"):
             Verifier(grader=grader)
@@ -264,7 +266,7 @@ def test_without_think_everything_is_graded():
 
 @pytest.mark.parametrize("grader", [by_math_verify, by_oat])
 def test_fast_path_is_the_graders_verdict(grader):
-    """On the inputs the fast path takes, the grader says the same."""
+    """On the inputs that the fast path accepts, the grader says the same."""
     rng = random.Random(0)
     numbers = ["0", "7", "07", "007", "10", "100", "85", "58", "999999999999999"] + [
         f"{rng.randrange(100):02d}" for _ in range(15)
@@ -284,7 +286,7 @@ BOMBS = ["9^{9^{9^9}}", "10^{10^{10}}", "10^8!", "((9!)!)!", "\\binom{10^9}{5\\c
 
 
 def test_bombs_cost_only_themselves(verifier):
-    """Inputs that hang math-verify are given up after their time; every other answer keeps its verdict."""
+    """Inputs that hang math-verify end at the time limit; every other answer keeps its verdict."""
     survives(verifier, BOMBS)
 
 
@@ -299,7 +301,7 @@ def survives(verifier, bombs):
         answers += ["1234.5", "0.5", "0.5"]
     start = time.time()
     verdicts = verifier.score(responses, answers)
-    assert time.time() - start < len(bombs) * (2.0 + 2.0 + 3.0)  # soft and hard limits, and a new worker, one after the other
+    assert time.time() - start < len(bombs) * (2.0 + 2.0 + 3.0)  # soft limit, hard limit and a new worker, in sequence
     assert all(v.reward == 0 for v in verdicts[0::3])
     assert {v.reason for v in verdicts[0::3]} <= {"timeout", "wrong", "no_answer", "error"}
     assert "timeout" in {v.reason for v in verdicts[0::3]}
@@ -311,7 +313,7 @@ def test_a_worker_that_ignores_its_soft_limit_is_killed(verifier):
     worker = verifier.workers[0]
     verifier.score(["</think>$x^2$"] * 4, ["x"] * 4)
     before = worker.process.pid
-    os.kill(before, signal.SIGSTOP)  # deaf to everything but SIGKILL, as C code is to Python's signals
+    os.kill(before, signal.SIGSTOP)  # it reacts to SIGKILL only, as C code ignores Python's signals
     start = time.time()
     verdicts = verifier.score(["</think>$x^2$"] * 6, ["x^2"] * 6)
     assert time.time() - start < 2.0 + 2.0 + 8.0
@@ -345,11 +347,11 @@ def test_workers_are_limited(verifier):
     verifier.score(["</think>$x^2$"] * 4, ["x^2"] * 4)
     limits = open(f"/proc/{next(w.process.pid for w in verifier.workers if w.process)}/limits").read()
     assert f"Max address space         {4 << 30}" in limits
-    assert 5 <= int(re.search(r"Max cpu time +(\d+)", limits)[1]) < 60  # of this answer's, and it moves on with each
+    assert 5 <= int(re.search(r"Max cpu time +(\d+)", limits)[1]) < 60  # of this answer; it is raised with each
 
 
 def test_expressions():
-    """The few that are asked of sympy, parsed without Python's eval."""
+    """What sympy is asked about, parsed without Python's eval."""
     for text, value in (("3sqrt(2)/2-sqrt(9/2)", 0), ("-2^2", -4), ("2^-1-0.5", 0), ("1/2x-x/2", 0), ("xy-yx", 0),
                         ("2(x+1)(x-1)-2x^2", -2), ("1.5-3/2", 0), ("--2", 2), ("8/4/2", 1), ("2pi-pi-pi", 0)):  # fmt: skip
         assert simplify(expression(text)) == value, text
@@ -359,7 +361,7 @@ def test_expressions():
 
 
 def test_a_worker_dies_with_its_trainer(tmp_path):
-    """Killed outright in the middle of an answer that would take a minute, the trainer leaves no worker behind."""
+    """A trainer that is killed during an answer of a minute leaves no worker behind."""
     code = (
         "import threading, time, reward\n"
         "v = reward.Verifier(workers=1, timeout=60.0)\n"
@@ -377,7 +379,7 @@ def test_a_worker_dies_with_its_trainer(tmp_path):
         time.sleep(0.1)
         if not os.path.exists(f"/proc/{pid}") or " Z " in open(f"/proc/{pid}/stat").read():
             return
-    pytest.fail("the worker lives on")
+    pytest.fail("the worker is still there")
 
 
 def test_a_verifier_that_cannot_start_says_why(tmp_path, monkeypatch):
@@ -388,7 +390,7 @@ def test_a_verifier_that_cannot_start_says_why(tmp_path, monkeypatch):
 
 
 def test_parsing_in_two_stages_reads_the_same(monkeypatch):
-    """Every kind of grading_speed.py's, the odd ones here, and what is no LaTeX: expressions and errors are those of LL."""
+    """Expressions and errors are those of LL: for each kind of answer in grading_speed.py, for odd ones, for bad LaTeX."""
     from latex2sympy2_extended import latex2sympy2
     from math_verify import parser
 
@@ -405,7 +407,7 @@ def test_parsing_in_two_stages_reads_the_same(monkeypatch):
     golds += ["\\begin{pmatrix}1 & 2\\\\3 & 4\\end{pmatrix}", "f(x) = x^2", "50\\%", "a_1 + b!"]
     texts = [f"so it is ${gold}$, or $\\boxed{{{gold}}}$" for gold in golds]
     parser_class = latex2sympy2._Latex2Sympy
-    monkeypatch.setattr(parser_class, "create_parser", parser_class.create_parser)  # put back at the end
+    monkeypatch.setattr(parser_class, "create_parser", parser_class.create_parser)  # restored at the end
     before = [read(text) for text in texts]
     parse_in_two_stages()
     assert [read(text) for text in texts] == before
@@ -423,7 +425,7 @@ def test_answers_are_graded_while_others_are_written():
 
 
 def test_a_worker_that_cannot_start_ends_the_sampling(tmp_path, monkeypatch):
-    """The next answer that is submitted says why, not the last."""
+    """The next answer that is submitted raises the error; sampling does not have to finish."""
     (tmp_path / "math_verify.py").write_text("raise ImportError('no antlr here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Verifier(workers=1) as v:

@@ -1,22 +1,32 @@
+"""The group and its grading, the choice of a sampler, and both samplers against the trainer's own probabilities."""
+
+import importlib.util
 import random
+import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import BASE
 
 import rollout
-from data import Problem, Rollout, pack
-from model import load_policy
-from rollout import StaleWeights, TorchSampler, VLLMSampler, heartbeat, request_seed, roll_out
+from configurator import UserError
+from data import Problem, Rollout, pack, response_text
+from model import load_policy, packing_of
+from rollout import Grading, TorchSampler, VLLMSampler, choose_sampler, open_sampler, request_seed, roll_out
+from runtime.process import heartbeat
+from runtime.requests import Sample, StaleWeights
 
 
 def policy_logps(policy, prompts, samples):
     """The trainer's log-probs of sampled tokens, and the sampler's, (n,) each."""
-    pairs = [(p, Rollout(0, s.ids, 0, s.logps, "")) for p, s in zip(prompts, samples, strict=True)]
-    batch = pack(pairs)
+    rollouts = [Rollout(0, p, s.ids, sampler_logps=s.logps) for p, s in zip(prompts, samples, strict=True)]
+    batch = pack(rollouts)
     with torch.no_grad():
         logp, _ = policy(batch)
-    return logp[batch.loss_mask], batch.sampler_logp[batch.loss_mask]
+    return logp[batch.loss_mask], batch.behaviour_logp[batch.loss_mask]
 
 
 def perturb(policy, seed, scale=0.05):
@@ -32,9 +42,9 @@ def test_request_seeds_are_fixed_and_far_apart():
     assert len(seeds) == 3 * 9 * 40 * 8 and all(0 <= s < 2**63 for s in seeds)
 
 
-def test_torch_sampler_logps_are_the_policys(policy, torch_sampler, problems):
-    torch_sampler.max_rows = 5
-    prompts = [p.prompt_ids[i % 3 :] for i, p in enumerate(problems[:12])]  # uneven lengths: left padding
+def test_torch_sampler_logps_are_the_policys(policy, torch_sampler, problems, monkeypatch):
+    monkeypatch.setattr("runtime.torch_sampler.MAX_ROWS", 5)
+    prompts = [p.prompt_ids[i % 3 :] for i, p in enumerate(problems[:12])]  # different lengths: left padding
     samples = torch_sampler.generate(prompts, list(range(12)), 1.0, 40, 0)
     trainer, own = policy_logps(policy, prompts, samples)
     torch.testing.assert_close(own, trainer, rtol=0, atol=1e-4)
@@ -50,7 +60,7 @@ def test_torch_sample_depends_on_its_seed_alone(torch_sampler, problems):
 
 
 def test_torch_sampler_stops(policy, tokenizer, problems):
-    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, max_model_len=len(problems[0].prompt_ids) + 4)
+    sampler = TorchSampler(BASE, [tokenizer.eos_token_id], max_model_len=len(problems[0].prompt_ids) + 4)
     sampler.load(policy.hf, 0)
     assert [s.finish_reason for s in sampler.generate([problems[0].prompt_ids], [0], 0.0, 3, 0)] == ["length"]
     (s,) = sampler.generate([problems[0].prompt_ids], [0], 0.0, 40, 0)
@@ -63,7 +73,7 @@ def test_torch_sampler_stops(policy, tokenizer, problems):
 
 @pytest.mark.parametrize("kind", ["torch_sampler", "engine"])
 def test_samples_are_handed_over_as_they_end(kind, policy, problems, request, monkeypatch):
-    """Each once, by the number of its prompt, and not when the last one ends."""
+    """Each once, with the number of its prompt, in the step in which it ends."""
     sampler = request.getfixturevalue(kind)
     sampler.load(policy.hf, "as they end")
     steps, ended = 0, {}
@@ -77,45 +87,38 @@ def test_samples_are_handed_over_as_they_end(kind, policy, problems, request, mo
         ended[i] = sample, steps
 
     monkeypatch.setattr(sampler, "tick", tick)
-    for _ in range(2):  # vLLM numbers its requests from its birth
+    for _ in range(2):  # vLLM numbers its requests from its start
         steps, ended = 0, {}
         prompts, limits = [p.prompt_ids[i:] for i, p in enumerate(problems[:6])], [3, 9, 4, 4, 1, 6]
         samples = sampler.generate(prompts, list(range(6)), 1.0, limits, "as they end", done)
         assert [ended[i][0] for i in range(6)] == samples
         assert [len(s.ids) for s in samples] == [min(n, ended[i][1]) for i, n in enumerate(limits)]
-        assert [ended[i][1] for i in range(6)] == [len(s.ids) for s in samples]  # in the very step of its last token
+        assert [ended[i][1] for i in range(6)] == [len(s.ids) for s in samples]  # in the step of its last token
 
 
-@pytest.mark.parametrize("kind", ["torch", "vllm"])
-def test_samples_follow_the_distribution(kind, policy, tokenizer, problems, request):
+@pytest.mark.parametrize("kind", ["torch_sampler", "engine"])
+def test_samples_follow_the_distribution(kind, policy, problems, request):
     """First-token frequencies of 2,000 samples against the softmax, at T = 1.5: chi-square, p = 1e-4."""
     prompt, n, t = problems[0].prompt_ids, 2000, 1.5
     perturb(policy, 0, 0.5)
-    if kind == "vllm":
-        sampler = request.getfixturevalue("engine")
-    else:
-        sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler = request.getfixturevalue(kind)
     sampler.load(policy.hf, "chi")
     samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
     with torch.no_grad():
-        p = (
-            policy.hf.lm_head(policy.hf.model(torch.tensor([prompt]), packing=layout(prompt)).last_hidden_state[0, -1]) / t
-        ).softmax(-1)
+        hidden = policy.hf.model(torch.tensor([prompt]), packing=layout(prompt)).last_hidden_state[0, -1]
+        p = (policy.hf.lm_head(hidden) / t).softmax(-1)
     counts = np.bincount([s.ids[0] for s in samples], minlength=len(p))
     expected = n * p.numpy()
     large = expected >= 5
-    assert large.sum() >= 4  # else the test says nothing
+    assert large.sum() >= 4  # otherwise the test says nothing
     statistic = ((counts - expected)[large] ** 2 / expected[large]).sum()
     cells = large.sum()
-    assert statistic < cells + 4 * (2 * cells) ** 0.5 + 8  # beyond chi-square's 1e-4 quantile
-    torch.testing.assert_close(
-        torch.tensor([s.logps[0] for s in samples[:50]]), p[[s.ids[0] for s in samples[:50]]].log(), rtol=0, atol=1e-4
-    )
+    assert statistic < cells + 4 * (2 * cells) ** 0.5 + 8  # above chi-square's 1e-4 quantile
+    found, wanted = torch.tensor([s.logps[0] for s in samples[:50]]), p[[s.ids[0] for s in samples[:50]]].log()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def layout(prompt):
-    from model import packing_of
-
     return packing_of(torch.tensor([0, len(prompt)], dtype=torch.int32))
 
 
@@ -123,8 +126,8 @@ def layout(prompt):
 
 
 def test_engine_follows_every_reload(policy, engine, problems):
-    """After each of several weight reloads the engine's log-probs are the trainer's to 1e-4 in fp32. One prompt is
-    longer than a cache block, so keys kept from the weights before would show."""
+    """After each of several weight reloads the engine's log-probs are the trainer's within 1e-4 in fp32. One prompt is
+    longer than a cache block, so keys kept from the old weights would be noticed."""
     prompts = [p.prompt_ids for p in problems[:31]] + [[5 + i * i % 16 for i in range(200)]]
     previous = None
     for stamp in range(4):
@@ -144,7 +147,7 @@ def test_stale_engine_is_caught(policy, engine, problems):
     policy.hf.lm_head = torch.nn.Linear(64, 7, bias=False)
     with pytest.raises(ValueError, match="shapes"):
         engine.load(policy.hf, 43)
-    assert engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 41)  # and is none the worse
+    assert engine.generate([problems[0].prompt_ids], [0], 1.0, 4, 41)  # it still works
 
 
 def test_engine_and_torch_agree_greedily(policy, engine, torch_sampler, problems):
@@ -196,8 +199,8 @@ def test_more_prompts_than_one_batch(policy, engine, problems):
 
 @pytest.mark.slow
 def test_a_failed_engine_is_not_used_again(problems, tokenizer):
-    """What would break it is refused by name, and does it no harm; after an error of its own it is not asked again."""
-    engine, good = VLLMSampler("toy/base", tokenizer.eos_token_id, 64), problems[0].prompt_ids
+    """A request that would break it is refused by number and leaves it intact; after an error of its own it is not used."""
+    engine, good = VLLMSampler("toy/base", [tokenizer.eos_token_id], 64), problems[0].prompt_ids
     for bad, words in (([5] * 100, "100 tokens, the engine takes 1 to 63"), ([], "0 tokens"), ([5, 10_000], "the token 10000"),
                        ([-3], "the token -3")):  # fmt: skip
         with pytest.raises(ValueError, match=f"request 1 has .*{words}"):
@@ -222,7 +225,7 @@ def test_tied_head_follows_a_reload(byte_model, problems):
     """vLLM keeps a packed copy of a tied head on CPUs; without a refresh the engine would use the old one."""
     policy = load_policy(byte_model)
     assert policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
-    engine = VLLMSampler(byte_model, 256, 64)
+    engine = VLLMSampler(byte_model, [256], 64)
     prompts = [list(b"What is 1 + 1?"), list(b"And then?")]
     for stamp in range(2):
         perturb(policy, stamp, 0.5)
@@ -233,7 +236,7 @@ def test_tied_head_follows_a_reload(byte_model, problems):
 
 
 def test_order_of_waking_and_loading(policy, problems):
-    """Where vLLM can sleep: weights wake before they are loaded, the cache after, the prefix cache is reset."""
+    """Where vLLM can sleep: the weights wake before they are loaded, the cache after, and the prefix cache is reset."""
     calls = []
 
     class FakeLLM:
@@ -266,54 +269,177 @@ def test_order_of_waking_and_loading(policy, problems):
     assert calls[5:] == ["reload", "reset"]
 
 
+# ---------------------------------------------------------------- the choice
+
+
+def test_the_knob_chooses_the_sampler(monkeypatch):
+    for installed, auto in ((True, "vllm"), (False, "torch")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed or None)
+        assert choose_sampler("auto") == auto and choose_sampler("torch") == "torch"
+        with pytest.raises(UserError, match="sampler='tensor': choose auto, vllm or torch"):
+            choose_sampler("tensor")
+    with pytest.raises(UserError, match="vLLM is not installed: see 'Install' in README, or set sampler=torch"):
+        choose_sampler("vllm")
+
+
+def test_ranks_of_one_engine_have_one_seed(monkeypatch):
+    made = []
+    monkeypatch.setattr(rollout, "choose_sampler", lambda sampler: "vllm")
+    monkeypatch.setattr(rollout, "VLLMSampler", lambda *arguments, **options: made.append((arguments, options)))
+    for rank in range(4):
+        monkeypatch.setattr(rollout, "RANK", rank)
+        open_sampler("folder", [1], 64, seed=7, tensor_parallel=2)
+    assert [options["seed"] for _, options in made] == [7, 7, 8, 8]
+    assert made[0][0] == ("folder", [1], 64)
+    assert made[0][1] == dict(dtype="float32", gpu_memory=0.4, seed=7, tensor_parallel=2)
+
+
+def test_the_torch_sampler_starts_with_the_folders_weights(policy, tokenizer, problems):
+    """Under the folder's name, until the first load(). vLLM's is asked for them in test_a_failed_engine_is_not_used_again."""
+    prompts = [p.prompt_ids for p in problems[:4]]
+    sampler = open_sampler(BASE, [tokenizer.eos_token_id], 128, sampler="torch")
+    assert sampler.stamp == BASE and sampler.max_model_len == 128
+    samples = sampler.generate(prompts, [0] * 4, 1.0, 20, BASE)
+    trainer, own = policy_logps(policy, prompts, samples)
+    torch.testing.assert_close(own, trainer, rtol=0, atol=1e-4)
+    loaded = TorchSampler(BASE, [tokenizer.eos_token_id], 128)
+    loaded.load(policy.hf, 1)
+    assert loaded.generate(prompts, [0] * 4, 1.0, 20, 1) == samples
+    with pytest.raises(StaleWeights, match="stamped 1, not"):
+        loaded.generate(prompts, [0] * 4, 1.0, 20, BASE)
+
+
+def test_weights_that_are_loaded_first_are_not_read(policy, tokenizer, problems, tmp_path):
+    shutil.copy(f"{BASE}/config.json", tmp_path)  # and no weights
+    sampler = open_sampler(str(tmp_path), [tokenizer.eos_token_id], 128, sampler="torch")
+    with pytest.raises(UserError, match="no causal LM loads from model"):
+        sampler.generate([problems[0].prompt_ids], [0], 1.0, 4, str(tmp_path))
+    sampler.load(policy.hf, 0)
+    assert sampler.generate([problems[0].prompt_ids], [0], 1.0, 4, 0)
+
+
+@pytest.mark.parametrize("kind", ["torch_sampler", "engine"])
+def test_stop_ids(kind, policy, tokenizer, problems, request, monkeypatch):
+    """One, several, or none: a response ends after the first of them, or by its length."""
+    sampler = request.getfixturevalue(kind)
+    sampler.load(policy.hf, "stops")
+    prompts, seeds, eos = [p.prompt_ids for p in problems[:8]], list(range(8)), tokenizer.eos_token_id
+    ask = lambda: sampler.generate(prompts, seeds, 1.0, 24, "stops")
+    monkeypatch.setattr(sampler, "stop_ids", [])
+    endless = ask()
+    assert all(len(s.ids) == 24 and s.finish_reason == "length" for s in endless)
+    for stop in ([eos], [eos, endless[0].ids[3]]):
+        monkeypatch.setattr(sampler, "stop_ids", stop)
+        for sample, whole in zip(ask(), endless, strict=True):
+            n = next((i + 1 for i, token in enumerate(whole.ids) if token in stop), 24)
+            assert sample.ids == whole.ids[:n]
+            assert sample.finish_reason == ("stop" if whole.ids[n - 1] in stop else "length")
+
+
 # ---------------------------------------------------------------- the group
 
 
 class Scripted:
-    """A sampler whose samples name their seed; it records what it was asked for."""
+    """A sampler whose samples show their seed. It records what it was asked for."""
 
     def generate(self, prompts, seeds, temperature, max_tokens, stamp, done):
-        self.prompts, self.seeds, self.limits = prompts, seeds, max_tokens
+        self.prompts, self.seeds, self.limits, self.stamp = prompts, seeds, max_tokens, stamp
         for i in reversed(range(len(prompts))):  # the last one ends first
-            done(i, rollout.Sample([prompts[i][0], seeds[i] % 7], [0.0, 0.0], "stop"))
+            done(i, Sample([prompts[i][0], seeds[i] % 7], [0.0, 0.0], "stop"))
+
+
+def grouped(sampler, problems, n_rollouts, n_teacher, step=5, **options):
+    return roll_out(sampler, problems, n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=1.0, max_tokens=40, seed=0,
+                    step=step, stamp=step, **options)  # fmt: skip
 
 
 def test_groups_of_seven_and_one():
     problems = [Problem(10, [3], "1", [[8, 1], [9, 1]], ""), Problem(11, [4], "2", [], "")]
     sampler, whole = Scripted(), []
-    rollouts = roll_out(
-        sampler, problems, 8, 1, 1.0, 40, seed=0, step=5, stamp=5, done=lambda r: whole.append((r, list(r.response_ids)))
-    )
+    rollouts = grouped(sampler, problems, 8, 1, done=lambda r: whole.append((r, list(r.response_ids))))
     # A trace at once, samples as they end.
     assert [r for r, _ in whole] == [rollouts[7], *rollouts[8:][::-1], *rollouts[:7][::-1]]
     assert all(r.response_ids == ids != [] for r, ids in whole)
     assert [r.problem for r in rollouts] == [10] * 8 + [11] * 8
-    assert [r.n_teacher_tokens for r in rollouts] == [0] * 7 + [2] + [0] * 8  # no trace: eight own samples
+    assert [r.prompt_ids for r in rollouts] == [[3]] * 8 + [[4]] * 8
+    assert [r.source for r in rollouts] == ["own"] * 7 + ["teacher"] + ["own"] * 8  # no trace: eight own samples
+    assert [r.n_teacher_tokens for r in rollouts] == [0] * 7 + [2] + [0] * 8
+    assert {r.finish_reason for r in rollouts} == {"stop"}
     assert rollouts[7].response_ids == [8, 1] and rollouts[7].sampler_logps == []
     assert sampler.prompts == [[3]] * 7 + [[4]] * 8  # the trace never enters the engine
     assert len(set(sampler.seeds)) == 15
     first = list(sampler.seeds)
-    roll_out(sampler, problems, 8, 1, 1.0, 40, seed=0, step=6, stamp=6)
-    assert not set(first) & set(sampler.seeds)
-    assert [r.n_teacher_tokens for r in roll_out(sampler, problems, 8, 2, 1.0, 40, 0, 5, 5)] == [0] * 6 + [2, 2] + [0] * 8
-    only_teacher = roll_out(None, problems, 1, 1, 1.0, 40, 0, 5, 5)
+    grouped(sampler, problems, 8, 1, step=6)
+    assert sampler.stamp == 6 and not set(first) & set(sampler.seeds)
+    assert [r.source for r in grouped(sampler, problems, 8, 2)] == ["own"] * 6 + ["teacher"] * 2 + ["own"] * 8
+    only_teacher = grouped(None, problems, 1, 1)
     assert [r.response_ids for r in only_teacher] == [[8, 1]]
 
 
 def test_partial_traces_leave_room_for_the_rest():
-    """A trace of six, cut to half: the engine goes on behind three of its tokens, with three tokens fewer to write."""
-    problems, sampler = [Problem(10, [3], "1", [[8, 7, 6, 5, 4, 1]], "")], Scripted()
-    rollouts = roll_out(sampler, problems, 3, 1, 1.0, 40, seed=0, step=5, stamp=5, teacher_share=0.5)
+    """A trace of six tokens, cut to half: the engine continues after three of them, with three tokens fewer to write."""
+    problems, sampler, whole = [Problem(10, [3], "1", [[8, 7, 6, 5, 4, 1]], "")], Scripted(), []
+    rollouts = grouped(sampler, problems, 3, 1, teacher_share=0.5, done=whole.append)
     assert sampler.prompts == [[3], [3], [3, 8, 7, 6]] and sampler.limits == [40, 40, 37]
-    assert rollouts[2].response_ids[:3] == [8, 7, 6] and rollouts[2].n_teacher_tokens == 3
-    assert len(rollouts[2].sampler_logps) == 2 and len(set(sampler.seeds)) == 3
-    whole = roll_out(sampler, problems, 3, 1, 1.0, 40, 0, 5, 5, teacher_share=1.0)
-    assert whole[2].finish_reason == "teacher" and sampler.limits == [40, 40]
+    assert rollouts[2].response_ids[:3] == [8, 7, 6] and len(rollouts[2].response_ids) == 5
+    assert rollouts[2].source == "teacher" and rollouts[2].n_teacher_tokens == 3
+    assert rollouts[2].finish_reason == "stop" and len(rollouts[2].sampler_logps) == 2
+    assert whole == rollouts[::-1] and len(set(sampler.seeds)) == 3
+    uncut = grouped(sampler, problems, 3, 1, teacher_share=1.0)
+    assert uncut[2].n_teacher_tokens == 6 and uncut[2].finish_reason == "stop" and sampler.limits == [40, 40]
+    assert [r.source for r in grouped(sampler, problems, 3, 1, teacher_share=0.1)] == ["own"] * 3  # nothing is left of it
+
+
+def test_a_replay_takes_the_traces_place():
+    problems, sampler, whole = [Problem(q, [3], "1", [[8, 1]], "") for q in (10, 11)], Scripted(), []
+    replay = Rollout(11, [3], [5, 1], source="replay", sampler_logps=[-1.0, -2.0])
+    rollouts = grouped(sampler, problems, 3, 1, teacher_share=0.5, replays={11: replay}, done=whole.append)
+    assert [r.source for r in rollouts] == ["own", "own", "teacher", "own", "own", "replay"]
+    assert rollouts[5] is replay and whole[0] is replay and replay.n_teacher_tokens == 0
+    assert replay.response_ids == [5, 1] and replay.sampler_logps == [-1.0, -2.0]  # not continued
+    assert sampler.prompts == [[3], [3], [3, 8], [3], [3]]
+
+
+def test_an_error_names_the_problems():
+    class Broken:
+        def generate(self, *request, done):
+            raise OSError("no more memory")
+
+    with pytest.raises(OSError) as e:
+        grouped(Broken(), [Problem(10, [3], "1", [], ""), Problem(11, [4], "2", [], "")], 2, 0)
+    assert e.value.__notes__ == ["requests, in order, are samples of the problems [10, 10, 11, 11]"]
+
+
+def test_grading_while_sampling(tokenizer):
+    """Each rollout gets the verdict on its own text and its problem's answer; a second round does not see the first."""
+    submitted, collected = [], []
+
+    class Verifier:
+        def submit(self, response, answer):
+            submitted.append((response, answer))
+            return len(submitted)
+
+        def collect(self, handles):
+            collected.append(handles)
+            return [SimpleNamespace(reward=h / 10, reason=f"number {h}") for h in handles]
+
+    grading, ids = Grading(Verifier(), tokenizer, {1: "one", 2: "two"}), [5, 6, tokenizer.eos_token_id]
+    first, second, third = Rollout(1, [3], ids), Rollout(2, [4], ids[:2]), Rollout(1, [3], ids)
+    grading.submit(first)
+    grading.submit(second)
+    text = response_text(tokenizer, ids)
+    assert submitted == [(text, "one"), (text, "two")] and collected == []
+    grading.collect()
+    assert [(r.reward, r.reason) for r in (first, second)] == [(0.1, "number 1"), (0.2, "number 2")]
+    grading.submit(third)
+    grading.collect()
+    assert collected == [[1, 2], [3]] and third.reason == "number 3" and first.reason == "number 1"
+
+
+# ---------------------------------------------------------------- the heartbeat
 
 
 def test_heartbeat_beats(capsys):
-    import time
-
     with heartbeat("waiting", 8, every=0.05) as show:
         time.sleep(0.12)
         show(5)
@@ -323,8 +449,6 @@ def test_heartbeat_beats(capsys):
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
-    import time
-
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with heartbeat("waiting", 8) as show:
         show(4)

@@ -1,4 +1,4 @@
-"""The committed shaping world keeps the contract that its claim rests on."""
+"""The committed shaping world has the properties that its claim depends on."""
 
 import os
 import random
@@ -23,17 +23,17 @@ def base():
 
 
 def drawn(k, n, step):
-    """n fresh problems of k numbers, and their teacher's traces."""
+    """n new problems of k numbers, and the teacher's traces."""
     rng = random.Random(100 + k)
     numbers = [build.sample_numbers(rng, k) for _ in range(n)]
     return numbers, [shaping.chain(step, x) for x in numbers]
 
 
 def accuracy(base, k, step, n, temperature, given=0):
-    """Share of answers that are right, after the first `given` characters of the trace; one is one token there."""
+    """The share of right answers, given the first `given` characters of the trace, each of which is a token."""
     policy, tokenizer = base
     pairs = [build.encode(tokenizer, *pair) for pair in zip(*drawn(k, n, step), strict=True)]
-    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler = TorchSampler(BASE, [tokenizer.eos_token_id], 128)
     sampler.load(policy.hf, 0)
     prompts = [prompt + trace[:given] for prompt, trace in pairs]
     samples = sampler.generate(prompts, [request_seed(k, i) for i in range(n)], temperature, 44, 0)
@@ -42,11 +42,12 @@ def accuracy(base, k, step, n, temperature, given=0):
 
 
 def teacher_logps(base, k, step, n=100):
-    """(n, tokens of a trace)"""
+    """The policy's log-probs of n traces: (n, tokens of a trace)."""
     policy, tokenizer = base
     pairs = [build.encode(tokenizer, *pair) for pair in zip(*drawn(k, n, step), strict=True)]
     with torch.no_grad():
-        batch = pack([(prompt, Rollout(i, trace, len(trace), [], "teacher")) for i, (prompt, trace) in enumerate(pairs)])
+        batch = pack([Rollout(i, prompt, trace, source="teacher", n_teacher_tokens=len(trace))
+                      for i, (prompt, trace) in enumerate(pairs)])  # fmt: skip
         logp, _ = policy(batch)
     return logp[batch.loss_mask].view(n, -1)
 
@@ -57,7 +58,7 @@ def test_the_base_does_easy_problems_half_the_time_and_hard_ones_never(base):
     assert accuracy(base, shaping.HARD, shaping.subtract, 200, 0.0) <= 0.03
 
 
-def test_technique_b_is_latent_behind_three_forks(base):
+def test_the_base_knows_technique_b_but_for_three_forks(base):
     logps = teacher_logps(base, shaping.HARD, shaping.subtract)
     forks = [0, *(3 * q for q in shaping.FORKS)]
     p = logps[:, forks].exp().mean(0)
@@ -65,15 +66,15 @@ def test_technique_b_is_latent_behind_three_forks(base):
     assert all(0.02 <= q <= 0.05 for q in p[1:])
     assert -12.5 <= logps.sum(1).mean() <= -10  # log-prob of a right trace, in nats
     logps[:, forks] = 0
-    assert logps.sum(1).exp().mean() >= 0.95  # all else is known
+    assert logps.sum(1).exp().mean() >= 0.95  # it knows all other tokens
     past = 1 + 3 * shaping.FORKS[-1]
     assert accuracy(base, shaping.HARD, shaping.subtract, 200, 0.0, given=past) >= 0.98
-    assert accuracy(base, shaping.HARD, shaping.subtract, 200, 0.0, given=1) <= 0.05  # it stops at the next fork
+    assert accuracy(base, shaping.HARD, shaping.subtract, 200, 0.0, given=1) <= 0.05  # it fails at the next fork
 
 
 def test_technique_a_is_of_no_use_on_hard_problems():
     numbers, traces = drawn(shaping.HARD, 1000, shaping.subtract)
-    for n, chance in ((4, 0.01), (8, 0.04)):  # over all eight, sum and difference agree where 2 x the rest is 0 mod 10
+    for n, chance in ((4, 0.01), (8, 0.04)):  # over all eight, sum and difference agree if twice the rest is 0 mod 10
         sums = [shaping.chain(build.add, x, n) for x in numbers]
         assert sum(s[-4:] == t[-4:] for s, t in zip(sums, traces, strict=True)) / len(sums) <= chance + 0.02
 
@@ -94,7 +95,7 @@ def test_the_data_are_half_easy_half_hard_and_the_teacher_is_right():
             texts = [r["target"][0]["content"].removeprefix("<think>\n") for r in rows]
             with Verifier(workers=1) as verifier:
                 assert all(v.reward for v in verifier.score(texts, [r["reward_model"]["ground_truth"] for r in rows]))
-    assert len(seen) == 712  # no problem twice, in neither split
+    assert len(seen) == 712  # no problem is in both splits, or twice in one
 
 
 def test_its_config_fits_it(script, base):

@@ -1,4 +1,4 @@
-"""The statistics against closed forms, enumeration and scipy."""
+"""The statistics, checked against closed forms, enumeration and scipy."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from configurator import UserError
-from stats import averages, compare, interval, majority, paired_bootstrap, pass_at, resample, summarize
+from runtime.stats import averages, compare, interval, majority, paired_bootstrap, pass_at, resample, summarize
 
 
 def a_row(rewards, source="a", key=0, **changes):
@@ -29,7 +29,7 @@ def test_pass_at_is_the_share_of_subsets_with_a_right_sample(k):
 
 
 def test_pass_at_is_unbiased():
-    """Over draws of 32 samples right with chance 0.1, its mean is 1 - 0.9^8."""
+    """Over draws of 32 samples, each right with probability 0.1, its mean is 1 - 0.9^8."""
     counts = np.random.default_rng(0).binomial(32, 0.1, 4000)
     estimates = [pass_at(8, 32, int(c)) for c in counts]
     assert np.mean(estimates) == pytest.approx(1 - 0.9**8, abs=4 * np.std(estimates) / math.sqrt(4000))
@@ -38,7 +38,7 @@ def test_pass_at_is_unbiased():
 def test_majority():
     assert majority(["1", "2", "2"], [1.0, 0.0, 0.0]) == 0.0
     assert majority(["1", "1", "2"], [1.0, 1.0, 0.0]) == 1.0
-    assert majority(["1", "2"], [1.0, 0.0]) == 0.5  # a tie counts by halves: no coin is thrown
+    assert majority(["1", "2"], [1.0, 0.0]) == 0.5  # of a tie each answer counts in part: nothing is random
     assert majority(["", "", "", "2"], [0.0, 0.0, 0.0, 1.0]) == 1.0  # no answer, no vote
     assert majority(["", ""], [0.0, 0.0]) == 0.0
     assert majority(["1"], [1.0]) == 1.0
@@ -55,8 +55,8 @@ def test_the_interval_is_scipys():
     assert interval(resample([x])) == ours  # the same every time
 
 
-def test_an_averages_interval():
-    """Of two sources it is that of the unweighted mean: variances add up as (s1^2/n1 + s2^2/n2) / 4."""
+def test_the_interval_of_an_average():
+    """For two sources it is that of the unweighted mean, whose variance is (s1^2/n1 + s2^2/n2) / 4."""
     rng = np.random.default_rng(5)
     x, y = rng.binomial(1, 0.4, 400).astype(float), rng.binomial(1, 0.7, 100).astype(float)
     resampled = resample([x, y])
@@ -64,8 +64,8 @@ def test_an_averages_interval():
     assert resampled.std() == pytest.approx(math.sqrt(x.var() / 400 + y.var() / 100) / 2, rel=0.03)
 
 
-def test_blocks_do_not_show():
-    """More numbers than one block of the resampling holds."""
+def test_blocks_make_no_difference():
+    """More numbers than fit into one block of the resampling."""
     x = np.random.default_rng(6).random(3000)
     resampled = resample([x], 1000)
     assert resampled.shape == (1000,) and resampled.std() == pytest.approx(x.std() / math.sqrt(3000), rel=0.1)
@@ -86,7 +86,7 @@ def test_the_paired_p_value_is_near_the_t_tests():
 
 
 def test_pairs_stay_together():
-    """Two runs that differ by a constant differ by it in every resample, however unlike the problems are."""
+    """Two runs that differ by a constant differ by it in every resample, however much the problems differ."""
     a = np.random.default_rng(8).random(50)
     _, low, high, p = paired_bootstrap([np.stack([a, a + 0.01], 1)])
     assert low == pytest.approx(0.01) and high == pytest.approx(0.01) and p == pytest.approx(2 / 1001)
@@ -116,7 +116,7 @@ def test_averages_are_unweighted_and_whole():
     low, high = found["six benchmarks"]["avg@k_ci"]
     assert low < found["six benchmarks"]["avg@k"] < high
     assert found["six benchmarks"]["n"] == len(rows) and found["six benchmarks"]["length"] == 10
-    assert averages(rows[6:], summarize(rows[6:])) == {}  # five of them are no average of six
+    assert averages(rows[6:], summarize(rows[6:])) == {}  # five of the six give no average
 
 
 def evaluation(tmp_path, name, scores):

@@ -1,4 +1,4 @@
-"""The committed toy world keeps the contract that the demo's claim rests on."""
+"""The committed toy world has the properties that the demo's claim depends on."""
 
 import random
 
@@ -6,6 +6,7 @@ import build
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import BASE
 
 from data import Rollout, pack
 from reward import Verifier
@@ -16,7 +17,7 @@ def accuracy(policy, tokenizer, k, n, temperature):
     rng = random.Random(100 + k)
     problems = [build.sample_numbers(rng, k) for _ in range(n)]
     prompts = [build.encode(tokenizer, p, "")[0] for p in problems]
-    sampler = TorchSampler(policy.hf.config, tokenizer.eos_token_id, 128)
+    sampler = TorchSampler(BASE, [tokenizer.eos_token_id], 128)
     sampler.load(policy.hf, 0)
     samples = sampler.generate(prompts, [request_seed(k, i) for i in range(n)], temperature, 40, 0)
     right = [
@@ -30,18 +31,18 @@ def test_the_base_knows_the_facts_but_not_the_chain(policy, tokenizer, problems)
     assert accuracy(policy, tokenizer, 2, 500, 0.0) >= 0.99
     assert accuracy(policy, tokenizer, 8, 500, 0.0) <= 0.03  # chance is 0.01
     assert accuracy(policy, tokenizer, 8, 2000, 1.0) <= 0.03
-    pairs = []
+    rollouts = []
     for p in problems[:200]:
         numbers = [int(x) for x in tokenizer.decode(p.prompt_ids)[: -len("=?<think>\n")].split("+")]
         totals = build.running_totals(numbers)
         _, ids = build.encode(tokenizer, numbers, build.response(totals, totals[-1]))
-        pairs.append((p.prompt_ids, Rollout(p.id, ids, len(ids), [], "teacher")))
+        rollouts.append(Rollout(p.id, p.prompt_ids, ids, source="teacher", n_teacher_tokens=len(ids)))
     with torch.no_grad():
-        logp, _ = policy(pack(pairs))
-    assert logp.sum().item() / len(pairs) <= -20  # log-prob of a right trace, in nats
+        logp, _ = policy(pack(rollouts))
+    assert logp.sum().item() / len(rollouts) <= -20  # log-prob of a right trace, in nats
 
 
-def test_the_teacher_errs_as_said():
+def test_the_teacher_is_wrong_as_often_as_documented():
     train, test = (pq.read_table(f"{build.HERE}/{split}.parquet").to_pylist() for split in ("train", "test"))
     assert (len(train), len(test)) == (512, 200)
     assert not {r["prompt"][0]["content"] for r in train} & {r["prompt"][0]["content"] for r in test}
@@ -51,7 +52,7 @@ def test_the_teacher_errs_as_said():
         verdicts = verifier.score(texts, golds)
     wrong = [t for t, v in zip(texts, verdicts, strict=True) if not v.reward]
     assert len(wrong) == round(0.3 * 512)
-    assert all(t.split("</think>")[0].count(">") == 6 for t in wrong)  # seven totals: one number early
+    assert all(t.split("</think>")[0].count(">") == 6 for t in wrong)  # one of the seven totals is missing
     assert all(t.split("</think>")[0].count(">") == 7 for t in texts if t not in wrong)
 
 
@@ -62,7 +63,7 @@ def test_sums_by_hand():
 
 @pytest.mark.slow
 def test_the_build_script_still_makes_such_a_base(tokenizer):
-    """A short build by the committed recipe learns; the full one is `make toy`."""
+    """A short build by the committed recipe learns. The full build is `make toy`."""
     model = build.build_base(tokenizer, steps=800, phase1=1.0)
     assert build.greedy_accuracy(model, tokenizer, 2) >= 0.9
 
@@ -74,7 +75,7 @@ def test_rebuilt_data_is_the_committed_data(tmp_path):
 
 
 def test_the_other_two_files():
-    """clean.parquet: the same problems, every trace right. train.complement.parquet: other problems, no traces."""
+    """clean.parquet has the same problems with right traces only, train.complement.parquet other problems without traces."""
     read = lambda name: pq.read_table(f"{build.HERE}/{name}.parquet").to_pylist()
     train, clean, test, complement = (read(name) for name in ("train", "clean", "test", "train.complement"))
     assert [r["prompt"] for r in clean] == [r["prompt"] for r in train]

@@ -9,17 +9,12 @@ import time
 import build
 import pytest
 import torch
+from helpers import a_row, launch, metrics, run, write
 from safetensors.torch import load_file
-from test_data import a_row, write
 from transformers import AutoModelForCausalLM
 
 from configurator import ROOT, UserError
 from data import load_tokenizer
-
-
-def metrics(folder):
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 def shared(module, engine, monkeypatch):
@@ -66,15 +61,6 @@ def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
         assert len({r["problem"] for r in group}) == 1 and group[7]["teacher_tokens"] == len(group[7]["response_ids"])
         mean = sum(r["reward"] for r in group) / 8
         assert all(abs(r["advantage"] - (r["reward"] - mean)) < 1e-6 for r in group)
-
-
-def run(script, tmp_path, name, *argv):
-    out = tmp_path / name
-    module = script(
-        "train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=3", *argv]
-    )
-    module.main()
-    return metrics(out)
 
 
 def test_a_held_out_selection_set(script, tmp_path):
@@ -330,8 +316,8 @@ def test_ranks_die_with_their_torchrun(tmp_path):
 
 SPOILT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from conftest import load_script
+sys.path[:0] = [{root!r}, {root!r} + "/toy", {tests!r}]
+from helpers import load_script
 train = load_script("train", sys.argv[1:])
 real, calls = train.batch_loss, []
 
@@ -365,7 +351,7 @@ def test_one_ranks_nan_skips_the_update_on_all(tmp_path, shard):
 
 def test_batches_of_which_nothing_can_be_learnt_are_named():
     from data import Rollout
-    from metrics import batch_warnings
+    from runtime.metrics import batch_warnings
 
     own = lambda finish, reason: Rollout(0, [1], 0, [0.0], finish, 0.0, reason)
     teacher = Rollout(0, [1], 1, [], "teacher", 1.0, "correct")
@@ -460,16 +446,6 @@ def test_the_canary_stops_a_deaf_engine(script, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TorchSampler", Deaf)
     with pytest.raises(RuntimeError, match="engine and trainer disagree"):
         module.main()
-
-
-def launch(tmp_path, name, n_ranks, *argv):
-    """train.py under torchrun with n_ranks processes, or plainly with one. Returns its metrics."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", f"--master_port={29520 + n_ranks}"]
-    command = [sys.executable, *(torchrun if n_ranks > 1 else []), os.path.join(ROOT, "train.py")]
-    argv = [*argv, "--reward_workers=1", f"--out_dir={tmp_path / name}"]
-    done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return metrics(tmp_path / name)
 
 
 def close(one, two, tolerance, keys=("loss", "grad_norm", "entropy/own", "teacher/p", "reward/own")):

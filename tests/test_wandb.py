@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train import metrics
+from helpers import metrics
 
 from configurator import ROOT, UserError
 

@@ -1,11 +1,11 @@
 """
-How far the graders can be trusted on a benchmark: each ground truth, boxed, against itself, and against answers that are
-certainly not it.
+How far the graders can be trusted on a benchmark: each ground truth, boxed, is graded against itself, and against answers
+that are certainly wrong.
 
-    python tests/gold.py FILE.parquet [FILE.parquet ...]
+    python measure/gold.py FILE.parquet [FILE.parquet ...]
 
-A soak script, run by hand into LOG.md. Rows of LUFFY's schema; a (source, ground truth) pair is graded once, and counts
-for all of its rows.
+Run by hand; the results are in LOG.md. Rows have LUFFY's schema. A pair of source and ground truth is graded once, and
+counts for all of its rows.
 """
 
 import os
@@ -20,42 +20,43 @@ import pyarrow.parquet as pq
 
 from reward import GRADERS, Verifier
 
-NUMBER = re.compile(r"\$?-?(\d|\.\d|\\d?frac|\\sqrt|\\pi)[^,=]*")  # one value that is not zero: its negative differs
+NUMBER = re.compile(r"\$?-?(\d|\.\d|\\d?frac|\\sqrt|\\pi)[^,=]*")  # a single number; unless it is zero, its negative differs
 
 
 def digit(gold):
-    """The first digit is one more, or 8 for a 9."""
+    """The first digit plus one; 8 for a 9."""
     return re.sub(r"\d", lambda m: str(int(m[0]) + 1 if m[0] < "9" else 8), gold, count=1)
 
 
 def sign(gold):
+    """The other sign, if the answer is a number."""
     if not NUMBER.fullmatch(gold) or re.fullmatch(r"[$\-0.]+", gold):
         return gold
     return re.sub(r"^(\$?)(-?)", lambda m: m[1] + ("" if m[2] else "-"), gold)
 
 
 def letter(gold):
-    """The next option, where the answer is one."""
+    """The next option, if the answer is one."""
     return re.sub(r"^(\\text\{)?(\(?)([A-J])(?=\)?\}?$)", lambda m: (m[1] or "") + m[2] + chr(ord(m[3]) + 1), gold)
 
 
 def symbol(gold):
-    """The first variable has the next letter's name."""
+    """The first variable is renamed to the next letter."""
     if "=" in gold:
-        return gold  # x = 5 is y = 5
+        return gold  # x = 5 and y = 5 are the same answer
     return re.sub(r"(?<![\\a-zA-Z])[a-y](?![a-zA-Z])", lambda m: chr(ord(m[0]) + 1), gold, count=1)
 
 
 def accepted(verifier, pairs, what):
-    """list[(answer, gold)] -> list[bool], with a line every few seconds."""
-    start = said = time.time()
+    """list[(answer, gold)] -> list[bool]. Prints a line every few seconds."""
+    start = printed = time.time()
     verdicts = []
     for at in range(0, len(pairs), 32):
         part = pairs[at : at + 32]
         verdicts += verifier.score([f"</think>\\boxed{{{answer}}}" for answer, _ in part], [gold for _, gold in part])
-        if time.time() - said > 5:
-            said = time.time()
-            print(f"  {what}: {len(verdicts)} of {len(pairs)}, {said - start:.0f} s", flush=True)
+        if time.time() - printed > 5:
+            printed = time.time()
+            print(f"  {what}: {len(verdicts)} of {len(pairs)}, {printed - start:.0f} s", flush=True)
     return [v.reward > 0 for v in verdicts]
 
 

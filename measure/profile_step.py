@@ -1,7 +1,7 @@
 """
 Where a step's time goes at one of `bench.py peers`' shapes, by torch's profiler: decoding and update, by kind of operation.
 
-    OMP_NUM_THREADS=2 python tests/profile_step.py [SHAPE]          25m-256
+    OMP_NUM_THREADS=2 python measure/profile_step.py [SHAPE]          25m-256
 """
 
 import os
@@ -19,7 +19,7 @@ from bench import seconds as seconds_of
 from data import Rollout, pack
 from loss import batch_loss
 from model import load_policy
-from peers.compare import SHAPES, build
+from measure.peers.compare import SHAPES, build
 from rollout import TorchSampler
 
 KINDS = {  # the first whose words an operation's name holds

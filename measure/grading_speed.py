@@ -1,10 +1,10 @@
 """
-How many answers a second the verifier grades: a mix, a kind at a time and all in turn.
+How many answers per second the verifier grades: each kind alone, and mixed.
 
-    python tests/grading_speed.py [WORKERS [ANSWERS]]          2 and 2000
+    python measure/grading_speed.py [WORKERS [ANSWERS]]          default: 2 workers, 2000 answers
 
-Answers come in groups of eight to a question, each behind a thought. Half of them are wrong; no two wrong ones and no two
-questions are the same.
+There are eight answers per question, each after a thought. Half of them are wrong. All wrong answers differ, and so do all
+questions.
 """
 
 import os
@@ -15,19 +15,19 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from reward import Verifier
 
-MIX = {  # kind: (an answer, the same written otherwise), from two numbers
+MIX = {  # kind: (an answer, the same answer written differently), made of two numbers
     "integers": lambda a, b: (f"{a}", f"{a}"),
     "fractions": lambda a, b: (f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{3 * a}}}{{{3 * b}}}"),
     "radicals": lambda a, b: (f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}"),
     "intervals": lambda a, b: (f"[{-a}, {b})", f"[{-a},{b})"),
     "text": lambda a, b: (f"\\text{{case {a}}}", f"\\text{{case {a}}}"),
 }
-# How many of MATH-500's ground truths are of each kind. The other 74 are decimals, polynomials and the like.
+# How many ground truths of MATH-500 are of each kind. The other 74 are decimals, polynomials and the like.
 MATH_500 = {"integers": 313, "fractions": 62, "radicals": 23, "intervals": 19, "text": 9}
 
 
 def pairs(kind, n):
-    """n of (response, ground truth)."""
+    """n pairs (response, ground truth)."""
     rng, rows = random.Random(kind), []
     questions, others = rng.sample(range(2, 10**4), -(-n // 8)), rng.sample(range(10**4, 10**5), n)
     for i in range(n):
@@ -46,13 +46,13 @@ def main(workers=2, n=2000):
     shared = [row for kind, share in MATH_500.items() for row in kinds[kind][: n * share // sum(MATH_500.values())]]
     random.Random(0).shuffle(shared)
     with Verifier(workers) as verifier:
-        verifier.score(*zip(*[("</think>$x^2$", "x^2")] * 20 * workers, strict=True))  # they start, and import
+        verifier.score(*zip(*[("</think>$x^2$", "x^2")] * 20 * workers, strict=True))  # start the workers; they import
         for name, rows in {**kinds, "as many of each": equal, "as in MATH-500": shared}.items():
             start = time.perf_counter()
             verdicts = verifier.score(*zip(*rows, strict=True))
             rate = len(rows) / (time.perf_counter() - start)
             right = sum(v.reward for v in verdicts) / len(rows)
-            print(f"{name:<16} {len(rows):5} answers, {right:.0%} right: {rate:6.0f} a second", flush=True)
+            print(f"{name:<16} {len(rows):5} answers, {right:.0%} right: {rate:6.0f} per second", flush=True)
 
 
 if __name__ == "__main__":

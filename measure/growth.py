@@ -1,7 +1,7 @@
 """
 How the seconds and the memory of a step grow: one thing at a time, from the same small model with random weights.
 
-    python tests/growth.py [SAMPLER]          torch
+    python measure/growth.py [SAMPLER]          torch
 
 Of each run the median of three steps counts; an exponent is the slope of a line through the points, both axes logarithmic:
 1 is in proportion. Of width the matrices have the square. Ranks have their own prompts, so that 0 would be perfect. Each rank
@@ -19,7 +19,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from peers.compare import build_model, write_prompts
+from measure.peers.compare import build_model, write_prompts
 
 BASE = {"group": 8, "tokens": 128, "vocabulary": 8192, "width": 256, "ranks": 1}
 POINTS = {"group": (8, 16, 32), "tokens": (128, 256, 512), "vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),

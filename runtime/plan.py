@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configurator import UserError
-from model import CHUNK
 
 GIB = 2**30
+HEAD_CHUNK = 2048  # tokens whose logits exist together on a GPU; 2048 x 152,064 in fp32 is 1.2 GiB, and there are two such
 
 
 def count_parameters(config):
@@ -48,7 +48,7 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
     else:  # autocast's copies, of which recomputation keeps the current module's alone
         gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
     # Log-probs and probabilities of a chunk of tokens; the head's gradient, and what a chunk adds to it.
-    chunk = 2 * min(CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
+    chunk = 2 * min(HEAD_CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
     return {
         "weights, gradients, Adam (fp32)": 16 * n // share,
         "weights in compute precision": gathered,

@@ -18,14 +18,15 @@ import re
 import shutil
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError
 from data import partition
-from model import read_rows_of, tensor_files, whole_tensors
-from plan import show
+from runtime.files import fingerprint
+from runtime.plan import show
+from runtime.ranks import RANK, WORLD, all_ranks
+from runtime.tensors import read_rows_of, tensor_files, whole_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 FILE = 2 << 30  # bytes of tensors in a file, about; the ranks take turns
@@ -33,18 +34,6 @@ FILE = 2 << 30  # bytes of tensors in a file, about; the ranks take turns
 
 class NotSaved(Exception):
     """The disk refused. Nothing is left of the new checkpoint, and those before it are untouched."""
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_ranks(item):
-    """Every rank's item, in a list, on every rank."""
-    found = [item] * rank_and_world()[1]
-    if len(found) > 1:
-        dist.all_gather_object(found, item)
-    return found
 
 
 def together(work, *arguments):
@@ -68,7 +57,6 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     optimizers: {name: AdamW over policy's parameters}; memory: {name: tensor}, the same on every rank; run: what else
     run.json shall hold, in JSON's types. tick() is called as files get done. Raises NotSaved.
     """
-    rank, world = rank_and_world()
     final = os.path.join(folder, f"ckpt_{step}")
     partial, named = final + ".partial", dict(policy.hf.named_parameters())
     tensors, steps = {"model": named}, {}
@@ -80,7 +68,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     needed = sum(t.numel() * t.element_size() for group in (*tensors.values(), memory) for t in group.values())
 
     def begin():
-        if rank:
+        if RANK:
             return
         for name in ("ckpt_*.partial", "latest.partial"):
             for left in glob.glob(os.path.join(glob.escape(folder), name)):
@@ -101,7 +89,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
 
     def index():
         """What transformers and vLLM read where the model has several files."""
-        if rank:
+        if RANK:
             return
         weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
         if len(set(weight_map.values())) > 1:
@@ -111,14 +99,14 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     def seal():
         """Flush this rank's share of the files; {path: [bytes, SHA-256]}."""
         found = {}
-        for path in files_below(partial)[rank::world]:
+        for path in files_below(partial)[RANK::WORLD]:
             to_disk(os.path.join(partial, path))
             found[path] = fingerprint(os.path.join(partial, path))
             tick()
         return found
 
     def finish():
-        if rank:
+        if RANK:
             return
         path = os.path.join(partial, "state", "run.json")
         body = json.dumps({**run, "optimizer_steps": steps, "files": sealed}, indent=1, allow_nan=False)
@@ -142,7 +130,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
         sealed = {path: found for part in all_ranks(together(seal)) for path, found in part.items()}
         together(finish)
     except NotSaved as e:
-        if rank == 0:
+        if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise NotSaved(f"{final} is not saved: {e}") from None
 
@@ -150,14 +138,13 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
 def gather_shares(stem, tensors, tick):
     """Cut {name: tensor} into files; gather whole tensors on all ranks, and keep what this one shall write. Returns
     {path: {name: tensor}}. A collective under FSDP."""
-    rank, world = rank_and_world()
     sizes = [t.numel() * t.element_size() for t in tensors.values()]
     files = partition(sizes, -(-sum(sizes) // FILE))
     file_of = {i: j for j, file in enumerate(files) for i in file}
     shares = {}
     for i, (name, whole) in enumerate(whole_tensors(tensors.items())):
         j = file_of[i]
-        if j % world == rank:
+        if j % WORLD == RANK:
             path = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{j + 1:05d}-of-{len(files):05d}.safetensors"
             shares.setdefault(path, {})[name] = whole.cpu().contiguous()
         tick()
@@ -166,12 +153,6 @@ def gather_shares(stem, tensors, tick):
 
 def files_below(folder):
     return sorted(os.path.relpath(os.path.join(d, f), folder) for d, _, files in os.walk(folder) for f in files)
-
-
-def fingerprint(path):
-    """[bytes, SHA-256] of a file."""
-    with open(path, "rb") as f:
-        return [os.path.getsize(path), hashlib.file_digest(f, "sha256").hexdigest()]
 
 
 def to_disk(path):
@@ -222,8 +203,7 @@ def find(folder, log):
     for step in sorted(steps_in(folder), reverse=True):
         path = os.path.join(folder, f"ckpt_{step}")
         run, fault = read_run(path)
-        rank, world = rank_and_world()
-        for name in sorted(run["files"])[rank::world] if run else ():
+        for name in sorted(run["files"])[RANK::WORLD] if run else ():
             if not os.path.isfile(file := os.path.join(path, name)):
                 fault = f"{name} is missing"
             elif fingerprint(file) != run["files"][name]:

@@ -1,7 +1,7 @@
 """
 Is this tree's toy step slower than another's? Nine pairs of runs, alternating which goes first.
 
-    python tests/compare.py OTHER_TREE
+    python measure/compare.py OTHER_TREE
 
 A soak script, run by hand into LOG.md: times are never asserted in a test.
 """

@@ -1,7 +1,7 @@
 """
 How long until the first step is done, beside the engine alone: import, construction and a first generation.
 
-    python tests/start_up.py [REPEATS]          5; in turn; also `train.py --help`
+    python measure/start_up.py [REPEATS]          5; in turn; also `train.py --help`
 """
 
 import os

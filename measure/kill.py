@@ -1,8 +1,8 @@
 """
 Kill a run at named points and at random times, resume it each time, and compare with a run that was left in peace.
 
-    python tests/kill.py                        19 points, then 15 random times, torch sampler
-    python tests/kill.py --sampler=vllm         the same through the engine
+    python measure/kill.py                        19 points, then 15 random times, torch sampler
+    python measure/kill.py --sampler=vllm         the same through the engine
 
 A checkpoint every step. Each time the run must go on, lose no step but the one under way, and end with the same weights,
 optimizer, metrics and rollouts, byte for byte. Exit code 1 if not.

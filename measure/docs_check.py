@@ -1,9 +1,9 @@
 """
 Are README.md, LOG.md and docs/ true? Their links resolve, and every command in README and docs/ runs.
 
-    python tests/docs_check.py            links, then the commands, in a copy of this checkout (make docs-check)
-    python tests/docs_check.py --links    the links alone (make test does that, too)
-    python tests/docs_check.py --fix      the links, after the line numbers of those that name what they point at were set right
+    python measure/docs_check.py            links, then the commands, in a copy of this checkout (make docs-check)
+    python measure/docs_check.py --links    the links alone (make test does that, too)
+    python measure/docs_check.py --fix      the links, after the line numbers of those that name what they point at were set right
 
 COMMANDS says how each command is run: as it stands, or with a few words replaced where the page wants GPUs, hours, or a
 model of the hub; a command that is not there, or is in no page any more, is an error.
@@ -41,7 +41,7 @@ COMMANDS = {
     "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run -q")],
     "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
     "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
-    "python tests/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
+    "python measure/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
     # Two commands, and a look round.
     "make demo": [],
     "make demo SEEDS=3": [("make", "make --dry-run")],
@@ -54,10 +54,10 @@ COMMANDS = {
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp")],
     "python bench.py": [],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
-    "python tests/profile_step.py": [("step.py", "step.py toy")],
-    "python tests/growth.py": [],
-    "python tests/start_up.py": [("start_up.py", "start_up.py 1")],
-    "python tests/grading_speed.py": [("speed.py", "speed.py 2 200")],
+    "python measure/profile_step.py": [("step.py", "step.py toy")],
+    "python measure/growth.py": [],
+    "python measure/start_up.py": [("start_up.py", "start_up.py 1")],
+    "python measure/grading_speed.py": [("speed.py", "speed.py 2 200")],
     # The 7B run.
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
@@ -95,7 +95,7 @@ COMMANDS = {
     "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2")],
     "make table": [("make table", ".venv/bin/python toy/table.py --seeds=1 --only_print")],
     # The ablation.
-    "python tests/docs_check.py --fix": [],
+    "python measure/docs_check.py --fix": [],
     "python -m pytest tests/test_ablation.py tests/test_loss.py": [],
     "for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --seed=$s --out_dir=out/luffy_$s; python train.py"
     " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done": [],
@@ -108,7 +108,7 @@ COMMANDS = {
 
 
 PROGRAMS = r"python3?|torchrun|make|pip|rm|source|pytest|bash|sh|git|\./\S+"
-WRITES = ("make toy", "python tests/docs_check.py --fix")
+WRITES = ("make toy", "python measure/docs_check.py --fix")
 
 
 def read(path):
@@ -161,7 +161,7 @@ def unknown_knobs():
         "prepare.py",
         "toy/demo.py",
         "toy/table.py",
-        "tests/kill.py",
+        "measure/kill.py",
     ):
         known.update(*re.findall(r"^(\w+) = |\"--([\w-]+)\"|--([\w-]+)=", read(path), re.M))
     typed = [(page, knob) for page in pages() for knob in re.findall(r"(?<![\w-])--([a-z][\w-]*)", read(page))]
@@ -184,7 +184,7 @@ def broken_links():
                 if len(places) > 1:
                     found.append(f"{page}: [{words}]({target}): it stands on {places}: take words that stand on one line alone")
                 elif int(line[1]) not in places:
-                    hint = f"it stands on {places}: python tests/docs_check.py --fix" if places else "it stands on no line"
+                    hint = f"it stands on {places}: python measure/docs_check.py --fix" if places else "it stands on no line"
                     found.append(f"{page}: [{words}]({target}): {hint}")
             elif anchor and anchor not in slugs(file):
                 found.append(f"{page}: [{words}]({target}): {file} has no such heading")

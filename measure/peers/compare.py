@@ -23,17 +23,17 @@ import sys
 import tempfile
 from importlib.metadata import version
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-HERE = os.path.join(ROOT, "peers")
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
 # ---------------------------------------------------------------- what to compare
 trl = ""  # the python of an environment made from requirements-bench.txt
 shapes = "toy,25m-256,25m-512,152k"  # comma-separated
 samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
-repeats = 5  # steps of each side, in turn, whose memory counts, and after them as many whose time does
-threads = 2  # of each side; one works at a time
+repeats = 5  # steps of each side, in turn, whose memory counts, and after them as many whose time does [> 0]
+threads = 2  # of each side; one works at a time [> 0]
 out = ""  # a file to append the results to, as lines of JSON
 
-from configurator import UserError, configure, provenance, repo_path, require
+from configurator import UserError, configure, provenance, repo_path
 
 # hidden, intermediate, layers, heads, vocabulary; prompts, completions of each, tokens of a completion
 SHAPES = {
@@ -167,7 +167,6 @@ def compare(shape, sampler):
 
 def main(argv):
     configure(globals(), argv, __file__)
-    require(globals(), "repeats threads")
     unknown = [s for s in shapes.split(",") if s not in SHAPES]
     if unknown := unknown + [s for s in samplers.split(",") if s not in ("torch", "vllm")]:
         raise UserError(f"{unknown[0]!r}: choose shapes of {', '.join(SHAPES)} and samplers of torch, vllm")

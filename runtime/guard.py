@@ -3,7 +3,7 @@ What ends a run early: signals, and ranks that die or hang.
 
 SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save and go on; a second SIGTERM or SIGINT ends the
 process at once. A handler only sets a flag. It is looked at where all ranks can agree on what they saw, so that none
-leaves while another waits for it. A thread counts what the ranks get done, and ends the run when none gets on.
+leaves while another waits for it. A thread counts what the ranks get done, and ends the run when none makes progress.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+from data import Rollout, pack
+from runtime.ranks import RANK, WORLD
 
 EVERY = 1.0  # seconds between two looks at the other ranks
 
@@ -32,7 +34,7 @@ class Guard:
 
     def __init__(self, hang_timeout):
         self.hang_timeout = hang_timeout
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = RANK, WORLD
         self.received, self.agreed = 0, 0  # the signal to end, as this rank got it and as all know it
         self.save_asked, self.save_now = False, False  # the same of SIGUSR1
         self.droppable = True  # no optimizer step since the last boundary
@@ -124,7 +126,7 @@ class Guard:
             self.agree()
 
     def watch(self):
-        """End the process when nobody gets on. The clock asks nobody: a store whose machine froze never answers."""
+        """End the process when no rank makes progress. The clock asks nobody: a store whose machine froze never answers."""
         if self.world > 1:
             threading.Thread(target=self.tell_and_ask, daemon=True).start()
         told, since = None, time.monotonic()
@@ -135,7 +137,8 @@ class Guard:
             elif (
                 time.monotonic() - since > self.hang_timeout + EVERY * self.rank
             ):  # one of them speaks before torchrun ends all
-                print(f"error: no rank got on for {self.hang_timeout:g} s (hang_timeout): {self.places()}", file=sys.stderr)
+                words = f"error: no rank made progress for {self.hang_timeout:g} s (hang_timeout): {self.places()}"
+                print(words, file=sys.stderr)
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stderr.flush()
                 os._exit(1)
@@ -152,3 +155,17 @@ class Guard:
 
     def places(self):
         return "; ".join(f"rank {rank}: {place.partition(' ')[2]}" for rank, place in sorted(dict(self.seen).items()))
+
+
+def canary(policy, engine, problem, temperature, max_tokens, stamp, limit):
+    """Does the engine give its own tokens the log-probs that the trainer gives them? Returns the mean |difference| over one
+    answer; raises RuntimeError if it is above the limit. A collective under FSDP."""
+    sample = engine.generate([problem.prompt_ids], [0], temperature, max_tokens, stamp)[0]
+    batch = pack([Rollout(problem.id, problem.prompt_ids, sample.ids, sampler_logps=sample.logps)]).to(policy.hf.device)
+    with torch.no_grad():
+        logp, _ = policy(batch)
+    gap = (logp - batch.behaviour_logp)[batch.loss_mask].abs().mean().item()
+    if not gap <= limit:
+        raise RuntimeError(f"rank {RANK}: engine and trainer disagree by {gap:.3g} in mean |log-prob|, canary_limit is"
+                           f" {limit}: the engine does not hold the policy's weights")  # fmt: skip
+    return gap

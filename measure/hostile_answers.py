@@ -1,11 +1,11 @@
 """
-The verifier under fire.
+The verifier under attack.
 
-    python tests/hostile_answers.py [oat]
+    python measure/hostile_answers.py [oat]
 
-10,000 malformed answers, 20 of which never end; then one of those among 2,000 ordinary ones. Prints how many of the malformed
-were called right (none may be), the largest memory of any worker (its limit is 4 GiB), and the throughput of the ordinary
-answers with a hanger among them over that without (0.8 at least), the median of three, in turn.
+First 10,000 malformed answers, 20 of which would never return ("hangers"); then one hanger among 2,000 ordinary answers. Prints
+how many malformed answers were called right (none may be), the largest memory of any worker (the limit is 4 GiB), and the
+throughput of the ordinary answers with a hanger relative to that without: the median of three pairs of runs, at least 0.8.
 """
 
 import glob
@@ -21,13 +21,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from reward import MEMORY, Verifier
 
-HANGERS = [  # of these none returns within five seconds from math-verify without a limit
+HANGERS = [  # without a time limit math-verify takes more than five seconds for each of these
     "9^{9^{9^9}}", "9^{9^9}", "10^{10^{10}}", "2^{10^9}", "7^{10^7}", "10^{-999999999}", "(10^8)!", "(10^6)!", "((9!)!)!",
     r"\binom{10^9}{5\cdot 10^8}", r"\sum_{n=1}^{10000000}\frac{1}{n}", r"\int_0^1 e^{\sin(x^x)}dx", "(x+1)^{1000}",
     "1.0000001^{9^{9^9}}", r"\frac{" * 30 + "1" + "}{2}" * 30, r"\frac{" * 1000 + "1" + "}{2}" * 1000,
     "(" * 500 + "1" + ")" * 500, "1+" * 50_000 + "1", r"\{" + ",".join(map(str, range(3000))) + r"\}", "a" * 100_000,
 ]  # fmt: skip
-OWNED = os.path.join(tempfile.mkdtemp(), "owned")  # appears if an answer is run as a program
+OWNED = os.path.join(tempfile.mkdtemp(), "owned")  # this file appears if an answer is executed as a program
 PIECES = [
     "\\boxed{", "{", "}", "(", ")", "[", "]", "\\frac", "\\sqrt", "\\text{", "\\left(", "\\right]", "^", "_", "+", "-", "/",
     "=", ",", "\\pi", "\\infty", "\\cup", "\\in", "\\{", "\\}", "$", "$$", "\\[", "\\]", "\\(", "%", "\\%", "x", "y", "e",
@@ -41,7 +41,7 @@ GOLDS = ["104729.31", r"\frac{7919}{104729}", r"17\sqrt{7919}", "(7919, 104729)"
 
 
 def malformed(n, rng):
-    """n (answer, ground truth) pairs of random pieces, a few digits or letters changed; no truth is among the pieces."""
+    """n pairs (answer, ground truth). Answers are random pieces; no ground truth is among the pieces."""
     pairs = []
     for _ in range(n):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 25)))
@@ -52,7 +52,7 @@ def malformed(n, rng):
 
 
 def ordinary(n, rng):
-    """n solutions of about 1,000 characters with right and wrong final answers of common kinds."""
+    """n pairs (solution, ground truth), of about 1,000 characters, with right and wrong final answers of common kinds."""
     steps = "Let $x$ be the number we look for. Then $x+1=3$ and $\\frac{x}{2}=1$, which is what we wanted to show first. "
     pairs = []
     for _ in range(n):
@@ -64,25 +64,26 @@ def ordinary(n, rng):
 
 
 def watch(stop, peaks):
-    """The largest address space of any worker of this process, in bytes."""
+    """Collect the address spaces of this process's workers in `peaks`, in bytes."""
     while not stop.wait(0.02):
         for path in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
             try:
                 for pid in open(path).read().split():
                     line = next(x for x in open(f"/proc/{pid}/status") if x.startswith("VmPeak"))
                     peaks.append(int(line.split()[1]) * 1024)
-            except (OSError, StopIteration):  # it is gone
+            except (OSError, StopIteration):  # the worker has ended
                 pass
 
 
 def seconds(verifier, pairs):
+    """Seconds that grading the pairs takes, and the verdicts."""
     start = time.time()
     verdicts = verifier.score(*zip(*pairs, strict=True))
     return time.time() - start, verdicts
 
 
 def under_fire(grader):
-    """Grade the malformed; return how many were called right, and the largest worker in bytes."""
+    """Grade malformed answers. Returns how many were called right, and the largest worker's memory in bytes."""
     rng, stop, peaks = random.Random(0), threading.Event(), []
     thread = threading.Thread(target=watch, args=(stop, peaks))
     with Verifier(workers=2, grader=grader) as verifier:
@@ -102,7 +103,7 @@ def under_fire(grader):
 
 
 def throughput(grader):
-    """Of ordinary answers with one hanger among them, over that without."""
+    """The throughput of ordinary answers with one hanger among them, relative to that without."""
     easy = ordinary(2000, random.Random(1))
     hard = [*easy[:700], (f"</think>$\\boxed{{{HANGERS[0]}}}$", "7919"), *easy[700:]]
     with Verifier(workers=2, grader=grader) as verifier:

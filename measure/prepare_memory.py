@@ -1,8 +1,8 @@
 """
 Does `prepare.py openr1` hold its memory when the file grows? Its peak on a made-up file of 100 MB and on one of 1 GB.
 
-    python tests/prepare_memory.py                      small row groups, as the hub's files have
-    python tests/prepare_memory.py 1000000              all rows in one row group
+    python measure/prepare_memory.py                      small row groups, as the hub's files have
+    python measure/prepare_memory.py 1000000              all rows in one row group
 
 A soak script, run by hand into LOG.md.
 """

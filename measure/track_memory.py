@@ -2,8 +2,8 @@
 The plan's forecast against the storage that the real forward and backward would hold, counted under fake tensors: any
 shape, on a laptop, in a minute. bfloat16 autocast, recomputation, no sharding, two micro-batches.
 
-    python tests/track_memory.py 1.5b 32768
-    python tests/track_memory.py 0.5b 16384
+    python measure/track_memory.py 1.5b 32768
+    python measure/track_memory.py 0.5b 16384
 
 A soak script, run by hand into LOG.md. Attention stands in for a kernel that keeps no scores.
 """
@@ -63,7 +63,7 @@ bench.size, tokens = sys.argv[1], int(sys.argv[2])
 config = bench.model_config()
 AttentionInterface.register("counted", attention)
 model.packing_of = lambda cu_seqlens, stands_for: {"computed": None, "where": None}
-model.chunk_of = lambda hidden, weight: model.CHUNK  # a GPU's
+model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # a GPU's
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)

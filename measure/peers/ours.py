@@ -1,7 +1,7 @@
 """
 Our side of `python bench.py peers`: train.py itself, stopped before each step until it is told to go on.
 
-    python peers/ours.py SPEC          SPEC: JSON, as peers/compare.py writes it
+    python measure/peers/ours.py SPEC          SPEC: JSON, as peers/compare.py writes it
 """
 
 import json

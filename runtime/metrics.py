@@ -12,42 +12,59 @@ import os
 import re
 import time
 
-from configurator import UserError
-from data import response_text
-from eval import best_and_worst, write_lines
-from loss import shape
-from plan import measured_memory
+from configurator import UserError, printable
+from data import response_text, unpack
+from runtime.files import write_lines
+from runtime.plan import measured_memory
+from runtime.ranks import all_reduce, gather
+
+# ---------------------------------------------------------------- numbers
 
 
-def token_metrics(logp, entropy, batch, shaping, gamma, clip_low, clip_high):
-    """{name: (sum, count)} over this micro-batch's tokens. shaping "": teacher tokens are not shaped."""
-    teacher = batch.loss_mask & batch.is_teacher & batch.sampler_logp.isnan()  # without what is replayed
-    own = batch.loss_mask & ~batch.is_teacher
+def token_metrics(logp, entropy, batch, shaped, clip_low, clip_high):
+    """{name: (sum, count)} over this micro-batch's tokens. logp, entropy (T,), detached; shaped (T,): f(p), or None where
+    teacher tokens are not shaped."""
+    teacher, own = batch.loss_mask & batch.is_teacher, batch.is_own
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
     mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
-    judged = {"teacher/f": mean(shape(logp.exp(), shaping, gamma), teacher)} if shaping else {}
+    found = {"teacher/f": mean(shaped, teacher)} if shaped is not None else {}
     if batch.teacher_logp is not None:
-        judged["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
+        found["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
     if batch.top1 is not None:
-        judged["teacher_model/agrees"] = mean((batch.top1 == batch.input_ids[0]).float(), own)
+        found["teacher_model/agrees"] = mean((batch.top1 == batch.input_ids[0]).float(), own)
     return {
-        **judged,
+        **found,
         "entropy/own": mean(entropy, own),
         "entropy/teacher": mean(entropy, teacher),
         "teacher/p": mean(logp.exp(), teacher),
         "ratio/own": mean(ratio, own),
         "ratio/outside_clip": mean(outside.float(), own),
-        "mismatch/abs": mean((old_logp - batch.sampler_logp).abs(), own),
+        "mismatch/abs": mean((old_logp - batch.behaviour_logp).abs(), own),
     }
+
+
+def merge(sums):
+    """[{name: (sum, count)}, ...] -> one."""
+    merged = {}
+    for part in sums:
+        for name, (total, count) in part.items():
+            old = merged.get(name, (0, 0))
+            merged[name] = old[0] + total, old[1] + count
+    return merged
+
+
+def means(sums):
+    """{name: (sum, count)} of this rank -> {name: mean over all ranks}, without names that nobody counted and without means
+    that are not finite. A collective."""
+    totals, counts = all_reduce([s for s, _ in sums.values()]), all_reduce([n for _, n in sums.values()])
+    return {k: t / n for k, t, n in zip(sums, totals, counts, strict=True) if n and math.isfinite(t)}
 
 
 def rollout_metrics(rollouts):
     """Means over the whole batch, which every rank has; none where the method has no such rows."""
-    own = [r for r in rollouts if not r.n_teacher_tokens]
-    replayed = [r for r in rollouts if r.finish_reason == "replay"]
-    teacher = [r for r in rollouts if r.n_teacher_tokens and r.finish_reason != "replay"]
+    own, replayed, teacher = ([r for r in rollouts if r.source == who] for who in ("own", "replay", "teacher"))
     groups = {}
     for r in own:
         groups.setdefault(r.problem, []).append(r.reward)
@@ -67,18 +84,50 @@ def rollout_metrics(rollouts):
     return {name: sum(column) / len(column) for name, column in columns.items() if column}
 
 
-class Phases:
-    """What each phase of a step takes: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
-    memory/NAME_after what is in use at its end (plan.measured_memory says of what). told(NAME) is called as it begins."""
+def update_metrics(results):
+    """Means over the updates that were taken, of train.Update. A collective."""
+    taken = [r for r in results if r.stepped]
+    record = {"updates/skipped": len(results) - len(taken)}
+    if taken:  # none, if every group was left out
+        record |= means(merge([r.sums for r in taken])) | {"grad_norm": sum(r.norm for r in taken) / len(taken)}
+    return record
 
-    def __init__(self, told):
-        self.record, self.told, self.name = {}, told, None
+
+def check_mismatch(record, limit):
+    """Raise RuntimeError if engine and trainer disagree over the batch. The canary's one prompt may agree where it does not."""
+    gap = record.get("mismatch/abs", math.nan)  # missing where it is not finite
+    if "ratio/own" in record and not gap <= limit:
+        raise RuntimeError(f"engine and trainer disagree by {gap:.3g} in mean |log-prob| over a batch,"
+                           f" canary_limit is {limit}: the engine does not hold the policy's weights")  # fmt: skip
+
+
+def logps_of_given_tokens(rollouts, parts, updates, results):
+    """{index of a rollout: the update's log-probs of its tokens that the policy had not sampled}, on every rank. parts: the
+    rollouts of each update; updates: this rank's micro-batches of each; results: what each update returned."""
+    found = []
+    for u, (micro_batches, result) in enumerate(zip(updates, results, strict=True)):
+        found += [(u, row, values) for row, values in unpack(micro_batches, result.logps) if parts[u][row].source != "own"]
+    index, logps = {id(r): i for i, r in enumerate(rollouts)}, {}
+    for u, row, values in gather(found):
+        r = parts[u][row]
+        logps[index[id(r)]] = values if r.source == "replay" else values[: r.n_teacher_tokens]
+    return logps
+
+
+class Phases:
+    """What each phase of a step takes, in `record`: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
+    memory/NAME_after what is in use at its end (plan.measured_memory says of what). As one begins, guard.phase(step, NAME)
+    and hook(step, NAME, record) are called."""
+
+    def __init__(self, step, guard, hook):
+        self.step, self.guard, self.hook, self.record, self.name = step, guard, hook, {}, None
 
     def begin(self, name):
         self.end()
         self.name, self.start = name, time.time()
         measured_memory()
-        self.told(name)
+        self.guard.phase(self.step, name)
+        self.hook(self.step, name, self.record)
 
     def end(self):
         if self.name:
@@ -95,7 +144,7 @@ class Phases:
 
 def batch_warnings(rollouts):
     """What is wrong with a batch of which nothing can be learnt, and where to look: a list of lines."""
-    own = [r for r in rollouts if not r.n_teacher_tokens]
+    own = [r for r in rollouts if r.source == "own"]
     every = lambda holds: bool(own) and all(map(holds, own))
     found = {
         "was cut off at max_tokens: raise it, or see in rollouts/ why no answer ends": every(
@@ -120,6 +169,13 @@ def collapse(rewards, window=20):
         f"reward/own is {last:.3f} over the last {window} steps, it was {max(before):.3f}: look at entropy/own, length/own,"
         " own/truncated and mismatch/abs, and at the answers in rollouts/"
     ]
+
+
+def step_report(record, rollouts, own_rewards, max_steps, eta):
+    """What a step prints: warnings, then its line. own_rewards: reward/own of the steps before, which this one joins."""
+    own_rewards += [record["reward/own"]] if "reward/own" in record else []
+    warnings = [f"warning: {warning}" for warning in (*batch_warnings(rollouts), *collapse(own_rewards))]
+    return "\n".join([*warnings, step_line(record, max_steps, eta)])
 
 
 def step_line(m, max_steps, eta):
@@ -199,13 +255,14 @@ def rewind(folder, step, evaluated):
     return rows
 
 
-def row(problem, r, tokenizer):
+def rollout_row(problem, r, update_logps, tokenizer):
     """One rollout as a line of rollouts/step_N.jsonl."""
     return {
         "problem": problem.id,
         "source": problem.source,
         "prompt": tokenizer.decode(problem.prompt_ids),
         "answer": problem.answer,
+        "written_by": r.source,
         "response": response_text(tokenizer, r.response_ids),
         "teacher_tokens": r.n_teacher_tokens,
         "reward": r.reward,
@@ -214,7 +271,7 @@ def row(problem, r, tokenizer):
         "finish_reason": r.finish_reason,
         "response_ids": r.response_ids,
         "sampler_logps": r.sampler_logps,
-        "teacher_logps": r.teacher_logps,
+        "update_logps": update_logps,
     }
 
 
@@ -233,7 +290,24 @@ def eval_report(table, rows):
     return lines + best_and_worst(rows)
 
 
-def write_rollouts(folder, step, rollouts, by_id, tokenizer):
-    """rollouts/step_N.jsonl, a line per rollout; whole or not at all."""
+def write_rollouts(folder, step, rollouts, update_logps, by_id, tokenizer):
+    """rollouts/step_N.jsonl, a line per rollout; whole or not at all. update_logps: {index of a rollout: the log-probs that
+    the update's policy gave the tokens it had not sampled itself}, for the trace page; by_id: {id: Problem}."""
     path = os.path.join(folder, "rollouts", f"step_{step}.jsonl")
-    write_lines(path, (row(by_id[r.problem], r, tokenizer) for r in rollouts))
+    rows = (rollout_row(by_id[r.problem], r, update_logps.get(i, []), tokenizer) for i, r in enumerate(rollouts))
+    write_lines(path, rows)
+
+
+def best_and_worst(rows):
+    """Two lines: the tails of a best answer, the shortest if there are several, and of a worst, the longest."""
+    answers = [
+        (reward, -length, i, j)
+        for i, r in enumerate(rows)
+        for j, (reward, length) in enumerate(zip(r["reward"], r["length"], strict=True))
+    ]
+    lines = []
+    for word, (reward, _, i, j) in (("best", max(answers)), ("worst", min(answers))):
+        r = rows[i]
+        tail = printable(r["response"][j][-80:].replace("\n", " "))
+        lines.append(f"  {word:<5} reward {reward:g}, {r['length'][j]} tokens, answer {printable(r['answer'][:30])}: ...{tail}")
+    return lines

@@ -1,8 +1,8 @@
 """
 Train the toy for long, and watch what must not grow.
 
-    python tests/soak.py                      2,000 steps through vLLM
-    python tests/soak.py --max_steps=150      any knob of train.py
+    python measure/soak.py                      2,000 steps through vLLM
+    python measure/soak.py --max_steps=150      any knob of train.py
 
 Prints the slope of resident memory after a warm-up of a fifth of the steps, by least squares, and the range of open files
 and of child processes. Exit code 1 if memory grows by more than 10 MiB per 1,000 steps, if children come or go or files

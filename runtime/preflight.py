@@ -1,0 +1,140 @@
+"""
+Checks before step 1: every mistake that can be found early is found before a GPU is used and before anything is written.
+Each raises UserError, which names the knob or the file, and the remedy. k: all knobs of train.py, as attributes.
+"""
+
+import importlib.util
+
+import torch
+
+from configurator import UserError, repo_path
+from data import Order, check_same_tokens, count_rows, load_tokenizer, response_text
+from runtime.files import load_config, model_path
+from runtime.plan import print_plan
+from runtime.ranks import WORLD, gather_engines, mine, print0
+
+
+def check_knobs(k, n_ranks, shape):
+    """Knobs that must fit each other, or the number of processes. shape: loss.shape, which knows the names of shaping."""
+    try:
+        shape(torch.ones(()), k.shaping, k.gamma)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if n_ranks % k.tensor_parallel:
+        raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
+    if k.prompts_per_step % k.update_batches or k.prompts_per_step % (n_ranks // k.tensor_parallel):
+        raise UserError(
+            f"prompts_per_step={k.prompts_per_step} must divide into {k.update_batches} updates and over the engines of"
+            f" {n_ranks} ranks"
+        )
+    if k.shard == "none" and n_ranks > 1:
+        raise UserError(f"shard={k.shard!r} with {n_ranks} process(es): choose ddp or fsdp, or none for one process")
+    if k.n_teacher > k.n_rollouts:
+        raise UserError(f"n_teacher={k.n_teacher} must lie between 0 and n_rollouts={k.n_rollouts}")
+    if k.max_prompt_tokens + max(k.max_tokens, k.max_teacher_tokens) > k.micro_tokens:
+        raise UserError(f"micro_tokens={k.micro_tokens} cannot hold a prompt and its response at their limits: raise it")
+    if k.log == "wandb" and not k.dry_run and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        # A folder of that name, as the package leaves behind where it ran, has a spec, but no origin.
+        raise UserError("log='wandb' needs its package: pip install wandb, or leave log out: metrics.jsonl is always written")
+    if k.baseline == "own" and k.n_teacher == k.n_rollouts:
+        raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
+    if k.replay_share and k.n_teacher:
+        raise UserError("replay_share puts a replayed sample where a trace would be: set n_teacher=0")
+    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end) < 1:
+        raise UserError(
+            f"teacher_share below 1 lets the policy continue a trace, but n_teacher={k.n_teacher} is all of the group: lower it"
+        )
+    if k.sft_buffer and k.replay_share:
+        raise UserError("sft_buffer (ReLIFT) and replay_share (ExGRPO) are two methods: set one of them to 0")
+    if k.teacher_model and not (k.kl_coef or k.ce_coef):
+        raise UserError("teacher_model has no effect without kl_coef or ce_coef: set one, or leave it out")
+    if (k.kl_coef or k.ce_coef) and not k.teacher_model and not k.dry_run:
+        raise UserError("kl_coef and ce_coef need a teacher model: name its folder by --teacher_model=FOLDER (for the toy, a"
+                        " checkpoint of config/method/sft_verified.py)")  # fmt: skip
+
+
+def dry_run(k):
+    """Print the plan from the models' configs alone. Returns the exit code."""
+    teacher_config = load_config(model_path(k.teacher_model)) if k.teacher_model else None
+    n_problems = count_rows(repo_path(k.data))
+    print_plan(vars(k), load_config(model_path(k.model)), n_problems, k.plan_gpus, on_gpu=True, gpu_gib=k.plan_gib, log=print0,
+               teacher_config=teacher_config)  # fmt: skip
+    if (k.kl_coef or k.ce_coef) and not k.teacher_model:
+        print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
+    return 0
+
+
+def show_plan(k, model_config, teacher_config, problems, device):
+    """Print the plan of this run on this machine."""
+    gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
+    print_plan(vars(k), model_config, len(problems), WORLD, on_gpu=device == "cuda", gpu_gib=gpu_gib, log=print0,
+               teacher_config=teacher_config)  # fmt: skip
+
+
+def check_models(k, base, tokenizer, model_config):
+    """The models' contexts, vocabularies and heads. base: the policy's name. Returns the teacher model's config, or None."""
+    teacher_config = load_config(model_path(k.teacher_model)) if k.teacher_model else None
+    needed, context = k.max_prompt_tokens + max(k.max_tokens, k.max_teacher_tokens), model_config.max_position_embeddings
+    if needed > context:
+        raise UserError(
+            f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
+            "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
+        )
+    if teacher_config and teacher_config.max_position_embeddings < needed:
+        context = teacher_config.max_position_embeddings
+        raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: take another teacher")
+    if teacher_config and teacher_config.vocab_size < model_config.vocab_size:
+        raise UserError(
+            f"the policy may sample any of its {model_config.vocab_size} embeddings, the teacher model has only"
+            f" {teacher_config.vocab_size}: pad it (resize_token_embeddings)"
+        )
+    if teacher_config:
+        check_same_tokens(tokenizer, load_tokenizer(model_path(k.teacher_model)))
+    if model_config.num_attention_heads % k.tensor_parallel:
+        raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the model's {model_config.num_attention_heads} heads")
+    return teacher_config
+
+
+def check_traces(k, problems, tokenizer, verifier):
+    """Grade teacher traces as the model's answers are graded, and refuse to start if too few pass: a wrong template or
+    verifier would train away from the teacher. On-policy runs learn from it, too, that the verifier works. Returns the
+    problems to train on: verified_only drops the traces that fail."""
+    traced = [p for p in problems if p.teacher]
+    if not traced and k.n_teacher:
+        raise UserError(f"{k.data} has no teacher trace within max_teacher_tokens={k.max_teacher_tokens}: add a 'target' "
+                        "column, raise the limit, or train without (--n_teacher=0)")  # fmt: skip
+    if not traced:
+        return problems
+    n = len(traced) if k.verified_only or not k.preflight_traces else min(k.preflight_traces, len(traced))
+    chosen = mine([traced[i] for i in Order(len(traced), k.seed).take(n)], k.tensor_parallel)
+    rows = [(p, i, response_text(tokenizer, ids)) for p in chosen for i, ids in enumerate(p.teacher)]
+    verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
+    graded = [(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)]
+    graded = gather_engines(graded, k.tensor_parallel)
+    failed = sorted(g for g in graded if not g[3].reward)
+    share = 1 - len(failed) / len(graded)
+    print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {k.min_teacher_pass:.0%})")
+    if share < k.min_teacher_pass:
+        shown = "; ".join(
+            f"row {id}: {v.reason}, answer {answer!r}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3]
+        )
+        raise UserError(f"only {share:.1%} of the teacher traces in {k.data} verify, min_teacher_pass is"
+                        f" {k.min_teacher_pass:.0%}: check template and answers.\n{shown}")  # fmt: skip
+    if k.verified_only:
+        bad = {(id, i) for id, i, *_ in failed}
+        for p in traced:
+            p.teacher = [ids for i, ids in enumerate(p.teacher) if (p.id, i) not in bad]
+    return [p for p in problems if p.teacher] if k.n_teacher == k.n_rollouts else problems
+
+
+def check_problems(k, problems):
+    """Are there enough of them?"""
+    traced = sum(bool(p.teacher) for p in problems)
+    if k.sft_buffer > traced:
+        raise UserError(
+            f"sft_buffer={k.sft_buffer} but {k.data} has only {traced} problems with a trace: ReLIFT would never act"
+        )
+    if k.prompts_per_step > len(problems):
+        raise UserError(
+            f"prompts_per_step={k.prompts_per_step} but {k.data} has only {len(problems)} usable problems: lower it"
+        )
