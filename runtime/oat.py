@@ -1,20 +1,22 @@
 r"""
-The rules of the `oat` grader: those of OAT's math_grader, which LUFFY's evaluation uses. Strings in, verdicts out.
+The rules of the `oat` grader: those of OAT's math_grader, which LUFFY's evaluation uses.
 
-The last box is right if one of three comparisons says so: the strings are equal after the normalisation of Hendrycks
-et al. for MATH (MATHD below), PRM800K's comparison (prm800k_equal), or math-verify on what the box holds.
+The last box is right if one of three comparisons says so: the strings are equal after the
+normalisation of Hendrycks et al. for MATH (MATHD below), PRM800K's comparison (prm800k_equal), or
+math-verify on what the box holds.
 
 Accepted there, rejected here:
     1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer
-    (c) for (a), c^2+b for a^2+b       there units of MathQA, a and c among them, are deleted wherever they occur
+    (c) for (a), c^2+b for a^2+b       there units of MathQA, a and c among them, are deleted
     1\text{ or }3 for 1\text{ or }2    there the rest is cut off
-    -1 for -1./3                       there one number of a ground truth that math-verify cannot read is enough
+    -1 for -1./3                       there one number is enough of an unreadable ground truth
     1+\frac{x}{2} for \frac{1+x}{2}    there pylatexenc, not used here, makes them equal;
     \sqrt[3]{2} for \sqrt{2}           so it does with these
     73/4 for 7 3/4, -I(0) for I(0)
 Rejected there, accepted here:
     \boxed 5 and \fbox{5}              as in MATH's own code
-There math-verify has a second of its own, and never sees a long repetition; here one time limit holds for all three.
+There math-verify has a second of its own, and never sees a long repetition; here one time limit
+holds for all three.
 
 math-verify and sympy are imported when they are needed, so that a verifier's worker starts quickly.
 """
@@ -23,7 +25,7 @@ import re
 
 
 def by_oat(text, answer):
-    """(text, ground truth) -> (right or not, what the last box holds), or (0.0, None) if nothing is boxed."""
+    """(text, ground truth) -> (right or not, what the last box holds); (0.0, None) without a box."""
     from math_verify import parse, verify
 
     given, gold = last_boxed(text), last_boxed(answer) or answer
@@ -38,8 +40,8 @@ def by_oat(text, answer):
 
 
 def last_boxed(text):
-    """What the last \\boxed{...} holds; also of "\\boxed 5", and of \\fbox if there is no \\boxed. None if there is neither,
-    or if its brace is not closed."""
+    """What the last \\boxed{...} holds; also of "\\boxed 5", and of \\fbox if there is no \\boxed.
+    None if there is neither, or if its brace is not closed."""
     _, box, rest = text.rpartition("\\boxed" if "\\boxed" in text else "\\fbox")
     rest, depth = rest.lstrip(), 0
     if not rest.startswith("{"):
@@ -52,7 +54,8 @@ def last_boxed(text):
     return None
 
 
-# ---------------------------------------------------------------- strings: (pattern, replacement), applied in order
+# ---------------------------------------------------------------- strings
+# (pattern, replacement), applied in order
 
 MATHD = [
     (r"\\\\", r"\\"),
@@ -89,8 +92,8 @@ def rewrite(s, rules):
 
 
 def integer(s):
-    """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266. Any other string is returned unchanged, as is an integer of 2**53
-    and more, which a float cannot hold."""
+    """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266. Any other string is returned unchanged, as is
+    an integer of 2**53 and more, which a float cannot hold."""
     try:
         x = float(THOUSANDS.sub("", s).replace("_", "?"))  # Python alone reads 1_0 as ten
     except ValueError:
@@ -102,10 +105,13 @@ def integer(s):
 
 
 def prm800k_equal(given, gold):
-    """Are the strings equal after PRM800K's rules, or tuples or intervals with the same brackets and equal elements?"""
+    """Are they equal strings, or tuples or intervals with the same brackets and equal elements?"""
     given, gold = (THOUSANDS.sub("", integer(rewrite(s, PRM800K).lower())) for s in (given, gold))
-    ours, theirs = (s[1:-1].split(",") if re.fullmatch(r"[(\[][^()\[\]]+[)\]]", s) else [s] for s in (given, gold))
-    if not given or len(ours) != len(theirs) or (len(theirs) > 1 and (given[0], given[-1]) != (gold[0], gold[-1])):
+    elements = lambda s: s[1:-1].split(",") if re.fullmatch(r"[(\[][^()\[\]]+[)\]]", s) else [s]
+    ours, theirs = elements(given), elements(gold)
+    if not given or len(ours) != len(theirs):
+        return False
+    if len(theirs) > 1 and (given[0], given[-1]) != (gold[0], gold[-1]):
         return False
     return all(map(sympy_equal, ours, theirs))
 
@@ -117,7 +123,8 @@ def sympy_equal(a, b):
     a, b = integer(a), integer(b)
     difference = f"({a})-({b})"
     letters = set(re.findall("[a-z]", re.sub("sqrt|frac", "", difference)))
-    odd = not re.fullmatch(r"[a-z0-9+\-*/^().]+", difference) or re.search(r"\*\*|\^\(|\^\d+\^|\^\d\d|[a-z]\(0\)", difference)
+    hard = re.search(r"\*\*|\^\(|\^\d+\^|\^\d\d|[a-z]\(0\)", difference)
+    odd = hard or not re.fullmatch(r"[a-z0-9+\-*/^().]+", difference)
     if a == b or len(letters) > 2 or odd or any(re.fullmatch(r"-?\d+", s) for s in (a, b)):
         return a == b
     try:
@@ -127,14 +134,16 @@ def sympy_equal(a, b):
 
 
 def expression(text):
-    """A string as sympy_equal prepares it -> a sympy expression, by recursive descent: sympy's own parser evaluates Python.
+    """A string as sympy_equal prepares it -> a sympy expression, by recursive descent: sympy's own
+    parser evaluates Python.
 
-    Letters are symbols, except in pi, sqrt( and ln(. Neighbours without an operator are multiplied. Raises IndexError
-    or ValueError for what does not parse.
+    Letters are symbols, except in pi, sqrt( and ln(. Neighbours without an operator are multiplied.
+    Raises IndexError or ValueError for what does not parse.
     """
     import sympy
 
-    tokens = [*re.findall(r"\d+\.?\d*|\.\d+|sqrt(?=\()|ln(?=\()|pi|\S", text), ""][::-1]  # read from its end
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|sqrt(?=\()|ln(?=\()|pi|\S", text)
+    tokens = [*tokens, ""][::-1]  # read from the end
 
     def total():
         value = product()

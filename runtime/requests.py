@@ -1,5 +1,5 @@
 """
-What the two samplers share: the sample they return, the error for stale weights, and the checks of a request.
+What the two samplers share: the sample they return, and the checks of a request.
 """
 
 from typing import NamedTuple
@@ -18,19 +18,22 @@ class StaleWeights(RuntimeError):
 
 
 def check_stamp(held, wanted):
-    """Raise StaleWeights unless the stamp of the weights that the sampler holds is the wanted one."""
+    """Raise StaleWeights unless the sampler holds the weights with the wanted stamp."""
     if held != wanted:
         raise StaleWeights(f"the sampler holds the weights stamped {held!r}, not {wanted!r}: load() them first")
 
 
 def check_requests(prompts, max_model_len, vocab_size):
-    """Raise ValueError for the first prompt that would break an engine, which must not be used after an error."""
+    """Raise ValueError for the first prompt that would break an engine, which must not be used
+    after an error."""
     for i, p in enumerate(prompts):
+        found = None
         if not 0 < len(p) < max_model_len:
-            raise ValueError(f"request {i} has a prompt of {len(p)} tokens, the engine takes 1 to {max_model_len - 1}")
-        if not 0 <= min(p) <= max(p) < vocab_size:
-            token = max(p, key=abs)
-            raise ValueError(f"request {i} has the token {token}, the engine takes 0 to {vocab_size - 1}")
+            found, limits = f"a prompt of {len(p)} tokens", f"1 to {max_model_len - 1}"
+        elif not 0 <= min(p) <= max(p) < vocab_size:
+            found, limits = f"the token {max(p, key=abs)}", f"0 to {vocab_size - 1}"
+        if found:
+            raise ValueError(f"request {i} has {found}, the engine takes {limits}")
 
 
 def per_prompt(limit, prompts):

@@ -1,10 +1,11 @@
 """
 The sampler for machines without vLLM: a decoding loop in plain torch, for models of Llama's shape.
 
-TorchSampler follows the protocol in rollout.py: it batches requests, draws tokens and collects samples. Decoder is
-the forward pass below it, one token per sequence at a time, with a KV cache. Decoding multiplies a few rows with
-every weight matrix, with hundreds of small operations in between. So matrices with the same input are joined into
-one, on a CPU each matrix is stored in the layout that oneDNN reads fastest, and little is copied.
+TorchSampler follows the protocol in rollout.py: it batches requests, draws tokens and collects
+samples. Decoder is the forward pass below it, one token per sequence at a time, with a KV cache.
+Decoding multiplies a few rows with every weight matrix, with hundreds of small operations in
+between. So matrices with the same input are joined into one, on a CPU each matrix is stored in the
+layout that oneDNN reads fastest, and little is copied.
 """
 
 from itertools import groupby
@@ -27,11 +28,12 @@ ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class TorchSampler:
-    """A sampler (rollout.py has the protocol) that holds copies of the weights and runs on the GPU, if there is one.
+    """A sampler (rollout.py has the protocol) that holds copies of the weights and runs on the GPU,
+    if there is one.
 
-    model: a folder in Hugging Face format, or a hub name. Its config is read at once, its weights only if
-    generate() asks for them before the first load(). Raises UserError for a config that Decoder does not compute,
-    and in generate() if the weights do not load.
+    model: a folder in Hugging Face format, or a hub name. Its config is read at once, its weights
+    only if generate() asks for them before the first load(). Raises UserError for a config that
+    Decoder does not compute, and in generate() if the weights do not load.
     """
 
     def __init__(self, model, stop_ids, max_model_len, dtype="float32"):
@@ -55,7 +57,7 @@ class TorchSampler:
             hf, found = AutoModelForCausalLM.from_pretrained(
                 self.model, dtype=self.dtype, output_loading_info=True, trust_remote_code=False
             )
-            if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+            if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
         except Exception as e:
             raise UserError(f"no causal LM loads from model {self.model}: {first_line(e)}") from None
@@ -91,24 +93,26 @@ class TorchSampler:
     def decode(self, prompts, seeds, limits, temperature):
         """Yield (row, Sample) for each prompt, as soon as it ends. B prompts, V vocabulary.
 
-        Prompts are padded on the left, and equal prompts are computed once. Finished rows leave the batch when they
-        are more than a quarter of it.
+        Prompts are padded on the left, and equal prompts are computed once. Finished rows leave the
+        batch when they are more than a quarter of it.
         """
         device, width = self.decoder.embedding.device, max(map(len, prompts))
         limits = [min(n, self.max_model_len - len(p)) for p, n in zip(prompts, limits, strict=True)]
         max_tokens, limit = max(limits), torch.tensor(limits, device=device)  # (B,)
         stop = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         # Inverse-CDF sampling: one uniform number per row and token, from the row's own generator.
-        # Each row draws max_model_len of them, because the numbers depend on how many are drawn at once.
-        generator = lambda seed: torch.Generator().manual_seed(seed)
-        draw = lambda seed: torch.rand(self.max_model_len, generator=generator(seed), dtype=torch.float64)
-        uniform = torch.stack([draw(s) for s in seeds]).to(device) if temperature else None  # (B, max_model_len)
+        # Always max_model_len at once, because the numbers depend on how many are drawn at once.
+        if temperature:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            draw = lambda g: torch.rand(self.max_model_len, generator=g, dtype=torch.float64)
+            uniform = torch.stack([draw(g) for g in generators]).to(device)  # (B, max_model_len)
 
         # The prompts. P different ones, W tokens wide.
         places = {}  # {prompt: its row among the different prompts}
         prompt = [places.setdefault(tuple(p), len(places)) for p in prompts]
         prompt = torch.tensor(prompt, device=device)  # (B,)
-        first = torch.tensor([width - len(p) for p in places], device=device)  # (P,), the first column after the padding
+        # (P,), the first column after the padding
+        first = torch.tensor([width - len(p) for p in places], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=device)  # (P, W)
         column, padded = torch.arange(width, device=device), int(first.max()) > 0
         position = (column - first[:, None]).clamp_min(0)
@@ -118,7 +122,8 @@ class TorchSampler:
         logits = self.decoder.forward(ids, position, sees[:, None])[prompt]  # (B, V)
         self.decoder.keep(prompt)
 
-        # The responses. `rows` are the prompts that are still in the batch, `alive` marks those that have not ended.
+        # The responses. `rows` are the prompts that are still in the batch, `alive` marks those
+        # that have not ended.
         position, first = position[prompt, -1:], first[prompt]
         rows = torch.arange(len(prompts), device=device)
         tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
@@ -147,7 +152,8 @@ class TorchSampler:
                 break
             if n_alive < 0.75 * len(alive):
                 keep = alive.nonzero()[:, 0]
-                rows, chosen, position, first, alive = (x[keep] for x in (rows, chosen, position, first, alive))
+                rows, alive, chosen = rows[keep], alive[keep], chosen[keep]
+                position, first = position[keep], first[keep]
                 self.decoder.keep(keep)
             # Rows that have ended stay for a while, and must not exceed the last position.
             position = (position + 1).clamp_max(self.max_model_len - 1)
@@ -161,7 +167,8 @@ class TorchSampler:
 
 
 class Decoder:
-    """Call load(hf) once; then for every batch start(), forward() for the prompts, and forward() for each token.
+    """Call load(hf) once; then for every batch start(), forward() for the prompts, and forward()
+    for each token.
 
     layers is empty until load() is called. Raises UserError for a config whose model is not one of FAMILIES.
     """
@@ -172,8 +179,8 @@ class Decoder:
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if config.model_type not in FAMILIES or windows or config.hidden_act != "silu" or rope not in ROPES:
             raise UserError(
-                f"the torch sampler computes {', '.join(FAMILIES)} with SiLU, full attention and {', '.join(ROPES)}"
-                f" RoPE, and this {config.model_type} is another kind: install vLLM"
+                f"the torch sampler computes {', '.join(FAMILIES)} with SiLU, full attention and"
+                f" {', '.join(ROPES)} RoPE, and this {config.model_type} is another kind: install vLLM"
             )
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.n_heads
@@ -197,16 +204,19 @@ class Decoder:
                     self.embedding = weights[name].clone()
                 if name == "lm_head.weight" or self.tied:
                     self.head = linear({"head.weight": weights[name]}, "head")
-        # Rotary embedding: rotate_half(x) is x rolled by half its size, the first half negated. The sine table has
-        # the sign already.
-        cos, sin = hf.get_decoder().rotary_emb(self.norm, torch.arange(max_positions, device=hf.device)[None])
+        # Rotary embedding: rotate_half(x) is x rolled by half its size, the first half negated. The
+        # sine table has the sign already.
+        positions = torch.arange(max_positions, device=hf.device)[None]
+        cos, sin = hf.get_decoder().rotary_emb(self.norm, positions)
         half = self.head_dim // 2
-        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # (positions, D)
+        self.cos = cos[0]  # (positions, D)
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
     def start(self, n_rows):
         """Begin with n_rows sequences and an empty cache."""
         self.length = 0  # tokens of each row so far, padding included
-        self.cache = [self.norm.new_empty(2, n_rows, self.n_kv_heads, 0, self.head_dim) for _ in self.layers]
+        empty = lambda: self.norm.new_empty(2, n_rows, self.n_kv_heads, 0, self.head_dim)
+        self.cache = [empty() for _ in self.layers]
 
     def keep(self, rows):
         """Continue with these rows of the batch only; the same row may be given twice."""
@@ -215,14 +225,14 @@ class Decoder:
     def forward(self, ids, positions, mask):
         """Read the next W tokens of each row. Returns the logits after the last one, (B, V).
 
-        ids, positions: (B, W). mask: (B, 1, W, cached + W), True where a token sees another; None if every token
-        sees all.
+        ids, positions: (B, W). mask: (B, 1, W, cached + W), True where a token sees another; None
+        if every token sees all.
         """
         start, self.length = self.length, self.length + ids.size(1)
         x = F.embedding(ids, self.embedding)  # (B, W, d)
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]  # (B, W, 1, D)
         for i, layer in enumerate(self.layers):
-            if self.length > self.cache[i].size(-2):  # double the room, so that the cache is rarely copied
+            if self.length > self.cache[i].size(-2):  # double the room, so that copies are rare
                 old, room = self.cache[i], 2 * self.length
                 self.cache[i] = old.new_empty(*old.shape[:-2], room, self.head_dim)
                 self.cache[i][..., :start, :] = old[..., :start, :]
@@ -233,7 +243,8 @@ class Decoder:
                 qk = self.rms_norm(qk, None) * layer.norm_qk
             qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
             q, k = qk.transpose(1, 2).split([self.n_heads, self.n_kv_heads], 1)  # (B, heads, W, D)
-            keys[:, :, start : self.length], values[:, :, start : self.length] = k, v.transpose(1, 2)
+            keys[:, :, start : self.length] = k
+            values[:, :, start : self.length] = v.transpose(1, 2)
             seen = F.scaled_dot_product_attention(
                 q, keys[:, :, : self.length], values[:, :, : self.length], mask,
                 enable_gqa=self.n_heads != self.n_kv_heads,
@@ -248,10 +259,11 @@ class Decoder:
 
 
 class Layer:
-    """The functions and weights of one decoder layer, from {name in Hugging Face's model: tensor}."""
+    """One decoder layer: its functions and weights. weights: {Hugging Face's name: tensor}."""
 
     def __init__(self, weights, n_heads, n_kv_heads):
-        self.norm_1, self.norm_2 = (weights[f"{at}_layernorm.weight"].clone() for at in ("input", "post_attention"))
+        self.norm_1 = weights["input_layernorm.weight"].clone()
+        self.norm_2 = weights["post_attention_layernorm.weight"].clone()
         self.qkv = linear(weights, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.out = linear(weights, "self_attn.o_proj")
         self.gate_up = linear(weights, "mlp.gate_proj", "mlp.up_proj")
@@ -263,10 +275,12 @@ class Layer:
 
 
 def linear(weights, *names):
-    """One function for the linear layers of these names: (..., in) -> (..., their outputs side by side)."""
-    weight = torch.cat([weights[f"{name}.weight"] for name in names])
-    bias = torch.cat([weights[f"{name}.bias"] for name in names]) if f"{names[0]}.bias" in weights else None
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    """One function for these linear layers: (..., in) -> (..., their outputs side by side)."""
+    weight, bias = torch.cat([weights[f"{name}.weight"] for name in names]), None
+    if f"{names[0]}.bias" in weights:
+        bias = torch.cat([weights[f"{name}.bias"] for name in names])
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if on_cpu and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
