@@ -1,12 +1,11 @@
 """
-Are README.md, LOG.md and docs/ true? Their links resolve, and every command in README and docs/ runs.
+Are README.md and docs/ true? Their links resolve, README's file map is complete, and every command in them runs.
 
-    python measure/docs_check.py            links, then the commands, in a copy of this checkout (make docs-check)
-    python measure/docs_check.py --links    the links alone (make test does that, too)
-    python measure/docs_check.py --fix      the links, after the line numbers of those that name what they point at were set right
+    python measure/docs_check.py            all of it, the commands in a copy of this checkout (make docs-check)
+    python measure/docs_check.py --links    without running the commands (make test does that, too)
 
-COMMANDS says how each command is run: as it stands, or with a few words replaced where the page wants GPUs, hours, or a
-model of the hub; a command that is not there, or is in no page any more, is an error.
+COMMANDS says how each command is run: as it is on the page, or with a few words replaced where the page needs GPUs, hours, or a
+model of the hub. A command that is not in COMMANDS, or no longer on any page, is an error. LOG.md is history and not checked.
 """
 
 import functools
@@ -23,8 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.join(ROOT, "toy")]
 
-# What stands for the 7B on this machine: a model of 0.1 M over bytes, two processes, a few tokens. The words after the
-# options are train.py's and eval.py's.
+# In place of the 7B: a model of 0.1 M parameters over bytes, two processes, a few tokens. SMALL is for train.py, TINY for eval.py.
 TWO = ("--nproc_per_node=8", "--nproc_per_node=2")
 SMALL = (
     " --sampler=torch --max_steps=2 --prompts_per_step=4 --max_tokens=16 --holdout=8 --reward_workers=1 --min_teacher_pass=0.5"
@@ -95,7 +93,6 @@ COMMANDS = {
     "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2")],
     "make table": [("make table", ".venv/bin/python toy/table.py --seeds=1 --only_print")],
     # The ablation.
-    "python measure/docs_check.py --fix": [],
     "python -m pytest tests/test_ablation.py tests/test_loss.py": [],
     "for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --seed=$s --out_dir=out/luffy_$s; python train.py"
     " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done": [],
@@ -108,7 +105,20 @@ COMMANDS = {
 
 
 PROGRAMS = r"python3?|torchrun|make|pip|rm|source|pytest|bash|sh|git|\./\S+"
-WRITES = ("make toy", "python measure/docs_check.py --fix")
+WRITES = ("make toy",)  # may change the checkout's own files
+
+# In the copy these scripts do less work: {file: [(old, new), ...]}. Their commands run as they are on the page, in seconds
+# instead of minutes. tests/test_docs.py checks that each old text is there.
+SHORTER = {
+    "toy/build.py": [("steps=1400", "steps=14")],
+    "toy/shaping.py": [("seed, 1000, 3e-3", "seed, 10, 3e-3"), ("560, 1.2e-3", "6, 1.2e-3"), ("300, 1.2e-3", "3, 1.2e-3")],
+    # Three steps of each run instead of 60, each with its evaluation and its checkpoint.
+    "toy/table.py": [("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("by_source(f, 60)", "by_source(f, 3)"),
+                     ("--save_interval=10", "--save_interval=1"),
+                     ('"--reward_workers=1"', '"--reward_workers=1", "--max_steps=3", "--eval_interval=1"')],
+    "measure/growth.py": [("(8, 16, 32)", "(8, 16)"), ("(128, 256, 512)", "(128, 256)"), ("(8192, 32768, 131072)", "(8192, 32768)"),
+                          ("(256, 512, 1024)", "(256, 512)")],
+}  # fmt: skip
 
 
 def read(path):
@@ -117,7 +127,7 @@ def read(path):
 
 
 def pages():
-    return ["README.md", "LOG.md", *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+    return ["README.md", *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 
 
 def prose(page):
@@ -135,14 +145,14 @@ def slugs(page):
 
 @functools.cache
 def ignored():
-    """Files that lie here but are no part of the checkout."""
-    git = ["git", "-C", ROOT, "ls-files", "-oi", "--exclude-standard"]  # which fails, and says nothing, in a copy without .git
+    """Files that are here but not part of the checkout."""
+    git = ["git", "-C", ROOT, "ls-files", "-oi", "--exclude-standard"]  # in a copy without .git it fails and prints nothing
     listed = subprocess.run(git, capture_output=True, text=True)
     return set(listed.stdout.splitlines())
 
 
 def unreadable():
-    """What this script would not see: links, images and fences that are no plain Markdown: a list of lines."""
+    """Links, images and fences that this script would not see, because they are not plain Markdown: a list of lines."""
     kinds = {r"<(a|img)\s": "HTML", r"^ *~~~|^ +```": "a fence of another kind", r"^\[[^\]]+\]: ": "a reference link",
              r"\]\(\S+ [\"']": "a link with a title"}  # fmt: skip
     found = [(page, name, m) for page in pages() for kind, name in kinds.items() for m in re.finditer(kind, prose(page), re.M)]
@@ -151,12 +161,12 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout fix".split())
+    known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout".split())
     for path in (
         "train.py",
         "eval.py",
         "bench.py",
-        "peers/compare.py",
+        "measure/peers/compare.py",
         "plot.py",
         "prepare.py",
         "toy/demo.py",
@@ -168,8 +178,15 @@ def unknown_knobs():
     return [f"{page}: --{knob} is no knob of any script" for page, knob in typed if knob not in known]
 
 
+def names(code, name):
+    """Does this Python code define the name (a function, a class, a knob), or have a comment that begins with it, such as
+    "# 2. Roll out: own samples ..."?"""
+    name = re.escape(name)
+    return bool(re.search(rf"^ *(def|class) {name}\b|^{name} = |^ *# (\d+\. )?{name}(?!\w)", code, re.M))
+
+
 def broken_links():
-    """Links that lead nowhere, and links to a line ([`words`](file#Ln)) on which the words are not: a list of lines."""
+    """Links that lead nowhere, and links [`name`](file.py) to files that have no such name: a list of lines."""
     found = []
     for page in pages():
         for words, target in re.findall(r"!?\[(`[^`]+`|[^\]]*)\]\(([^)\s]+)\)", prose(page)):
@@ -177,35 +194,50 @@ def broken_links():
             if path.startswith("https://"):
                 continue
             file = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+            name = words.strip("`") if words.startswith("`") else os.path.basename(file)
             if not os.path.exists(os.path.join(ROOT, file)) or file in ignored():
                 found.append(f"{page}: [{words}]({target}): there is no {file}")
-            elif line := re.fullmatch(r"L(\d+)", anchor):
-                places = [i for i, text in enumerate(read(file).splitlines(), 1) if words.strip("`") in text]
-                if len(places) > 1:
-                    found.append(f"{page}: [{words}]({target}): it stands on {places}: take words that stand on one line alone")
-                elif int(line[1]) not in places:
-                    hint = f"it stands on {places}: python measure/docs_check.py --fix" if places else "it stands on no line"
-                    found.append(f"{page}: [{words}]({target}): {hint}")
+            elif file.endswith(".py"):
+                if anchor:
+                    found.append(f"{page}: [{words}]({target}): line numbers change with every edit: link a name without #{anchor}")
+                elif name != os.path.basename(file) and not names(read(file), name):
+                    found.append(f"{page}: [{words}]({target}): {file} has no function, class, knob or comment of that name")
             elif anchor and anchor not in slugs(file):
                 found.append(f"{page}: [{words}]({target}): {file} has no such heading")
     return found
 
 
-def fix_lines():
-    """Set the line number of each link whose words stand on one line."""
-    for page in pages():
+# ---------------------------------------------------------------- the file map
 
-        def fixed(match, page=page):
-            words, path, n = match.groups()
-            lines = read(os.path.normpath(os.path.join(os.path.dirname(page), path))).splitlines()
-            places = [i for i, text in enumerate(lines, 1) if words in text]
-            return f"[`{words}`]({path}#L{places[0] if len(places) == 1 else n})"
+MAPPED = ("", "config", "docs", "measure", "measure/peers", "runtime", "toy")  # folders whose files the map names one by one
 
-        old = read(page)
-        new = re.sub(r"\[`([^`]+)`\]\(([^)#\s]+)#L(\d+)\)", fixed, old)
-        if new != old:
-            with open(os.path.join(ROOT, page), "w", encoding="utf-8") as f:
-                f.write(new)
+
+def file_map():
+    """The paths in the block under README's heading "The files". A line is one or more names, two spaces, what they are; names
+    that are indented are in the folder above them."""
+    block = re.search(r"^## The files\n.*?^```\n(.*?)^```", read("README.md"), re.S | re.M)
+    paths, folder = set(), ""
+    for line in block[1].splitlines() if block else ():
+        names = line.strip().partition("  ")[0].split()
+        if names and not line.startswith(" "):
+            folder = names[0] if names[0].endswith("/") else ""
+            paths |= set(names)
+        else:
+            paths |= {folder + name for name in names}
+    return paths
+
+
+def file_map_faults():
+    """Files that are not in README's map, and names in it that do not exist: a list of lines."""
+    found = [path for folder in MAPPED for end in ("py", "html", "md", "toml", "txt")
+             for path in glob.glob(os.path.join(folder, f"*.{end}"), root_dir=ROOT)]  # fmt: skip
+    found = {path for path in found if path not in ignored() and os.path.basename(path) != "__init__.py"}
+    paths = file_map()
+    return [f"README.md: the file map lacks {path}" for path in sorted(found - paths)] + [
+        f"README.md: the file map has {path}, which does not exist"
+        for path in sorted(paths)
+        if not os.path.exists(os.path.join(ROOT, path))
+    ]
 
 
 # ---------------------------------------------------------------- commands
@@ -230,18 +262,27 @@ def commands(page):
 
 
 def unknown_commands():
-    """Commands that stand in README or docs/ but not in COMMANDS, and the reverse: a list of lines."""
-    typed = {command: page for page in pages() if page != "LOG.md" for command in commands(page)}
+    """Commands that are in README or docs/ but not in COMMANDS, and the reverse: a list of lines."""
+    typed = {command: page for page in pages() for command in commands(page)}
     missing = [
-        f"{page}: `{command}` is run by nothing: add it to COMMANDS"
+        f"{page}: nothing runs `{command}`: add it to COMMANDS"
         for command, page in typed.items()
         if command not in COMMANDS
     ]
-    return missing + [f"`{command}` in COMMANDS is in no page any more" for command in COMMANDS if command not in typed]
+    return missing + [f"`{command}` in COMMANDS is no longer on any page" for command in COMMANDS if command not in typed]
+
+
+def shorter(file):
+    """A script's text with its SHORTER edits."""
+    text = read(file)
+    for old, new in SHORTER[file]:
+        assert old in text, f"measure/docs_check.py, SHORTER: {file} has no {old!r}"
+        text = text.replace(old, new)
+    return text
 
 
 def copy_checkout(folder):
-    """The checkout's files, not what git ignores; its .venv by a link."""
+    """The checkout's files without what git ignores, some of them SHORTER, and a link to its .venv."""
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
     )
@@ -249,24 +290,27 @@ def copy_checkout(folder):
         target = os.path.join(folder, file)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copy2(os.path.join(ROOT, file), target)
+        if file in SHORTER:
+            with open(target, "w", encoding="utf-8") as f:
+                f.write(shorter(file))
     os.symlink(os.path.join(ROOT, ".venv"), os.path.join(folder, ".venv"))
 
 
 def stand_ins(folder):
-    """What the commands want to find: models under the hub's names, OpenR1's rows, the benchmarks' files, the ablation."""
+    """Make what the commands read: models under the hub's names, OpenR1's rows, the benchmarks' files, the ablation."""
     from pathlib import Path
 
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from test_prepare import a_row, build_model, trace, write_openr1
+    from helpers import build_model, openr1_row, openr1_trace, write_openr1
 
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
-    for name in loop.partition(";")[0].split()[3:]:  # trained models are what prepare.py will have made of the base
+    for name in loop.partition(";")[0].split()[3:]:  # for each trained model, what prepare.py will have made of the base
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(folder / "models" / "Qwen2.5-Math-7B-16k-think")
-    write_openr1(folder / "raw.parquet", [a_row(f"problem {i}", [trace(40 + i % 7)]) for i in range(64)])
+    write_openr1(folder / "raw.parquet", [openr1_row(f"problem {i}", [openr1_trace(40 + i % 7)]) for i in range(64)])
     (folder / "any.py").write_text("def grade(text, answer):\n    return True\n")
     (folder / "data").mkdir()
     for file, sources in (("all", ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]), ("arc_c", ["arc_c"]),
@@ -287,7 +331,7 @@ def stand_ins(folder):
 
 
 def contents(folder):
-    """The checkout's own files, which no command but those in WRITES may touch."""
+    """The text of the checkout's own files, which only the commands in WRITES may change."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
     texts = {}
     for name in listed:
@@ -297,7 +341,7 @@ def contents(folder):
 
 
 def run_all(folder):
-    """Run every command in its turn. Returns those that failed."""
+    """Run every command, one after the other. Returns those that failed."""
     path = os.path.join(folder, ".venv", "bin") + os.pathsep + os.environ["PATH"]
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     failed, before = [], contents(folder)
@@ -323,11 +367,14 @@ def run_all(folder):
     return failed
 
 
+def static_faults():
+    """All that is checked without running a command: a list of lines."""
+    return broken_links() + file_map_faults() + unreadable() + unknown_commands() + unknown_knobs()
+
+
 def main():
-    if "--fix" in sys.argv:
-        fix_lines()
-    faults = broken_links() + unreadable() + unknown_commands() + unknown_knobs()
-    if not faults and not {"--links", "--fix"} & set(sys.argv):
+    faults = static_faults()
+    if not faults and "--links" not in sys.argv:
         with open(os.path.join(ROOT, ".ci", "run")) as f:
             ci = f.read()
         faults += [f".ci/run does not run `{c}`" for c, how in COMMANDS.items() if how == BY_CI and f"{c}\n" not in ci]

@@ -1,11 +1,12 @@
 """
-How the seconds and the memory of a step grow: one thing at a time, from the same small model with random weights.
+How the seconds and the memory of a step grow with one quantity at a time, from a small model with random weights.
 
-    python measure/growth.py [SAMPLER]          torch
+    python measure/growth.py [SAMPLER]          the default is torch
 
-Of each run the median of three steps counts; an exponent is the slope of a line through the points, both axes logarithmic:
-1 is in proportion. Of width the matrices have the square. Ranks have their own prompts, so that 0 would be perfect. Each rank
-has one micro-batch of all its tokens. To see memory, glibc's malloc is told to return it at once, which costs seconds.
+Each figure is the median of three steps. An exponent is the slope of a line through the points on logarithmic axes: 1 means
+in proportion. Matrices grow with the square of the width. Every rank has prompts of its own, so 0 would be perfect for ranks.
+A rank has one micro-batch with all its tokens. glibc's malloc returns memory at once here, so that it can be seen; that costs
+time.
 """
 
 import json
@@ -17,19 +18,20 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from configurator import ROOT
 from measure.peers.compare import build_model, write_prompts
 
 BASE = {"group": 8, "tokens": 128, "vocabulary": 8192, "width": 256, "ranks": 1}
 POINTS = {"group": (8, 16, 32), "tokens": (128, 256, 512), "vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),
           "ranks": (1, 2)}  # fmt: skip
-# Large tensors give their memory back at once, so that what is resident is what is in use.
+# Large tensors return their memory at once, so that resident memory is memory in use.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
-    """(seconds of the rollout, of the update, GiB that the update adds)"""
+    """[seconds of the rollout, seconds of the update, GiB that the update adds]"""
     model, out = os.path.join(folder, f"model_{width}_{vocabulary}"), os.path.join(folder, "run")
     if not os.path.isdir(model):
         build_model(model, width, 2 * width, 2, width // 64, vocabulary)
@@ -38,7 +40,7 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     command = [
         sys.executable, *launcher, "train.py", f"--model={model}", f"--data={parquet}", "--eval_data=", f"--sampler={sampler}",
         f"--n_rollouts={group}", "--n_teacher=0", f"--prompts_per_step={ranks}", f"--max_tokens={tokens}",
-        "--max_prompt_tokens=32", "--require_think=False", "--grader=peers/parity.py", "--reward_workers=1",
+        "--max_prompt_tokens=32", "--require_think=False", "--grader=measure/peers/parity.py", "--reward_workers=1",
         "--canary_interval=0", "--max_steps=4",
         f"--loss_constant={group * tokens}", f"--micro_tokens={group * (tokens + 32)}", "--warmup_steps=0", f"--out_dir={out}",
     ]  # fmt: skip
@@ -47,7 +49,7 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     if found.returncode:
         sys.exit(found.stdout[-2000:] + found.stderr[-2000:])
     with open(os.path.join(out, "metrics.jsonl")) as f:
-        steps = [json.loads(line) for line in f][2:]  # the first allocates
+        steps = [json.loads(line) for line in f][2:]  # without step 0 and step 1, which allocates
     if min(s["length/own"] for s in steps) < 0.8 * tokens:
         sys.exit("samples ended early: the random model wrote its end-of-sequence token too often")
     columns = [[s["time/rollout"] for s in steps], [s["time/update"] for s in steps],

@@ -1,11 +1,11 @@
 """
-Kill a run at named points and at random times, resume it each time, and compare with a run that was left in peace.
+Kill a run at named points and at random times, resume it each time, and compare it with a run that was not disturbed.
 
-    python measure/kill.py                        19 points, then 15 random times, torch sampler
-    python measure/kill.py --sampler=vllm         the same through the engine
+    python measure/kill.py                        20 points, then 15 random times, torch sampler
+    python measure/kill.py --sampler=vllm         the same with vLLM
 
-A checkpoint every step. Each time the run must go on, lose no step but the one under way, and end with the same weights,
-optimizer, metrics and rollouts, byte for byte. Exit code 1 if not.
+The run saves a checkpoint at every step. It must resume each time, lose only the step under way, and end with the same
+weights, optimizer, metrics and rollouts, byte for byte. If not, the exit code is 1.
 """
 
 import json
@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
 POINTS = (
     "load weights", "generate", "generated", "submit", "collect", "advantages", "backward", "before the optimizer",
@@ -30,24 +30,25 @@ POINTS = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- the child: train.py with one point that kills
+# ---------------------------------------------------------------- the child: train.py, which dies at one point
 
 
 def child(point, at_step, argv):
-    """Run train.py; in step `at_step`, die by SIGKILL where `point` says."""
+    """Run train.py. In step `at_step` it dies by SIGKILL at `point`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import runpy
 
     import torch
 
-    import checkpoint
+    # None of these imports runtime/run.py or train.py, which take functions from them by name: patched below, they get the
+    # patched ones.
     import eval
-    import guard
     import loss
-    import metrics
     import reward
     import rollout
+    from runtime import checkpoint, guard, metrics
 
+    assert "runtime.run" not in sys.modules
     step = [0]
 
     def note(self, number, name, phase=guard.Guard.phase):
@@ -57,7 +58,8 @@ def child(point, at_step, argv):
     guard.Guard.phase = note
 
     def kill(owner, name, before=None, after=None, when=lambda *a, **k: True):
-        """Let owner.name call before(), do its work, call after(), and die; or die between them."""
+        """Make owner.name deadly where when() holds: it calls before() and dies instead of its work, or with after() it does
+        its work, calls after() and dies."""
         real = getattr(owner, name)
 
         def wrapped(*arguments, **keywords):
@@ -110,7 +112,7 @@ def child(point, at_step, argv):
         "pruning": lambda: kill(checkpoint, "discard", before=lambda path: os.remove(os.path.join(path, "model.safetensors"))),
     }[point]()
     sys.argv = ["train.py", *argv]
-    runpy.run_path(os.path.join(os.path.dirname(HERE), "train.py"), run_name="__main__")
+    runpy.run_path(os.path.join(ROOT, "train.py"), run_name="__main__")
 
 
 # ---------------------------------------------------------------- the parent
@@ -124,18 +126,18 @@ def command(out, steps, more):
 
 
 def launch(argv, *front):
-    script = front or (os.path.join(os.path.dirname(HERE), "train.py"),)
+    script = front or (os.path.join(ROOT, "train.py"),)
     return subprocess.Popen([sys.executable, *script, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def resumed_after(text):
-    found = re.search(r"going on after step (\d+)", text)
+    found = re.search(r"resuming after step (\d+)", text)
     return int(found[1]) if found else 0
 
 
-def where_it_stands(out):
-    """The newest checkpoint's step, which the run must resume after. Only the step under way may be lost: its line in
-    metrics.jsonl is written before its checkpoint."""
+def newest_checkpoint(out):
+    """Its step, after which the run must resume. Only the step under way may be lost: its line in metrics.jsonl is written
+    before its checkpoint."""
     saved = max(int(n[5:]) for n in os.listdir(out) if re.fullmatch(r"ckpt_\d+", n))
     lines = [line for line in open(os.path.join(out, "metrics.jsonl")) if line.endswith("\n")]
     done = json.loads(lines[-1])["step"]
@@ -144,7 +146,7 @@ def where_it_stands(out):
 
 
 def outcome(out, steps):
-    """What must not depend on kills: final files, metrics without time and memory, rollouts."""
+    """What must not depend on kills: the final files, the metrics without time and memory, the rollouts."""
     found = {}
     for name in ("model.safetensors", os.path.join("state", "adamw.safetensors")):
         found[name] = open(os.path.join(out, f"ckpt_{steps}", name), "rb").read()
@@ -156,27 +158,27 @@ def outcome(out, steps):
     return found
 
 
-def after_the_kill(process, text, out, stood):
-    """It was killed, and had gone on after the checkpoint that stood. Returns the newest checkpoint's step now."""
+def after_the_kill(process, text, out, before):
+    """Check that the process was killed, and that it had resumed after step `before`. Returns the newest checkpoint's step."""
     assert process.returncode == -signal.SIGKILL, f"not killed (exit code {process.returncode})\n{text[-2000:]}"
-    assert resumed_after(text) == stood, f"step {stood} was saved, resumed after {resumed_after(text)}"
-    return where_it_stands(out)
+    assert resumed_after(text) == before, f"step {before} was saved, resumed after {resumed_after(text)}"
+    return newest_checkpoint(out)
 
 
 def at_points(folder, points, more):
     """One run of len(points) + 2 steps, killed at the i-th point in step i + 2. Returns its folder and the steps."""
-    out, steps, stands = os.path.join(folder, "points"), len(points) + 2, 0
+    out, steps, saved = os.path.join(folder, "points"), len(points) + 2, 0
     for i, point in enumerate(points):
         process = launch(command(out, steps, more), os.path.abspath(__file__), "child", point, str(i + 2))
-        stands = after_the_kill(process, process.communicate()[0], out, stands)
-        print(f"killed in step {i + 2}, {point}: the checkpoint of step {stands} is whole", flush=True)
+        saved = after_the_kill(process, process.communicate()[0], out, saved)
+        print(f"killed in step {i + 2}, {point}: the checkpoint of step {saved} is whole", flush=True)
     return out, steps
 
 
 def at_random(folder, times, more, seed=0):
-    """One run, killed `times` times at random moments after its first step (and after each resumption's)."""
+    """One run, killed `times` times, each time at a random moment after the first step that it took."""
     out, steps, rng = os.path.join(folder, "random"), 3 * times, random.Random(seed)
-    stands = 0
+    saved = 0
     for _ in range(times):
         process = launch(command(out, steps, more))
         text = ""
@@ -186,25 +188,26 @@ def at_random(folder, times, more, seed=0):
                 break
         time.sleep(rng.random() * 0.7)
         process.send_signal(signal.SIGKILL)
-        stands = after_the_kill(process, text + process.communicate()[0], out, stands)
-        print(f"killed: the checkpoint of step {stands} is whole", flush=True)
+        saved = after_the_kill(process, text + process.communicate()[0], out, saved)
+        print(f"killed: the checkpoint of step {saved} is whole", flush=True)
     return out, steps
 
 
 def check(folder, out, steps, more):
+    """Finish the run, and compare it with one that was not disturbed."""
     process = launch(command(out, steps, more))
     text, _ = process.communicate()
     assert process.returncode == 0, text[-2000:]
-    peace = os.path.join(folder, "peace")
-    shutil.rmtree(peace, ignore_errors=True)
-    process = launch(command(peace, steps, more))
+    undisturbed = os.path.join(folder, "undisturbed")
+    shutil.rmtree(undisturbed, ignore_errors=True)
+    process = launch(command(undisturbed, steps, more))
     text, _ = process.communicate()
     assert process.returncode == 0, text[-2000:]
-    killed, left_alone = outcome(out, steps), outcome(peace, steps)
-    assert killed.keys() == left_alone.keys(), killed.keys() ^ left_alone.keys()
-    different = [name for name in killed if killed[name] != left_alone[name]]
+    found, wanted = outcome(out, steps), outcome(undisturbed, steps)
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    different = [name for name in found if found[name] != wanted[name]]
     assert not different, different
-    print(f"the same as a run left in peace: {len(killed)} items, {steps} steps", flush=True)
+    print(f"the same as an undisturbed run: {len(found)} items, {steps} steps", flush=True)
 
 
 def main():

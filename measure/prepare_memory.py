@@ -1,10 +1,9 @@
 """
-Does `prepare.py openr1` hold its memory when the file grows? Its peak on a made-up file of 100 MB and on one of 1 GB.
+Does the memory of `prepare.py openr1` stay the same when its file grows? Its peak on a generated file of 100 MB and on one of
+1 GB.
 
     python measure/prepare_memory.py                      small row groups, as the hub's files have
     python measure/prepare_memory.py 1000000              all rows in one row group
-
-A soak script, run by hand into LOG.md.
 """
 
 import os
@@ -13,19 +12,17 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXT, FLAGS = pa.string(), pa.list_(pa.bool_())
 SCHEMA = pa.schema({"problem": TEXT, "answer": TEXT, "solution": TEXT, "generations": pa.list_(TEXT),
                     "is_reasoning_complete": FLAGS, "correctness_math_verify": FLAGS})  # fmt: skip
 
 
 def write(path, n_bytes, group):
-    """A file of about n_bytes in rows of some 20 kB: two generations, every other one usable."""
+    """A file of about n_bytes in rows of about 20 kB with two generations each; half of them are usable."""
     rng, n = random.Random(0), n_bytes // 20_000
     text = "".join(rng.choices("0123456789abcdefghijklmnopqrstuvwxyz +-=\n", k=1_000_000))
     cut = lambda size: text[(start := rng.randrange(len(text) - size)) : start + size]
@@ -49,7 +46,7 @@ peaks = []
 with tempfile.TemporaryDirectory() as folder:
     for n_bytes in (100_000_000, 1_000_000_000):
         source, out = os.path.join(folder, "raw.parquet"), os.path.join(folder, str(n_bytes), "openr1.parquet")
-        if os.fork() == 0:  # a child, so that its memory is not taken for the command's
+        if os.fork() == 0:  # in a child process, so that this memory is not counted as the command's
             write(source, n_bytes, group)
             os._exit(0)
         os.wait()

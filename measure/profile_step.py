@@ -1,7 +1,8 @@
 """
-Where a step's time goes at one of `bench.py peers`' shapes, by torch's profiler: decoding and update, by kind of operation.
+Where the time of a step goes at one of the shapes of `bench.py peers`: torch's profiler over decoding and update, by kind of
+operation.
 
-    OMP_NUM_THREADS=2 python measure/profile_step.py [SHAPE]          25m-256
+    OMP_NUM_THREADS=2 python measure/profile_step.py [SHAPE]          the default is 25m-256
 """
 
 import os
@@ -18,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from bench import seconds as seconds_of
 from data import Rollout, pack
 from loss import batch_loss
-from model import load_policy
 from measure.peers.compare import SHAPES, build
+from model import load_policy
 from rollout import TorchSampler
 
-KINDS = {  # the first whose words an operation's name holds
+KINDS = {  # an operation is of the first kind with a word that its name contains
     "matrix products": "::mm addmm bmm linear_pointwise".split(),
     "attention": ["attention"],
     "elementwise": "mul add sub div exp log pow silu neg sqrt norm mean sum softmax lerp adam".split(),
@@ -31,7 +32,7 @@ KINDS = {  # the first whose words an operation's name holds
 
 
 def by_kind(function):
-    """Run it. {kind: its share of the time that operations take themselves}, and the seconds of another run."""
+    """Run it. Returns {kind: its share of the time spent in operations}, and the seconds of a run without the profiler."""
     function()
     start = time.perf_counter()
     function()
@@ -48,19 +49,20 @@ def by_kind(function):
 def main(shape="25m-256"):
     _, n_prompts, group, tokens = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        policy = load_policy(build(folder, shape)["model"])
+        model = build(folder, shape)["model"]
+        policy, sampler = load_policy(model), TorchSampler(model, [], tokens + 16)
     vocabulary, g = policy.hf.config.vocab_size, torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, vocabulary, (16,), generator=g).tolist() for _ in range(n_prompts)]
     prompts = [p for p in prompts for _ in range(group)]
-    sampler = TorchSampler(policy.hf.config, -1, tokens + 16)
     sampler.load(policy.hf, 0)
     decode = lambda: sampler.generate(prompts, list(range(len(prompts))), 1.0, tokens, 0)
-    batch = pack([(p, Rollout(0, s.ids, 0, s.logps, "length", advantage=0.5)) for p, s in zip(prompts, decode(), strict=True)])
+    batch = pack([Rollout(0, p, s.ids, sampler_logps=s.logps, advantage=0.5) for p, s in zip(prompts, decode(), strict=True)])
+    n_tokens = batch.loss_mask.sum().item()
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
 
     def update():
         logp, entropy = policy(batch)
-        batch_loss(logp, entropy, None, batch, (batch.loss_mask.sum().item(), 0), loss_constant=1e4).backward()
+        batch_loss(logp, entropy, None, batch, (n_tokens, 0, n_tokens), loss_constant=1e4).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

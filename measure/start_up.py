@@ -1,7 +1,8 @@
 """
-How long until the first step is done, beside the engine alone: import, construction and a first generation.
+Seconds until the first step is done, and what the engine alone takes of them: import, construction and a first generation.
+Also those of `train.py --help`.
 
-    python measure/start_up.py [REPEATS]          5; in turn; also `train.py --help`
+    python measure/start_up.py [REPEATS]          the default is 5; the two take turns
 """
 
 import os
@@ -16,7 +17,7 @@ ENGINE = """
 from data import load_problems, load_tokenizer
 from rollout import VLLMSampler
 tokenizer = load_tokenizer("toy/base")
-engine = VLLMSampler("toy/base", tokenizer.eos_token_id, 104)
+engine = VLLMSampler("toy/base", [tokenizer.eos_token_id], 104)
 prompts = [p.prompt_ids for p in load_problems("toy/train.parquet", tokenizer, 64, 40, True, print)[:16] for _ in range(8)]
 engine.generate(prompts, list(range(128)), 1.0, 40, "toy/base")
 print("step", flush=True)
@@ -24,7 +25,7 @@ print("step", flush=True)
 
 
 def seconds(*command):
-    """Until it has printed a line that begins with "step", or ended without one."""
+    """Seconds until the command prints a line that begins with "step", or ends without one."""
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip

@@ -1,11 +1,11 @@
 """
-The plan's forecast against the storage that the real forward and backward would hold, counted under fake tensors: any
-shape, on a laptop, in a minute. bfloat16 autocast, recomputation, no sharding, two micro-batches.
+The plan's forecast of memory beside what the real forward and backward passes would hold, counted with fake tensors: any
+shape, on a laptop, in a minute. bfloat16 autocast, activation checkpointing, no sharding, two micro-batches.
 
     python measure/track_memory.py 1.5b 32768
     python measure/track_memory.py 0.5b 16384
 
-A soak script, run by hand into LOG.md. Attention stands in for a kernel that keeps no scores.
+SDPA stands in for an attention kernel that keeps no scores.
 """
 
 import os
@@ -24,11 +24,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 import bench
 import model
-from plan import count_parameters, show, training_memory
+from runtime.plan import count_parameters, show, training_memory
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive."""
+    """Counts the bytes of all live storages."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ bench.size, tokens = sys.argv[1], int(sys.argv[2])
 config = bench.model_config()
 AttentionInterface.register("counted", attention)
 model.packing_of = lambda cu_seqlens, stands_for: {"computed": None, "where": None}
-model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # a GPU's
+model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # as on a GPU
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)

@@ -80,7 +80,7 @@ class Run:
             )  # fmt: skip
         except NotSaved as e:
             if must:
-                raise UserError(f"{e}; --resume=auto goes on from the checkpoint before") from None
+                raise UserError(f"{e}; --resume=auto continues from the checkpoint before") from None
             return print0(f"warning: {e}; the next try is after the next step")
         self.saved, self.save_due, guard.save_now = self.step, False, False
         self.try_to(prune, self.folder, self.step, keep_last, keep_every)

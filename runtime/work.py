@@ -17,7 +17,7 @@ WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in
 def settings_of(knobs, problems, model, sampler, dtype, grader):
     """What the samples depend on, and so what two runs must share to be one: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
-    names = ("data", "eval", "model", "reward", "rollout", "runtime/oat", "runtime/requests", "runtime/torch_sampler")
+    names = ("data", "eval", "reward", "rollout", "runtime/latex", "runtime/oat", "runtime/requests", "runtime/torch_sampler")
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,

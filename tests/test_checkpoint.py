@@ -15,6 +15,7 @@ from helpers import load_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import eval
 from configurator import ROOT, UserError
 from measure.kill import POINTS, at_points, at_random, check, outcome
 from model import load_policy
@@ -69,7 +70,7 @@ def test_three_and_three_are_six(script, tmp_path, method):
         if os.path.isfile(folder / name):
             assert open(folder / name, "rb").read() == open(tmp_path / "parts" / "ckpt_6" / "state" / name, "rb").read()
     rows = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
-    assert method != "relift" or any("relift/sft_loss" in r for r in rows[4:])
+    assert method != "relift" or any("sft/loss" in r for r in rows[4:])
     assert method != "exgrpo" or "reward/replayed" in rows[-1]
 
 
@@ -199,7 +200,7 @@ def test_what_may_change_freely(script, peace, tmp_path, capsys):
             "--keep_last=1", "--hang_timeout=60"]  # fmt: skip
     assert train(script, out, *argv, "--resume=auto") == 0
     printed = capsys.readouterr().out
-    assert "going on after step 3" in printed and "max_steps changed" in printed
+    assert "resuming after step 3" in printed and "max_steps changed" in printed
     rows, old = ([json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (out, peace))
     assert [r["step"] for r in rows] == list(range(7)) and rows[4]["loss"] == old[4]["loss"]
     assert "mismatch/canary" in rows[5] and "eval/greedy" not in rows[5] and "eval/greedy" in rows[3]
@@ -275,7 +276,7 @@ def test_sigterm_saves_the_last_boundary(script, tmp_path, capfd, monkeypatch, t
     assert [n for n in os.listdir(out) if n.startswith("ckpt")] == [f"ckpt_{resumes_after}"]
     assert "SIGTERM: saving" in capfd.readouterr().err
     assert train(script, out, *TWO, "--resume=auto") == 0
-    assert f"going on after step {resumes_after}" in capfd.readouterr().out
+    assert f"resuming after step {resumes_after}" in capfd.readouterr().out
     assert train(script, out, *TWO, "--resume=auto") in (0, None) and "nothing to do" in capfd.readouterr().out
     assert outcome(out, 4) == two_updates
 
@@ -316,7 +317,7 @@ def test_a_full_disk(script, peace, small_disk, capsys, monkeypatch, told_before
     out, argv = small_disk / "run", ["--max_steps=4", "--save_interval=1", "--keep_last=0"]
     if not told_beforehand:  # as a quota that only the write itself finds
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
-    with pytest.raises(UserError, match="ckpt_4 is not saved: .*--resume=auto goes on from the one before") as e:
+    with pytest.raises(UserError, match="ckpt_4 is not saved: .*--resume=auto continues from the checkpoint before") as e:
         train(script, out, *argv)
     wanted = "1.7 MiB, .* are free, .* are missing" if told_beforehand else "No space left on device"
     assert e.match(wanted)
@@ -330,13 +331,13 @@ def test_a_full_disk(script, peace, small_disk, capsys, monkeypatch, told_before
     assert outcome(out, 4) == outcome(peace, 4)
 
 
-def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
+def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys, monkeypatch):
     """Rollouts and evaluations are for people and may be lost; lines of metrics.jsonl wait until there is room."""
     out = small_disk / "run"
     module = script("train", [*BASIC, "--max_steps=5", "--save_interval=0", f"--out_dir={out}"])
-    hog, evaluate, calls = small_disk / "hog", module.evaluate, []
+    hog, evaluate, calls = small_disk / "hog", eval.evaluate, []
 
-    def fill_and_empty(*arguments):
+    def fill_and_empty(*arguments, **keywords):
         calls.append(1)
         if len(calls) == 3:  # the evaluation of step 2
             with pytest.raises(OSError), open(hog, "wb", buffering=0) as f:
@@ -344,9 +345,9 @@ def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
                     f.write(bytes(10_000)) == 10_000 or f.write(b"0")
         elif len(calls) == 5:
             os.remove(hog)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **keywords)
 
-    module.evaluate = fill_and_empty
+    monkeypatch.setattr("eval.evaluate", fill_and_empty)
     assert module.main() == 0
     printed = capsys.readouterr().out
     for what in ("write_rollouts", "write_json"):
@@ -355,7 +356,7 @@ def test_a_disk_that_fills_outside_of_checkpoints(script, small_disk, capsys):
     assert find(str(out), print)[0].endswith("ckpt_5")
 
 
-def test_lines_of_metrics_are_whole_or_not_there(script, small_disk, tmp_path, capsys):
+def test_lines_of_metrics_are_whole_or_not_there(script, small_disk, tmp_path, capsys, monkeypatch):
     record = {f"key {i}": 1.0 for i in range(1000)}
     with open(small_disk / "hog", "wb", buffering=0) as f, pytest.raises(OSError):
         write_metrics(str(small_disk), [record])
@@ -372,22 +373,23 @@ def test_lines_of_metrics_are_whole_or_not_there(script, small_disk, tmp_path, c
             raise OSError("no room")
         real(folder, records)
 
-    write.__name__, module.write_metrics = "write_metrics", write
+    write.__name__ = "write_metrics"
+    monkeypatch.setattr("runtime.run.write_metrics", write)
     assert module.main() == 0 and capsys.readouterr().out.count("warning: write_metrics: no room") == 2
     assert [json.loads(line)["step"] for line in open(tmp_path / "x" / "metrics.jsonl")] == list(range(6))
 
 
-def test_a_failed_save_is_tried_again_after_the_next_step(script, tmp_path):
+def test_a_failed_save_is_tried_again_after_the_next_step(script, tmp_path, monkeypatch):
     module = script("train", [*BASIC, "--max_steps=5", "--save_interval=2", "--keep_last=0", f"--out_dir={tmp_path / 'x'}"])
-    real, calls = module.save, []
+    real, calls = checkpoint.save, []
 
-    def save(folder, step, *rest):
+    def save(folder, step, *rest, **more):
         calls.append(step)
         if len(calls) == 1:
             raise NotSaved("no room")
-        real(folder, step, *rest)
+        real(folder, step, *rest, **more)
 
-    module.save = save
+    monkeypatch.setattr("runtime.run.save", save)
     assert module.main() == 0 and calls == [2, 3, 4, 5]
 
 

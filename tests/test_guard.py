@@ -193,7 +193,7 @@ def goes_on(out, peace, after):
     process = torchrun(out, "--resume=auto")
     printed, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
-    assert int(re.search(r"going on after step (\d)", printed)[1]) == after
+    assert int(re.search(r"resuming after step (\d)", printed)[1]) == after
     assert outcome(out, 6) == peace
 
 

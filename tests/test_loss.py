@@ -55,7 +55,7 @@ def test_gradient_is_the_finite_difference(shaping, low, high):
 
 
 def test_gradient_weights():
-    """A teacher token has weight p without shaping and gamma p / (p + gamma)^2 with it; an own token at ratio 1 has weight 1."""
+    """A teacher token weighs p without shaping and gamma p / (p + gamma)^2 with it. An own token at ratio 1 weighs 1."""
     p = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
     one, yes = torch.ones_like(p), torch.ones(5, dtype=torch.bool)
     for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2)):

@@ -264,7 +264,7 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["config/method/kdrl.py", "--teacher_model=nowhere"], "there is no model folder"),
         (["--baseline=own", "--n_rollouts=1"], "baseline='own' needs own samples"),
         (["--replay_share=0.5"], "set n_teacher=0"),
-        (["--teacher_share=1.5"], "between 0 and 1"),
+        (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),

@@ -17,7 +17,8 @@ from model import ask_teacher, load_policy, mean_entropies
 
 def traces(problems, n=6):
     """The first n problems' traces as rollouts."""
-    return [Rollout(p.id, p.prompt_ids, p.teacher[0], source="teacher", n_teacher_tokens=len(p.teacher[0])) for p in problems[:n]]
+    whole = lambda p, ids: Rollout(p.id, p.prompt_ids, ids, source="teacher", n_teacher_tokens=len(ids))
+    return [whole(p, p.teacher[0]) for p in problems[:n]]
 
 
 def own(prompt_ids, response_ids):

@@ -77,7 +77,8 @@ def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 update(s) of 512, 8 rank(s)" in done.stdout
-    assert "checkpoints: 85.1 GiB each, 680.9 GiB at the most" in done.stdout  # the one being written, the newest two, and five of every 100 steps
+    # Eight: the one being written, the newest two, and those of every 100th of 500 steps.
+    assert "checkpoints: 85.1 GiB each, 680.9 GiB at the most" in done.stdout
     assert f"fits in 80 GiB: {answer}" in done.stdout and "not a measurement" in done.stdout
 
 

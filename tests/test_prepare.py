@@ -110,7 +110,8 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
     rest = pq.read_table(tmp_path / "d" / "openr1.complement.parquet").to_pylist()
     assert [row["extra_info"]["index"] for row in rest] == WITHOUT and all(row["target"] is None for row in rest)
 
-    assert [line["messages"] for line in lines_of(tmp_path / "d" / "openr1.sft.jsonl")] == [[*row["prompt"], *row["target"]] for row in rows]
+    conversations = [line["messages"] for line in lines_of(tmp_path / "d" / "openr1.sft.jsonl")]
+    assert conversations == [[*row["prompt"], *row["target"]] for row in rows]
 
     # Training uses every trace, whether the prompt opens the thought or not.
     tokenizer, shown = load_tokenizer(byte_model), []
@@ -125,8 +126,8 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
 
 
 def test_all_traces_and_subsets(tmp_path, byte_model):
-    rows = [openr1_row("a", [openr1_trace(2047), openr1_trace(3000), openr1_trace(9000), openr1_trace(30)]), openr1_row("b", [openr1_trace(2048), openr1_trace(10)]),
-            openr1_row("c", [openr1_trace(4096), openr1_trace(8191)]), openr1_row("d", [openr1_trace(8192)])]  # fmt: skip
+    tokens = {"a": (2047, 3000, 9000, 30), "b": (2048, 10), "c": (4096, 8191), "d": (8192,)}
+    rows = [openr1_row(problem, list(map(openr1_trace, lengths))) for problem, lengths in tokens.items()]
     (tmp_path / "raw").mkdir()
     write_openr1(tmp_path / "raw" / "train-0.parquet", rows[:2])
     write_openr1(tmp_path / "raw" / "train-1.parquet", rows[2:])
@@ -164,7 +165,8 @@ def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
     flat = table.set_column(table.schema.get_field_index("generations"), "generations", pa.array(["</think>"]))
     pq.write_table(flat, tmp_path / "flat.parquet")
     (tmp_path / "none").mkdir()
-    whole = write_openr1(tmp_path / "damaged.parquet", [openr1_row(str(i), [openr1_trace(90)]) for i in range(2000)], row_group_size=1000)
+    many = [openr1_row(str(i), [openr1_trace(90)]) for i in range(2000)]
+    whole = write_openr1(tmp_path / "damaged.parquet", many, row_group_size=1000)
     content = bytearray(whole.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 40_000] = b"\xff" * 40_000
     whole.write_bytes(content)

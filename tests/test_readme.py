@@ -19,7 +19,7 @@ def code_under(heading):
 
 
 def test_own_questions_and_own_reward(tmp_path):
-    """Ten lines turn a JSONL of questions into a data file, ten lines are a verifier, and training and evaluation accept both."""
+    """Ten lines make a data file of a JSONL of questions, ten lines are a verifier; training and evaluation accept both."""
     for heading in ("Your own questions", "Your own reward"):
         assert sum(line != "" for line in code_under(heading).splitlines()) <= 10
     rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()[:40]

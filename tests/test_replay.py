@@ -78,7 +78,7 @@ def test_state_and_metrics_are_plain(kind):
 
 def test_failed_questions_wait_in_turn():
     memory = FailedQuestions(problems(10, traces=(1, 5, 7, 8, 9)), 3)
-    due = lambda: [p.id for p in memory.sft_due()]
+    due = lambda: [r.problem for r in memory.sft_due()]
     assert due() == []  # nothing waits, and that is no error
     memory.observe(group(7, 0, 0, 0))
     memory.observe(group(8, 0, 1, 0))  # solved once: not failed
@@ -110,7 +110,7 @@ def test_failed_questions_state():
     copy.load_state_dict(memory.state_dict())
     for m in (memory, copy):
         m.observe(group(1, 1))
-        assert [p.id for p in m.sft_due()] == [3, 2] and m.queue == []
+        assert [r.problem for r in m.sft_due()] == [3, 2] and m.queue == []
     copy.load_state_dict(FailedQuestions([], 2).state_dict())
     assert copy.queue == []
 

@@ -9,18 +9,15 @@ import time
 import build
 import pytest
 import torch
-from helpers import a_row, launch, metrics, run, write
+from helpers import BASE, TRAIN, a_row, launch, metrics, run, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import eval
 from configurator import ROOT, UserError
-from data import load_tokenizer
-
-
-def shared(module, engine, monkeypatch):
-    """Let train.py's main use the session's engine."""
-    monkeypatch.setattr(engine, "close", lambda: None)
-    monkeypatch.setattr(module, "VLLMSampler", lambda *a, **k: engine)
+from data import Rollout, load_problems, load_tokenizer, set_aside
+from runtime.metrics import batch_warnings, step_line
+from runtime.torch_sampler import TorchSampler
 
 
 def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
@@ -30,8 +27,8 @@ def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
         out = tmp_path / method
         module = script("train", [f"config/method/{method}.py", "--max_steps=22", "--eval_k=0", "--eval_interval=0",
                                   f"--out_dir={out}", "--sampler=vllm", "--reward_workers=1"])  # fmt: skip
-        shared(module, engine, monkeypatch)
-        module.main()
+        monkeypatch.setattr(engine, "close", lambda: None)
+        module.main(open_sampler=lambda *a, **k: engine)
         rows = metrics(out)
         assert [r["step"] for r in rows] == list(range(23))
         assert rows[0]["eval/greedy"] <= 0.05
@@ -70,11 +67,8 @@ def test_a_held_out_selection_set(script, tmp_path):
     table = json.load(open(tmp_path / "out" / "eval_2.json"))
     assert list(table) == ["holdout"] and (table["holdout"]["n"], table["holdout"]["k"]) == (480, 2)
     trained = {json.loads(line)["problem"] for n in (1, 2) for line in open(tmp_path / "out" / "rollouts" / f"step_{n}.jsonl")}
-    module = script("train", [])
-    problems = module.load_problems(
-        module.repo_path("toy/train.parquet"), load_tokenizer(os.path.join(build.HERE, "base")), log=print
-    )
-    held = {p.id for p in module.set_aside(problems, 480)[1]}
+    problems = load_problems(TRAIN, load_tokenizer(BASE), log=print)
+    held = {p.id for p in set_aside(problems, 480)[1]}
     assert len(trained) == 32 and not trained & held and len(problems) == 512
     with pytest.raises(UserError, match="holdout=512 leaves nothing"):
         run(script, tmp_path, "none", "--holdout=512")
@@ -189,13 +183,13 @@ def test_seeds_choose_problems_and_samples(script, tmp_path):
     assert len(set(samples)) > len(samples) / 3  # neighbours do not repeat each other
 
 
-def test_evaluation_knobs(script, tmp_path):
+def test_evaluation_knobs(script, tmp_path, monkeypatch):
     out = tmp_path / "x"
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--max_steps=1", "--reward_workers=1",
                               "--eval_max_problems=30", "--eval_k=3", "--eval_temperature=1.5"])  # fmt: skip
-    calls = []
-    real = module.evaluate
-    module.evaluate = lambda *a: calls.append((len(a[0]), a[5], a[6])) or real(*a)
+    calls, real = [], eval.evaluate
+    evaluate = lambda problems, *a, **k: calls.append((len(problems), k["k"], k["temperature"])) or real(problems, *a, **k)
+    monkeypatch.setattr("eval.evaluate", evaluate)
     module.main()
     assert calls == [(30, 1, 0.0), (30, 3, 1.5)] * 2
     assert json.load(open(out / "eval_1.json"))["toy"]["n"] == 30
@@ -206,11 +200,11 @@ def test_no_evaluation_is_none(script, tmp_path):
     assert not [name for row in rows for name in row if name.startswith("eval/")]
 
 
-def test_the_step_lines_columns_stand_still(script):
+def test_the_step_lines_columns_stand_still():
     """However long a phase takes and an answer is, whatever a reward: the same columns."""
     quick = {"step": 3, "reward/own": 0.5, "length/own": 29.0, "time/rollout": 0.25, "time/update": 1.5, "grad_norm": 0.1}
     slow = {**quick, "step": 499, "reward/own": -0.25, "length/own": 16384.0, "time/rollout": 3120.4, "time/update": 99.99}
-    lines = [script("train", []).step_line(m, 500, eta) for m, eta in ((quick, 65), (slow, 77 * 3600 + 61))]
+    lines = [step_line(m, 500, eta) for m, eta in ((quick, 65), (slow, 77 * 3600 + 61))]
     assert len({line.index("ETA") for line in lines}) == 1
     assert lines[0].endswith("ETA 1:05") and lines[1].endswith("ETA 77:01:01") and "gen   3120 s" in lines[1]
 
@@ -241,26 +235,26 @@ def test_a_bad_update_is_skipped_and_leaves_no_trace(script, tmp_path, fault):
         )
         real, calls = module.update, []
 
-        def update(policy, optimizer, *rest, real=real, calls=calls, module=module, name=name):
+        def update(policy, *rest, real=real, calls=calls, module=module, name=name, **more):
             calls.append(1)
             if len(calls) != 4:
-                return real(policy, optimizer, *rest)
+                return real(policy, *rest, **more)
             if name == "left_out":
-                return {"loss": (0.0, 1)}, 0.0, False
+                return module.Update(stepped=False, norm=0.0, sums={"loss": (0.0, 1)}, logps=[])
             if fault == "norm":
                 module.skip_grad_norm = 1e-9
             elif fault == "gradient":
                 handle = policy.hf.lm_head.weight.register_hook(lambda g: g * float("nan"))
             else:
                 loss, module.batch_loss = module.batch_loss, lambda *a, **k: loss(*a, **k) * float("inf")
-            sums, norm, stepped = real(policy, optimizer, *rest)
+            result = real(policy, *rest, **more)
             module.skip_grad_norm = 0.0
             if fault == "gradient":
                 handle.remove()
             elif fault == "loss":
                 module.batch_loss = loss
-            assert not stepped
-            return sums, norm, stepped
+            assert not result.stepped
+            return result
 
         module.update = update
         module.main()
@@ -277,15 +271,14 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, dr
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=4",
                               "--save_interval=1"])  # fmt: skip
 
-    class Drifting(module.TorchSampler):
+    class Drifting(TorchSampler):
         def decode(self, prompts, *rest):
             off = drift if len(prompts) > 1 and self.stamp >= 2 else 0.0  # from step 3 on
             for i, s in super().decode(prompts, *rest):
                 yield i, s._replace(logps=[x + off for x in s.logps])
 
-    module.TorchSampler = Drifting
     with pytest.raises(RuntimeError, match=f"disagree by {words} in mean .* over a batch, canary_limit is 0.001"):
-        module.main()
+        module.main(open_sampler=lambda model, stop_ids, max_model_len, **k: Drifting(model, stop_ids, max_model_len))
     assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
 
 
@@ -350,11 +343,8 @@ def test_one_ranks_nan_skips_the_update_on_all(tmp_path, shard):
 
 
 def test_batches_of_which_nothing_can_be_learnt_are_named():
-    from data import Rollout
-    from runtime.metrics import batch_warnings
-
-    own = lambda finish, reason: Rollout(0, [1], 0, [0.0], finish, 0.0, reason)
-    teacher = Rollout(0, [1], 1, [], "teacher", 1.0, "correct")
+    own = lambda finish, reason: Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason=reason)
+    teacher = Rollout(0, [0], [1], "teacher", 1, reward=1.0, reason="correct")
     assert batch_warnings([own("stop", "wrong"), own("length", "timeout"), teacher]) == [] == batch_warnings([teacher])
     cases = {("length", "no_think"): ["max_tokens", "</think>"], ("stop", "timeout"): ["reward_timeout"],
              ("stop", "error"): ["killed its verifier"]}  # fmt: skip
@@ -433,19 +423,17 @@ def test_failing_teachers_are_shown(script, tmp_path):
     assert len(str(e.value).splitlines()) == 2
 
 
-def test_the_canary_stops_a_deaf_engine(script, tmp_path, monkeypatch):
+def test_the_canary_stops_a_deaf_engine(script, tmp_path):
     """An engine whose weights are not the policy's is found out before the first step."""
     module = script("train", ["--sampler=torch", f"--out_dir={tmp_path / 'x'}", "--reward_workers=1", "--eval_data="])
-    real = module.TorchSampler
 
-    class Deaf(real):
+    class Deaf(TorchSampler):
         def load(self, hf, stamp):
             super().load(hf, stamp)
             self.decoder.norm = 0.3 * self.decoder.norm
 
-    monkeypatch.setattr(module, "TorchSampler", Deaf)
     with pytest.raises(RuntimeError, match="engine and trainer disagree"):
-        module.main()
+        module.main(open_sampler=lambda model, stop_ids, max_model_len, **k: Deaf(model, stop_ids, max_model_len))
 
 
 def close(one, two, tolerance, keys=("loss", "grad_norm", "entropy/own", "teacher/p", "reward/own")):

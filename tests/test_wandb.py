@@ -19,7 +19,7 @@ def test_its_package_is_asked_for_before_any_work(script, monkeypatch, tmp_path)
     module = script("train", ["--log=wandb", f"--out_dir={tmp_path / 'run'}"])
     folder = importlib.machinery.ModuleSpec("wandb", None, is_package=True)  # what the package leaves behind where it ran
     for found in (None, folder):
-        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
         with pytest.raises(UserError, match="pip install wandb"):
             module.main()
     assert not (tmp_path / "run").exists()

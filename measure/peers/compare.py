@@ -179,11 +179,11 @@ def main(argv):
     own = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"{found.stdout.strip()}; ours: {own}")
     print(f"{threads} thread(s) each; median (least to most) of {repeats} steps")
-    from rollout import wants_vllm  # which takes seconds
+    from rollout import choose_sampler  # which takes seconds
 
     for shape in shapes.split(","):
         for sampler in samplers.split(","):
-            if sampler == "torch" or wants_vllm("auto"):
+            if sampler == "torch" or choose_sampler("auto") == "vllm":
                 compare(shape, sampler)
             else:
                 print(f"\n{shape}, ours through vllm: not measured, vLLM is not installed")
