@@ -1,5 +1,5 @@
 """The expected gradient of each estimator by enumeration: a tabular policy of three tokens and two steps, where every
-sequence counts by its probability. And a run of every overlay."""
+sequence is weighted by its probability. And a run of every overlay."""
 
 import glob
 import itertools
@@ -280,11 +280,11 @@ def test_method_knobs_are_checked(script, tmp_path, argv, words):
 
 def test_teacher_tokenizers_must_agree(tokenizer, byte_model):
     check_same_tokens(tokenizer, load_tokenizer("toy/base"))
-    with pytest.raises(UserError, match=r"differs in \d+ of 21 tokens: 0 is '<pad>' to the policy"):
+    with pytest.raises(UserError, match=r"differs in \d+ of 21 tokens: id 0 is '<pad>' for the policy"):
         check_same_tokens(tokenizer, load_tokenizer(byte_model))
     other = load_tokenizer("toy/base")
     other.eos_token = "<think>"
-    with pytest.raises(UserError, match=r"ends in '<eos>' \(1\), the teacher model in '<think>'"):
+    with pytest.raises(UserError, match=r"EOS is '<eos>' \(1\), the teacher model's '<think>'"):
         check_same_tokens(tokenizer, other)
 
 
@@ -420,7 +420,7 @@ def test_tgpos_weight_falls_to_zero(spied, other_model):
     module, updates, _ = spied(*argv)
     module.main()
     assert [u.terms["ce_coef"] for u in updates] == [0.5, 0.25, 0.0]
-    assert [u.batches[0].top1 is None for u in updates] == [False, False, True]  # the teacher is not asked in vain
+    assert [u.batches[0].top1 is None for u in updates] == [False, False, True]  # with a weight of zero it is not asked
 
 
 def test_replays_are_the_surest_and_never_retired(spied, tmp_path, easy_data, monkeypatch):

@@ -236,6 +236,15 @@ def test_retired_questions_serve_again_only_where_too_few_are_left():
     assert len({p.id for p in next_batch(memory, 5)[0]}) == 5
 
 
+def test_problems_drawn_again_in_a_new_epoch_are_left_out():
+    """Where retired questions are skipped, a batch may reach into the next epoch, which has its first problems again."""
+    memory, order, rng = pool(10), Order(10, seed=0), np.random.default_rng(0)
+    memory.observe([r for q in range(3) for r in rows(8, q=q)])
+    for _ in range(30):
+        ids = [p.id for p in memory.next_batch(order, 5, rng, None)[0]]
+        assert len(set(ids)) == 5 and min(ids) > 2
+
+
 def test_state_goes_through_a_file(tmp_path):
     memory, copy = active(q1=3, q2=8, q5=1), pool()
     save_file(memory.state_dict(), tmp_path / "replay.state")
