@@ -20,9 +20,9 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -m slow
 
-# The links of README and docs/, and every command in them, in a copy of this checkout.
+# The links and the file map of README and docs/, and every command in them, in a copy of this checkout.
 docs-check: .venv/ready
-	.venv/bin/python tests/docs_check.py
+	.venv/bin/python measure/docs_check.py
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -22,12 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests"), os.path.join(ROOT, "toy")]
 
-# In place of the 7B: a model of 0.1 M parameters over bytes, two processes, a few tokens. SMALL is for train.py, TINY for eval.py.
+# In place of the 7B: a model of 0.1 M parameters over bytes, two processes, a few tokens. SMALL is for train.py, TINY for
+# eval.py. A run of 2 steps shows that a command works; `make demo`, which later commands read, is the only one at full length.
 TWO = ("--nproc_per_node=8", "--nproc_per_node=2")
 SMALL = (
     " --sampler=torch --max_steps=2 --prompts_per_step=4 --max_tokens=16 --holdout=8 --reward_workers=1 --min_teacher_pass=0.5"
 )
 TINY = " --sampler=torch --max_tokens=16 --k=1 --reward_workers=1"
+SHORT = " --sampler=torch --eval_max_problems=8"
 BY_CI = "by .ci/run"
 HARMFUL = "not run: it changes the machine"
 COMMANDS = {
@@ -46,10 +48,10 @@ COMMANDS = {
     "source .venv/bin/activate": [],
     "python plot.py out/demo/luffy_0 out/demo/grpo_0 out/demo/sft_0": [],
     "python plot.py trace out/demo/luffy_0 --step=5 --out=out/group.html": [],
-    "python train.py": [("train.py", "train.py --max_steps=2")],
+    "python train.py": [("train.py", "train.py --max_steps=2 --eval_max_problems=8")],
     "python train.py --help": [],
-    "python train.py config/method/sft_verified.py --out_dir=out/teacher": [],
-    "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp")],
+    "python train.py config/method/sft_verified.py --out_dir=out/teacher": [("d.py", "d.py --max_steps=2" + SHORT)],
+    "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp" + SHORT)],
     "python bench.py": [],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
     "python measure/profile_step.py": [("step.py", "step.py toy")],
@@ -64,18 +66,19 @@ COMMANDS = {
         [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --max_tokens=16 --grader=any.py --require_think=False")],
     "python train.py config/luffy_7b.py --dry_run=True": [],
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
-    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [TWO, ("7b.py", "7b.py" + SMALL)],
+    # The same run as the line above, which is in out/luffy_7b already.
+    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [TWO, ("7b.py", "7b.py --dry_run=True")],
     "torchrun --nproc_per_node=8 train.py config/grpo_7b.py": [TWO, ("7b.py", "7b.py" + SMALL)],
     "python train.py config/luffy_7b.py config/method/grpo.py --seed=2": [("seed=2", "seed=2 --dry_run=True")],
     "python train.py config/luffy_7b.py config/method/relift.py": [("relift.py", "relift.py --dry_run=True")],
     "python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192":
-        [("1.5b --tokens=32768 --shortest=2048 --longest=8192", "tiny --tokens=1024 --shortest=64 --longest=256")],
+        [("1.5b", "tiny --syncs=0 --repeats=1"), ("32768", "1024"), ("2048", "64"), ("8192", "256")],
     # Evaluation.
     "torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=data/valid.all.parquet --out_dir=out/eval":
         [TWO, ("DIR", "models/Qwen2.5-Math-7B-16k-think" + TINY)],
     "python eval.py compare out/eval_a/eval.json out/eval_b/eval.json": [("eval_a", "eval"), ("eval_b", "eval")],
     "python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc --model=DIR --data=data/valid.all.parquet":
-        [("--k=8", "--k=2"), ("DIR", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16")],
+        [("=8", "=2 --sampler=torch --max_tokens=16"), ("0.4,0.7,1.0", "1.0"), ("DIR", "models/Qwen2.5-Math-7B-16k-think")],
     "python eval.py --model=out/demo/luffy_0/ckpt_60 --k=8 --out_dir=out/eval_luffy": [],
     "python eval.py --model=out/demo/sft_0/ckpt_60 --k=8 --out_dir=out/eval_sft": [],
     "python eval.py compare out/eval_sft/eval.json out/eval_luffy/eval.json": [],
@@ -83,19 +86,20 @@ COMMANDS = {
     " rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero; do torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
     " --data=data/valid.all.parquet --out_dir=out/six/$m; torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
     " --out_dir=out/ood/$m --data=data/valid.arc_c.parquet,data/valid.gpqa.parquet,data/valid.mmlu_pro.parquet; done":
-        [TWO, ("--model=$m", "--model=$m" + TINY)],
+        [TWO, (" Elliott/Qwen2.5-Math-7B-SFT-RL rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero", ""), ("--model=$m", "--model=$m" + TINY)],
     "python eval.py compare out/six/Elliott/Qwen2.5-Math-7B-SFT/eval.json"
     " out/six/Elliott/LUFFY-Qwen-Math-7B-Zero/eval.json": [],
     "torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=out/luffy_7b/ckpt_500 --data=data/valid.all.parquet"
     " --out_dir=out/six/luffy": [TWO, ("ckpt_500", "ckpt_2" + TINY)],
     # The toy worlds.
-    "python train.py config/toy/shaping.py": [("shaping.py", "shaping.py --max_steps=2")],
-    "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2")],
+    "python train.py config/toy/shaping.py": [("shaping.py", "shaping.py --max_steps=2" + SHORT)],
+    "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2" + SHORT)],
     "make table": [("make table", ".venv/bin/python toy/table.py --seeds=1 --only_print")],
     # The ablation.
     "python -m pytest tests/test_ablation.py tests/test_loss.py": [],
     "for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --seed=$s --out_dir=out/luffy_$s; python train.py"
-    " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done": [],
+    " config/toy/shaping.py config/ablation/exp.py --sampler=torch --seed=$s --out_dir=out/exp_$s; done":
+        [("0 1 2", "0 1"), ("--sampler=torch", "--sampler=torch --max_steps=5 --eval_max_problems=8")],
     "python plot.py out/luffy_? out/exp_? --out=out/ablation": [],
     "python plot.py trace out/exp_1 --step=5 --out=out/ablation.html": [],
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py config/ablation/exp.py --out_dir=out/exp_7b":
@@ -113,11 +117,11 @@ SHORTER = {
     "toy/build.py": [("steps=1400", "steps=14")],
     "toy/shaping.py": [("seed, 1000, 3e-3", "seed, 10, 3e-3"), ("560, 1.2e-3", "6, 1.2e-3"), ("300, 1.2e-3", "3, 1.2e-3")],
     # Three steps of each run instead of 60, each with its evaluation and its checkpoint.
-    "toy/table.py": [("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("by_source(f, 60)", "by_source(f, 3)"),
+    "toy/table.py": [("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("(f, 60)", "(f, 3)"),
                      ("--save_interval=10", "--save_interval=1"),
                      ('"--reward_workers=1"', '"--reward_workers=1", "--max_steps=3", "--eval_interval=1"')],
-    "measure/growth.py": [("(8, 16, 32)", "(8, 16)"), ("(128, 256, 512)", "(128, 256)"), ("(8192, 32768, 131072)", "(8192, 32768)"),
-                          ("(256, 512, 1024)", "(256, 512)")],
+    "measure/growth.py": [("(8, 16, 32)", "(8, 16)"), ("(128, 256, 512)", "(128, 256)"), ("(256, 512, 1024)", "(256, 512)"),
+                          ("(8192, 32768, 131072)", "(8192, 32768)")],
 }  # fmt: skip
 
 
@@ -179,10 +183,10 @@ def unknown_knobs():
 
 
 def names(code, name):
-    """Does this Python code define the name (a function, a class, a knob), or have a comment that begins with it, such as
-    "# 2. Roll out: own samples ..."?"""
+    """Does this Python code define the name (a function, a class, a knob), or have a comment that begins with it and a colon,
+    comma or stop, such as "# 2. Roll out: own samples ..."?"""
     name = re.escape(name)
-    return bool(re.search(rf"^ *(def|class) {name}\b|^{name} = |^ *# (\d+\. )?{name}(?!\w)", code, re.M))
+    return bool(re.search(rf"^ *(def|class) {name}\b|^{name} = |^ *# (\d+\. )?{name}([:,.]|$)", code, re.M))
 
 
 def broken_links():
@@ -199,7 +203,7 @@ def broken_links():
                 found.append(f"{page}: [{words}]({target}): there is no {file}")
             elif file.endswith(".py"):
                 if anchor:
-                    found.append(f"{page}: [{words}]({target}): line numbers change with every edit: link a name without #{anchor}")
+                    found.append(f"{page}: [{words}]({target}): a line number is soon wrong: link a name, without #{anchor}")
                 elif name != os.path.basename(file) and not names(read(file), name):
                     found.append(f"{page}: [{words}]({target}): {file} has no function, class, knob or comment of that name")
             elif anchor and anchor not in slugs(file):
@@ -265,9 +269,7 @@ def unknown_commands():
     """Commands that are in README or docs/ but not in COMMANDS, and the reverse: a list of lines."""
     typed = {command: page for page in pages() for command in commands(page)}
     missing = [
-        f"{page}: nothing runs `{command}`: add it to COMMANDS"
-        for command, page in typed.items()
-        if command not in COMMANDS
+        f"{page}: nothing runs `{command}`: add it to COMMANDS" for command, page in typed.items() if command not in COMMANDS
     ]
     return missing + [f"`{command}` in COMMANDS is no longer on any page" for command in COMMANDS if command not in typed]
 
@@ -323,7 +325,7 @@ def stand_ins(folder):
         pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"valid.{file}.parquet")
     page = read("docs/first_ablation.md")
     (folder / "first.diff").write_text(re.search(r"^```diff\n(.*?)^```", page, re.S | re.M)[1])
-    subprocess.run(["patch", "-p1", "-i", "first.diff"], cwd=folder, check=True)
+    subprocess.run(["patch", "-p1", "-F0", "-i", "first.diff"], cwd=folder, check=True)
     for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
         file = folder / re.match(r"# (\S+)\n", code)[1]
         file.parent.mkdir(exist_ok=True)

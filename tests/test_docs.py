@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
 
 from measure import docs_check
@@ -14,17 +15,69 @@ SHAPES = {
 }  # fmt: skip
 
 
-def test_links_and_commands():
-    assert (
-        docs_check.broken_links() + docs_check.unreadable() + docs_check.unknown_commands() + docs_check.unknown_knobs() == []
+@pytest.fixture
+def readme(monkeypatch):
+    """A function that makes its text the only page, as README.md."""
+
+    def put(text):
+        monkeypatch.setattr(docs_check, "read", lambda path: text if path == "README.md" else real(path))
+
+    real = docs_check.read
+    monkeypatch.setattr(docs_check, "pages", lambda: ["README.md"])
+    return put
+
+
+def test_nothing_is_wrong_with_the_pages():
+    assert docs_check.static_faults() == []
+
+
+def test_a_broken_link_is_found(readme):
+    readme(
+        "# A *page* of `x`, the 2nd\n[a](#a-page-of-x-the-2nd) [b](docs/nothing.md) [c](LICENSE) [d](#no) [e](https://example.org)\n"
     )
+    assert [re.search(r"\]\((\S+)\):", fault)[1] for fault in docs_check.broken_links()] == ["docs/nothing.md", "#no"]
 
 
-def test_what_is_broken_is_found(monkeypatch):
-    page = """# A *page* of `x`, the 2nd
-[a](#a-page-of-x-the-2nd) [b](docs/nothing.md) [c](LICENSE) [d](#no) [`MIT License`](LICENSE#L2)
-[`MIT License`](LICENSE#L1) [`MIT License`](LICENSE#L999) [e](https://example.org)
-Type `python nothing.py` or `make`.
+@pytest.mark.parametrize(
+    "link",
+    ["[`shape`](loss.py)", "[`Verifier`](reward.py)", "[`Roll out`](train.py)", "[`gamma`](train.py)", "[`loss.py`](loss.py)",
+     "[the loss](loss.py)"],
+)  # fmt: skip
+def test_a_link_to_a_name(readme, link):
+    readme(link)
+    assert docs_check.broken_links() == []
+
+
+@pytest.mark.parametrize(
+    "link,words",
+    [
+        ("[`shape_of`](loss.py)", "loss.py has no function, class, knob or comment of that name"),
+        ("[`hap`](loss.py)", "loss.py has no function"),
+        ("[`shape`](model.py)", "model.py has no function"),
+        ("[`p.sqrt()`](loss.py)", "loss.py has no function"),
+        ("[`Roll`](train.py)", "train.py has no function"),
+        ("[`shape`](loss.py#L53)", "a line number is soon wrong"),
+        ("[x](out/y)", "there is no out/y"),
+    ],
+)
+def test_a_link_to_a_name_that_is_not_there(readme, link, words):
+    readme(link)
+    (fault,) = docs_check.broken_links()
+    assert words in fault
+
+
+def test_a_gap_in_the_file_map_is_found(readme):
+    text = docs_check.read("README.md")
+    assert "\n  guard.py " in text
+    readme(text.replace("\n  guard.py ", "\n  guards.py "))
+    assert docs_check.file_map_faults() == [
+        "README.md: the file map lacks runtime/guard.py",
+        "README.md: the file map has runtime/guards.py, which does not exist",
+    ]
+
+
+def test_commands_and_knobs_that_nothing_knows_are_found(readme):
+    readme("""Type `python nothing.py` or `make`.
 ```sh
 for a in 1 2; do
   python a.py --x=$a \\
@@ -36,30 +89,28 @@ make lunch  # today
 $ pip install x
   1
 ```
-"""
-    monkeypatch.setattr(docs_check, "pages", lambda: ["README.md"])
-    real = docs_check.read
-    monkeypatch.setattr(docs_check, "read", lambda path: page if path == "README.md" else real(path))
-    faults = docs_check.broken_links()
-    assert [re.search(r"\]\((\S+)\):", fault)[1] for fault in faults] == [
-        "docs/nothing.md",
-        "#no",
-        "LICENSE#L2",
-        "LICENSE#L999",
-    ]
-    assert faults[2].endswith("it stands on [1]: python measure/docs_check.py --fix")
+""")
     typed = ["for a in 1 2; do python a.py --x=$a --y; done", "make lunch", "pip install x", "python nothing.py"]
     assert docs_check.commands("README.md") == typed
     faults = docs_check.unknown_commands()
-    assert all(any(f"`{command}` is run by nothing" in fault for fault in faults) for command in typed)
-    assert any("`make demo` in COMMANDS is in no page any more" in fault for fault in faults)
+    assert all(any(f"nothing runs `{command}`" in fault for fault in faults) for command in typed)
+    assert any("`make demo` in COMMANDS is no longer on any page" in fault for fault in faults)
     page = "<a href=x>y</a>\n~~~sh\n[a]: b\n[x](LICENSE 'title')\n"
-    page += "`--n_techer=2` `--n_teacher=2` `WANDB_MODE=offline python3 a.py`\n"
+    readme(page + "`--n_techer=2` `--n_teacher=2` `WANDB_MODE=offline python3 a.py`\n")
     assert len(docs_check.unreadable()) == 4
     assert docs_check.unknown_knobs() == ["README.md: --n_techer is no knob of any script"]
     assert docs_check.commands("README.md") == ["WANDB_MODE=offline python3 a.py"]
-    page = "[`mean`](loss.py#L1) [x](out/y)"
-    assert "take words that stand on one line alone" in docs_check.broken_links()[0]
+
+
+@pytest.mark.parametrize("file", docs_check.SHORTER)
+def test_the_shorter_scripts_are_python(file):
+    compile(docs_check.shorter(file), file, "exec")
+
+
+def test_readme_has_the_phases_of_the_loop():
+    phases = re.findall(r"^ +# (\d+)\. ([^,:.]+)", docs_check.read("train.py"), re.M)
+    assert [int(n) for n, _ in phases] == [*range(1, 11)]
+    assert re.findall(r"^(\d+)\. \[`(.+?)`\]\(train\.py\)", docs_check.read("README.md"), re.M) == phases
 
 
 def test_the_memory_table_is_the_plans(script):
@@ -84,9 +135,11 @@ def test_the_memory_table_is_the_plans(script):
     assert seen == set(SHAPES)
 
 
-def test_the_ablation_is_ten_lines():
+def test_the_ablation_is_ten_lines_and_its_diff_applies():
     page = docs_check.read("docs/first_ablation.md")
     diff = re.search(r"^```diff\n(.*?)^```", page, re.S | re.M)[1]
+    context = "".join(f"{line[1:]}\n" for line in diff.splitlines() if line.startswith(" "))
+    assert docs_check.read("loss.py").count(context) == 1  # at whichever line
     added = [line for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
     files = re.findall(r"^```python\n# .*?\n(.*?)^```", page, re.S | re.M)
     overlay, test = ([line for line in file.splitlines() if line and not line.startswith(("import", "from"))] for file in files)
