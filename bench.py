@@ -1,13 +1,13 @@
 """
-How fast, and how much memory: update, attention backends, weight sync, rollout, for a model shape with random weights.
+Measure speed and memory of update, attention backends, weight sync and rollout, for a model shape with random weights.
 
     python bench.py                                                    a tiny shape, on a CPU
     python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
-    python bench.py peers --trl=trl/bin/python                         a step beside TRL's (measure/peers/)
+    python bench.py peers --trl=trl/bin/python                         compare a step with TRL's (measure/peers/)
     torchrun --nproc_per_node=8 bench.py --size=7b --shard=fsdp --tokens=32768 --shortest=2048 --longest=8192
 
-MFU is model FLOPs (6 per weight and token, attention and head included, recomputation not) over the rate of a
-matrix product measured in the same run. HFU counts what is computed again in backward too.
+MFU is the model's FLOP/s (6 FLOPs per weight and token; attention and head are included, recomputation is not)
+over the FLOP/s of a matrix product, measured in the same run. HFU includes recomputation in backward.
 """
 
 import json
@@ -22,15 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 
 # ---------------------------------------------------------------- what to measure
 size = "tiny"  # the model's shape; the last three are Qwen2.5's [tiny | toy | 0.5b | 1.5b | 7b]
-tokens = 2048  # packed tokens of a micro-batch; an update has two, so that gradients are there when activations peak [> 0]
-shortest = 64  # of its sequences [> 0]
-longest = 256  # of its sequences [> 0]
+tokens = 2048  # packed tokens per micro-batch; an update has two, so that gradients exist when activations peak [> 0]
+shortest = 64  # tokens of the shortest sequence [> 0]
+longest = 256  # tokens of the longest sequence [> 0]
 recompute = True  # activation checkpointing
-shard = "none"  # fsdp: FSDP2 over torchrun's processes (each with its own tokens), or this one alone [none | fsdp]
-repeats = 5  # timed updates, after one that is not [> 0]
-syncs = 5  # weight reloads into the engine; 0 leaves the engine out
+shard = "none"  # none: one process; fsdp: FSDP2 over all processes, also over one; each has its own tokens [none | fsdp]
+repeats = 5  # timed updates, after one untimed update [> 0]
+syncs = 5  # weight reloads into the engine; 0 skips the engine
 rollout_prompts = 32  # samples to generate [> 0]
-rollout_tokens = 64  # of each [> 0]
+rollout_tokens = 64  # tokens of each sample [> 0]
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 out = ""  # a file to append the result to, as a line of JSON
@@ -84,12 +84,13 @@ def check_knobs():
 
 
 def sequences(vocabulary):
-    """Random sequences of `tokens` in all, lengths evenly from shortest to longest; a sixteenth of each is prompt."""
+    """Random sequences with `tokens` tokens in total. Their lengths are uniform from shortest to longest; a sixteenth
+    of each is its prompt."""
     lengths, g = [], torch.Generator().manual_seed(0)
     while sum(lengths) < tokens:
         lengths.append(int(torch.randint(shortest, longest + 1, (), generator=g)))
     lengths[-1] -= sum(lengths) - tokens
-    if lengths[-1] < 32:  # too short to be a sequence: give it to the one before
+    if lengths[-1] < 32:  # too short to be a sequence: add it to the one before
         lengths[-2:] = [sum(lengths[-2:])] if len(lengths) > 1 else lengths
     rollouts = []
     for n in lengths:
@@ -99,14 +100,14 @@ def sequences(vocabulary):
     return rollouts
 
 
-def flops(c, lengths, n_response, again):
-    """FLOPs of forward and backward over packed sequences, with what is computed again in backward if `again`."""
+def flops(c, lengths, n_response, with_recomputation):
+    """FLOPs of forward and backward over packed sequences, with or without what backward computes again."""
     n, n_embedding, _ = count_parameters(c)
-    body = n - n_embedding * (1 if c.tie_word_embeddings else 2)  # looking up an embedding is no product
+    body = n - n_embedding * (1 if c.tie_word_embeddings else 2)  # an embedding lookup is no matrix product
     attention = sum(4 * (length / 2) * length * c.hidden_size for length in lengths) * c.num_hidden_layers  # forward, causal
     forward = 2 * body * sum(lengths) + attention
     head = 2 * c.vocab_size * c.hidden_size * n_response
-    return 3 * (forward + head) + (forward * recompute + head) * again
+    return 3 * (forward + head) + (forward * recompute + head) * with_recomputation
 
 
 def synchronize(device):
@@ -115,7 +116,7 @@ def synchronize(device):
 
 
 def seconds(function, device, n):
-    """Median seconds of n calls, after one that is not counted."""
+    """Median seconds of n calls, after one uncounted call."""
     times = []
     for _ in range(n + 1):
         synchronize(device)
@@ -153,16 +154,16 @@ def measure_update(c, policy, backend, device):
 
     measured_memory()
     t = seconds(step, device, repeats)
-    peak = measured_memory()[0] if device == "cuda" else None  # a CPU process holds much besides
+    peak = measured_memory()[0] if device == "cuda" else None  # a CPU process holds much else
     return t, peak, [len(r.prompt_ids) + len(r.response_ids) for r in rollouts], n
 
 
 def measure_engine(c, policy, dtype):
-    """Weight syncs into the engine, what memory they take in passing and for good, and a rollout through it."""
+    """Measure weight syncs into the engine (seconds, memory in passing, memory that stays), and a rollout by it."""
     prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
     folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
     try:
-        if RANK == 0:  # the torch sampler reads the config alone: load() brings its weights
+        if RANK == 0:  # the torch sampler reads only the config: load() brings its weights
             vllm = choose_sampler(sampler) == "vllm"
             (AutoModelForCausalLM.from_config(c, dtype=dtype) if vllm else c).save_pretrained(folder)
         barrier()
@@ -183,7 +184,7 @@ def measure_engine(c, policy, dtype):
         times.append(time.perf_counter() - start)
         peak, now = measured_memory()
         passing, after = max(passing, peak - allocated), [*after, now]
-    # Single readings of resident memory go up and down by an allocator's whims: compare the halves' medians.
+    # Single readings of resident memory fluctuate with the allocator: compare the medians of the two halves.
     growth = statistics.median(after[len(after) // 2 :]) - statistics.median(after[: max(1, len(after) // 2)])
     engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs)
     start = time.perf_counter()
@@ -215,14 +216,17 @@ def main():
     print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s")
     result = {"size": size, "tokens": tokens, "machine": machine, "ranks": WORLD, "shard": shard, "recompute": recompute,
               "matrix_flops": rate, "update": {}}  # fmt: skip
-    forecast = sum(training_memory(c, tokens, WORLD, shard == "fsdp", dtype.itemsize, recompute).values())
+    forecast = training_memory(
+        c, tokens, n_gpus=WORLD, shard=shard == "fsdp", compute_bytes=dtype.itemsize, recompute=recompute
+    )
+    forecast = sum(forecast.values())
     print0(
         f"{size}: {count_parameters(c)[0] / 1e6:.1f} M parameters, {WORLD} rank(s), shard={shard}; the plan forecasts"
-        f" {show(forecast)} a rank at the update's peak"
+        f" {show(forecast)} per rank at the update's peak"
     )
     for backend in attention_backends(device, dtype):
         t, peak, lengths, n = measure_update(c, policy, backend, device)
-        mfu, hfu = (2 * flops(c, lengths, n, again) / t / rate for again in (False, True))
+        mfu, hfu = (2 * flops(c, lengths, n, with_recomputation) / t / rate for with_recomputation in (False, True))
         row = {
             "tokens_per_s": 2 * tokens / t,
             "mfu": mfu,
@@ -234,7 +238,7 @@ def main():
         result["update"][backend] = row
         memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
         print0(
-            f"update, {backend}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s a rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}"
+            f"update, {backend}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s per rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}"
         )
     if syncs:
         policy.zero_grad()
@@ -243,8 +247,8 @@ def main():
         share = r["sync_passing_mib"] / r["largest_module_mib"]
         print0(f"{r['engine']}: rollout {r['rollout_tokens_per_s']:.0f} tokens/s; weight sync {r['sync_s']:.3f} s")
         print0(
-            f"memory of a sync: {r['sync_passing_mib']:.1f} MiB in passing, {share:.2f} of the largest module's;"
-            f" {r['sync_growth_mib']:+.1f} MiB between the first and the last half of {syncs}"
+            f"memory of a sync: {r['sync_passing_mib']:.1f} MiB in passing, {share:.2f} of the largest module;"
+            f" {r['sync_growth_mib']:+.1f} MiB from the first half to the last half of {syncs} syncs"
         )
     if out and RANK == 0:
         with open(repo_path(out), "a") as f:

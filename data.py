@@ -29,7 +29,7 @@ class Problem:
     answer: str  # the ground truth
     teacher: list  # token-id lists, each ending in EOS; may be empty
     source: str  # the benchmark's name
-    key: int = 0  # of source, question and answer as the file has them: the same in every file and order
+    key: int = 0  # a digest of source, question and answer: the same in every file and order
 
 
 @dataclass
@@ -50,8 +50,9 @@ class Rollout:
 
 @dataclass
 class Packed:
-    """One micro-batch: sequences laid end to end, T tokens in all. Index t holds what belongs to token t given the tokens
-    before it; a sequence's first token has none and is masked. Inputs only: what is computed from it is returned."""
+    """One micro-batch: concatenated sequences, T tokens in total. Index t holds what belongs to token t given the
+    tokens before it. A sequence's first token has none before it and is masked. Inputs only: functions return
+    what they compute from it."""
 
     rows: list  # which rollouts these are: indices into the list that spread() cut
     input_ids: torch.Tensor  # (1, T)
@@ -61,11 +62,12 @@ class Packed:
     is_teacher: torch.Tensor  # (T,) bool: response tokens that a teacher wrote
     is_replay: torch.Tensor  # (T,) bool: response tokens that an earlier policy wrote
     advantage: torch.Tensor  # (T,)
-    behaviour_logp: torch.Tensor  # (T,) log-prob under what wrote the token: the sampler's, then or now; 0 for a teacher's
-    old_logp: torch.Tensor | None = None  # (T,), or None while the policy is still the one that sampled
-    teacher_logp: torch.Tensor | None = None  # (T,), a teacher model's, where there is one
-    top1: torch.Tensor | None = None  # (T,) int: that model's first choice in each place, -1 where it has none
-    # (T,) int: the token itself, or that of an equal prompt before it, which is then computed for both; None if all differ.
+    behaviour_logp: torch.Tensor  # (T,) log-prob under the policy that sampled the token, now or earlier; 0 for a teacher's
+    old_logp: torch.Tensor | None = None  # (T,) log-probs before the update; None while the policy has not moved
+    teacher_logp: torch.Tensor | None = None  # (T,) log-probs of the teacher model, if there is one
+    top1: torch.Tensor | None = None  # (T,) int: the teacher model's most likely token in each place; -1 for none
+    # (T,) int: index of the token that is computed for this one: itself, or the same token of an equal prompt before it.
+    # None if all prompts differ.
     stands_for: torch.Tensor | None = None
 
     def to(self, device):
@@ -100,17 +102,17 @@ def load_tokenizer(model):
 
 
 def check_same_tokens(ours, theirs):
-    """A teacher model reads the policy's token ids: raise UserError unless its tokenizer gives each the same text, and
-    ends in the same one. Tokens that it has beyond ours do not matter."""
+    """Raise UserError unless the teacher model's tokenizer has the policy's tokens under the same ids, and the same
+    EOS: the teacher model reads the policy's token ids. It may have further tokens."""
     a, b = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
     if different := [i for i in a if a[i] != b.get(i)]:
         i = min(different)
-        raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: {i} is {a[i]!r} to the"
-                        f" policy and {b.get(i)!r} to the teacher; take models of one family, or align them first")  # fmt: skip
+        raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: id {i} is {a[i]!r} for"
+                        f" the policy and {b.get(i)!r} for the teacher; choose models of one family")  # fmt: skip
     if ours.eos_token_id != theirs.eos_token_id:
         ends = [f"{t.eos_token!r} ({t.eos_token_id})" for t in (ours, theirs)]
         raise UserError(
-            f"the policy ends in {ends[0]}, the teacher model in {ends[1]}: take a teacher that was trained to end alike"
+            f"the policy's EOS is {ends[0]}, the teacher model's {ends[1]}: choose a teacher that was trained to emit this EOS"
         )
 
 
@@ -119,7 +121,7 @@ def first_line(error):
 
 
 def render_prompt(tokenizer, messages):
-    """[{role, content}, ...] -> the text before the response. Training and evaluation both come through here."""
+    """[{role, content}, ...] -> the text before the response. Training and evaluation both use this function."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -130,7 +132,7 @@ def load_templates():
 
 
 def response_text(tokenizer, ids):
-    """A response as the verifier and people read it: every token but a final EOS."""
+    """A response as the verifier and people read it: all tokens except a final EOS."""
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
 
 
@@ -140,11 +142,12 @@ def response_text(tokenizer, ids):
 def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
                   render=None):  # fmt: skip
     """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
-    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer, source) gives the text
-    in front of the response, and the answer to grade against; the default is the chat template, and the answer as it is.
+    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer, source) returns
+    the text before the response, and the answer to grade against; by default the chat template's text, and the
+    answer unchanged.
 
-    Prompts and traces over their limits (tokens, EOS included) are dropped, and rows without a prompt or an
-    answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped where the prompt
+    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt
+    or an answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped if the prompt
     already ends in it. Raises UserError if the file is missing, cut short or of another schema, if no row is
     usable, or if require_think is set and the rendered prompt does not end in "<think>\\n".
     """
@@ -185,7 +188,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             else:
                 teacher.append(ids)
         key = digest(source, messages[-1]["content"], raw_answer)
-        problems.append(Problem(index, prompt_ids, answer, teacher, printable(source), key))
+        problems.append(Problem(index, prompt_ids, answer, teacher, source=printable(source), key=key))
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
@@ -194,7 +197,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
 
 
 def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
-    """load_problems without repeats of the same question and answer, then at most max_problems per source (0: all)."""
+    """load_problems, without repeats of a question and answer, then at most max_problems per source (0: all)."""
     first = {}
     for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log, render=render):
         first.setdefault(p.key, p)
@@ -208,12 +211,12 @@ def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_thi
 
 
 def digest(*key):
-    """A number below 2**63 from anything whose repr says it all, the same on every machine."""
+    """Hash values to a number below 2**63, by their repr; the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def count_rows(path):
-    """Rows of a parquet file, by its footer; 0 if there is no such file."""
+    """The number of rows of a parquet file, read from its footer; 0 if there is no such file."""
     return open_parquet(path).metadata.num_rows if os.path.isfile(path) else 0
 
 
@@ -246,7 +249,7 @@ def has_text(struct, name):
 
 
 def read_rows(path):
-    """Yield (index, row dict) of a parquet file, a batch in memory at a time."""
+    """Yield (index, row dict) of a parquet file, with one batch in memory at a time."""
     file = open_parquet(path)
     names = file.schema_arrow.names
     missing = [c for c in ("prompt", "reward_model") if c not in names]
@@ -268,8 +271,8 @@ def read_rows(path):
 
 
 def set_aside(problems, n):
-    """Take n questions out of the training problems, with all rows that repeat them: (problems left, held out).
-    Which ones depends on the questions alone, not on their order, the seed or the chat template."""
+    """Take n questions out of the training problems, with all rows that repeat them. Returns (problems left, held
+    out). The choice depends only on the questions, not on their order, the seed or the chat template."""
     if not n:
         return problems, []
     by_prompt = {}
@@ -283,8 +286,8 @@ def set_aside(problems, n):
 
 
 class Order:
-    """An endless shuffled order over n problems. Epoch e is a permutation drawn from (seed, e) alone, so
-    (epoch, cursor) is all there is to save. What is left of an epoch and too little for a batch is skipped."""
+    """An endless shuffled order over n problems. Epoch e is a permutation drawn only from (seed, e), so (epoch,
+    cursor) is the whole state. The rest of an epoch that does not fill a batch is skipped."""
 
     def __init__(self, n, seed, epoch=0, cursor=0):
         self.n, self.seed, self.epoch, self.cursor = n, seed, epoch, cursor
@@ -306,7 +309,7 @@ class Order:
 
 
 def partition(lengths, n_bins):
-    """Spread sequences over bins, the longest first into the emptiest. Returns n_bins lists of indices."""
+    """Spread sequences over bins: longest first, each into the emptiest bin. Returns n_bins lists of indices."""
     bins, totals = [[] for _ in range(n_bins)], [0] * n_bins
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         b = totals.index(min(totals))
@@ -332,15 +335,16 @@ def in_order(rollouts, problems):
 
 
 def cut_into_updates(rollouts, problems, n):
-    """A list of rollouts for each of n optimizer steps, by consecutive problems of the batch; without steps that have none."""
+    """Divide rollouts over n optimizer steps, by consecutive problems of the batch. Returns a list per step; steps
+    without rollouts are left out."""
     update_of = {p.id: i * n // len(problems) for i, p in enumerate(problems)}
     parts = [[r for r in rollouts if update_of[r.problem] == u] for u in range(n)]
     return [part for part in parts if part]
 
 
 def pack(rollouts, rows=None):
-    """Rollouts -> one Packed; rows, their indices in a larger list, stay with it. None at all give a two-token dummy that
-    weighs nothing."""
+    """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. An empty list gives a dummy of two
+    tokens that contribute nothing to the loss."""
     dummy = not rollouts
     if dummy:
         rollouts = [Rollout(-1, [0], [0], n_teacher_tokens=1)]
@@ -374,7 +378,7 @@ def pack(rollouts, rows=None):
 
 
 def unpack(micro_batches, values):
-    """The way back: [(row, its response tokens' values, a list), ...] from a (T,) tensor per micro-batch."""
+    """The inverse of pack, for a (T,) tensor per micro-batch: [(row, list of its response tokens' values), ...]."""
     found = []
     for batch, per_token in zip(micro_batches, values, strict=True):
         ends, per_token, mask = batch.cu_seqlens.tolist(), per_token.tolist(), batch.loss_mask.tolist()
@@ -384,8 +388,8 @@ def unpack(micro_batches, values):
 
 
 def spread(rollouts, budget, rank, world):
-    """Rollouts over the ranks by tokens, then into micro-batches within the token budget, as many on every rank. The list
-    is the same on every rank. Returns this rank's micro-batches, a list of Packed."""
+    """Divide rollouts over the ranks by tokens, then each rank's share into micro-batches of at most `budget` tokens,
+    the same number on every rank. All ranks pass the same list. Returns this rank's micro-batches, a list of Packed."""
     lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     shares = partition(lengths, world)
     n_micro = max(bins_needed([lengths[i] for i in share], budget) for share in shares)

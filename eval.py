@@ -1,13 +1,13 @@
 """
-Evaluation as the papers do it: avg@k with its interval, pass@k, maj@k, length, truncation and format per benchmark.
+Evaluate a model as the papers do: avg@k with its interval, pass@k, maj@k, length, truncation and format per benchmark.
 
     python eval.py --model=out/toy/ckpt_60 --data=toy/test.parquet --k=4
     torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=DIR --data=data/valid.all.parquet
     python eval.py compare out/a/eval.json out/b/eval.json            paired bootstrap, source by source
     python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc   pass@k against temperature
 
-Writes out_dir/{eval.json, averages.json, settings.json, samples/}. A killed evaluation goes on where it stopped; what
-other settings left in out_dir is moved to out_dir/before_1.
+Writes out_dir/{eval.json, averages.json, settings.json, samples/}. The same command continues a killed evaluation.
+Results of other settings in out_dir are moved to out_dir/before_1.
 """
 
 import os
@@ -21,23 +21,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 data = "toy/test.parquet"  # files of problems, comma-separated, in LUFFY's parquet schema
 model = "toy/base"  # a folder in Hugging Face format, or a hub name
 out_dir = "out/eval"  # where the results go
-sources = ""  # benchmarks to take, comma-separated; "" takes all
-max_problems = 0  # per source; 0 takes all
+sources = ""  # benchmarks to evaluate, comma-separated; "" is all
+max_problems = 0  # per source; 0 is all
 # ---------------------------------------------------------------- the prompt (config/templates.toml)
 template = "own"  # own: the model's chat template; qwen, simplerl, prime, prime_sft, no
 system = "remove"  # the data's system turn; without it the chat template may add its own default [keep | remove]
-shuffle_options = ""  # sources whose multiple-choice options are permuted, by the seed, such as arc_c,gpqa,mmlu_pro
+shuffle_options = ""  # sources whose multiple-choice options are permuted (by seed), such as arc_c,gpqa,mmlu_pro
 # ---------------------------------------------------------------- sampling
-k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, and sources that differ
-temperature = 0.6  # 0 is greedy; top_p is 1 always
+k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, then exceptions by source
+temperature = 0.6  # 0 is greedy; top_p is always 1
 sweep = ""  # temperatures, comma-separated: evaluate at each, and write sweep.json and sweep.png
 max_tokens = 8192  # response tokens at most [> 0]
 seed = 0  # of the samples [0, 4294967295]
 # ---------------------------------------------------------------- grading (reward.py)
 grader = "math_verify"  # training's rule; oat: the last \boxed{} counts; or a Python file that defines grade(text, answer)
 require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
-grade_unclosed = False  # grade a response that never closes its thought as a whole, instead of as wrong
-answer_line = False  # take "ANSWER: C" for \boxed{C} where a letter or digit is asked for and nothing is boxed
+grade_unclosed = False  # a response that never closes its thought is graded as a whole, instead of counted as wrong
+answer_line = False  # read "ANSWER: C" as \boxed{C} if the ground truth is a letter or digit and nothing is boxed
 reward_workers = 2  # verifier processes per rank [> 0]
 reward_timeout = 2.0  # seconds of grading per answer [> 0]
 # ---------------------------------------------------------------- system
@@ -45,7 +45,7 @@ sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
 dtype = "auto"  # of weights and matrix products; auto: bfloat16 on a GPU [auto | float32 | bfloat16]
 gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
-chunk = 256  # samples per piece of work: what a kill may cost each rank [> 0]
+chunk = 256  # samples per chunk of work; a kill loses at most one chunk per rank [> 0]
 
 from configurator import UserError, configure, repo_path, run
 
@@ -68,7 +68,8 @@ from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, pri
 from runtime.stats import AVERAGES, averages, summarize
 from runtime.work import chunk_files, open_work, settings_of, work_through
 
-# Knobs that may change between a run and its continuation: they do not matter, or what they lead to is compared.
+# Knobs that may change when a killed evaluation is continued: the samples do not depend on them, or what follows from
+# them is compared instead (the problems, the weights, k by source, each temperature).
 NOT_COMPARED = (
     "data model out_dir sources max_problems template system shuffle_options k temperature sweep gpu_memory reward_workers"
 ).split()
@@ -78,7 +79,7 @@ NOT_COMPARED = (
 
 
 def renderer(tokenizer, template, system, shuffle=(), seed=0):
-    """load_problems' `render` for a template of config/templates.toml. Options of the sources in `shuffle` are permuted."""
+    """load_problems' `render` for a template of config/templates.toml. shuffle: sources whose options are permuted."""
     templates = load_templates()["eval"]
     if template not in templates:
         raise UserError(f"template={template!r}: choose one of {', '.join(templates)}")
@@ -90,7 +91,7 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0):
         question = last["content"]
         if source in shuffle:
             question, answer = shuffled(question, answer, seed)
-        if "prompt" in chosen:  # a chat template has its own BOS
+        if "prompt" in chosen:  # unlike a chat template it has no BOS
             return (tokenizer.bos_token if adds_bos else "") + chosen["prompt"].replace("{question}", question), answer
         turns = [m for m in before if system == "keep" or m["role"] != "system"]
         user = chosen.get("user", "{question}").replace("{question}", question)
@@ -100,8 +101,9 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0):
 
 
 def shuffled(question, answer, seed):
-    """The question with its options' texts permuted over the labels, and the answer's new label. Unchanged if it has no
-    options labelled A) B) C) or 1. 2. 3., if the answer is no label, or if options speak of each other."""
+    """Permute the texts of a question's options over their labels. Returns the question and the answer's new label.
+    Both are unchanged if there are no options labelled A) B) C) or 1. 2. 3., if the answer is not a label, or if an
+    option refers to others."""
     parts = re.split(r"(?m)^(\(?(?:[A-Z]|[1-9])[).:][ \t]+)", question)  # before, label, text, label, text, ...
     labels, texts = [re.sub(r"\W", "", label) for label in parts[1::2]], parts[2::2]
     in_order = labels in ([chr(ord(a) + i) for i in range(len(labels))] for a in "A1")
@@ -110,7 +112,7 @@ def shuffled(question, answer, seed):
     if re.search(r"(?i)\b(above|below|both [A-J]|[A-J] and [A-J])\b", " ".join(texts)):
         return question, answer
     bodies = [text.rstrip("\n") for text in texts]
-    bodies[-1] = texts[-1].split("\n\n")[0].rstrip("\n")  # what follows a blank line is no part of the last option
+    bodies[-1] = texts[-1].split("\n\n")[0].rstrip("\n")  # what follows a blank line is not part of the last option
     ends = [text[len(body) :] for text, body in zip(texts, bodies, strict=True)]
     order = np.random.default_rng([seed, digest(question)]).permutation(len(labels)).tolist()
     lines = [label + bodies[i] + end for label, i, end in zip(parts[1::2], order, ends, strict=True)]
@@ -118,11 +120,11 @@ def shuffled(question, answer, seed):
 
 
 def samples_per_source(k, sources):
-    """Read `k`: {source: samples per problem}. Raises UserError if it is malformed, or names no source there is."""
+    """The knob `k` -> {source: samples per problem}. Raises UserError if it is malformed or names an unknown source."""
     first, *rest = (part.strip() for part in k.split(","))
     pairs = [[word.strip() for word in part.split("=")] for part in rest]
     if not all(len(pair) == 2 and pair[0] for pair in pairs) or not all(positive(n) for n in (first, *(p[-1] for p in pairs))):
-        raise UserError(f"k={k!r}: write a number above zero, then source=number for those that differ")
+        raise UserError(f"k={k!r}: write a number above zero, then source=number for each exception")
     known = {*sources, *(name for members in AVERAGES.values() for name in members)}
     if unknown := [name for name, _ in pairs if name not in known]:
         raise UserError(f"k={k!r}: there is no source {unknown[0]!r}, the data has {', '.join(sorted(sources))}")
@@ -134,13 +136,14 @@ def positive(number):
     return number.isdecimal() and int(number) > 0
 
 
-# ---------------------------------------------------------------- try, and sum up
+# ---------------------------------------------------------------- sample and grade
 
 
 def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_tokens, seed):
-    """Try each problem k times. Returns one dict per problem: id, key, source, answer, and a list each of the samples'
-    response, length, finish (reason), reward, reason, prediction (the answer found in it) and format (its thought is
-    closed and an answer boxed). A prompt that fills the model's context is answered by nothing, and wrong."""
+    """Sample k responses per problem and grade them. Returns one dict per problem: id, key, source, answer, and lists
+    with an entry per sample: response, length, finish (reason), reward, reason, prediction (the answer found in it)
+    and format (its thought is closed and an answer is boxed). A prompt that fills the model's context gets an empty
+    response, which is wrong. stamp: of the weights to sample from."""
     tries = [(p, i) for p in problems for i in range(k)]
     fits = lambda n: len(tries[n][0].prompt_ids) < sampler.max_model_len
     fitting = [*filter(fits, range(len(tries)))]
@@ -155,7 +158,7 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
             grade(n, Sample([], [], "length"))
     prompts = [tries[n][0].prompt_ids for n in fitting]
     seeds = [request_seed(seed, "eval", tries[n][0].id, tries[n][1]) for n in fitting]
-    sampler.generate(prompts, seeds, temperature, max_tokens, stamp, lambda i, sample: grade(fitting[i], sample))
+    sampler.generate(prompts, seeds, temperature, max_tokens, stamp, done=lambda i, sample: grade(fitting[i], sample))
     verdicts = verifier.collect(handles)
     rows = []
     for i, p in enumerate(problems):
@@ -179,8 +182,9 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
 
 
 def evaluate_modes(problems, sampler, verifier, tokenizer, guard, *, stamp, modes, max_tokens, seed, tensor_parallel):
-    """Greedy and sampled accuracy during training, all ranks sharing the work. modes: [(name, samples per problem,
-    temperature), ...]. Returns metrics {eval/name: mean reward}, a table {source: its numbers}, and the last mode's rows."""
+    """Greedy and sampled accuracy during training; all ranks share the work. modes: [(name, samples per problem,
+    temperature), ...]. Returns metrics {eval/name: mean reward}, a table {source: its numbers}, and the last mode's
+    rows of evaluate()."""
     metrics, table, rows = {}, {}, []
     for name, k, temperature in modes:
         with guard.interruptible():
@@ -208,18 +212,21 @@ def main():
     name = model_path(model)
     tokenizer = load_tokenizer(name)
     context = load_config(name).max_position_embeddings
-    verifier = Verifier(reward_workers, reward_timeout, require_think, grader, grade_unclosed, answer_line)
+    verifier = Verifier(
+        workers=reward_workers, timeout=reward_timeout, require_think=require_think, grader=grader,
+        grade_unclosed=grade_unclosed, answer_line=answer_line,
+    )  # fmt: skip
     problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed), tokenizer)
     k_of = samples_per_source(k, {p.source for p in problems})
     lengths = [len(p.prompt_ids) for p in problems]
     room = min(context, max(lengths) + max_tokens)
     if max(lengths) + max_tokens > context:
         full = sum(n >= context for n in lengths)
-        print0(f"note: responses end where the context of {context} tokens does; {full} prompts fill it, and count as wrong")
+        print0(f"note: responses end at the context of {context} tokens; {full} prompts fill it and count as wrong")
     device, precision = pick_device(dtype)
     start_processes(device, "none")
     compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
-    settings = settings_of(compared, problems, name, engine_kind, precision, grader)
+    settings = settings_of(compared, problems, model=name, sampler=engine_kind, dtype=precision, grader=grader)
     engine, tables, chunks = None, {}, cut(problems, k_of)
 
     def work(part, t):
@@ -256,7 +263,7 @@ def read_temperatures(text):
     except ValueError:
         raise UserError(f"sweep={text!r}: write temperatures with commas, such as 0.1,0.4,0.7,1.0") from None
     if not all(0 <= v < 100 for v in values):
-        raise UserError(f"sweep={text!r}: temperatures are zero or more")
+        raise UserError(f"sweep={text!r}: temperatures are zero or more, and below 100")
     return values
 
 
@@ -265,10 +272,15 @@ def words(text):
 
 
 def gather_problems(render, tokenizer):
-    """The chosen sources of all files, each problem's id its key: its samples do not depend on the file it stands in."""
+    """The problems of the chosen sources, from all files. A problem's id is its key, so its samples do not depend on
+    the file that it comes from."""
     found = {}
     for path in words(data):
-        for p in load_benchmark(repo_path(path), tokenizer, 0, sys.maxsize, require_think, print0, render):
+        loaded = load_benchmark(
+            repo_path(path), tokenizer, max_problems=0, max_prompt_tokens=sys.maxsize, require_think=require_think,
+            log=print0, render=render,
+        )  # fmt: skip
+        for p in loaded:
             p.id = p.key
             found.setdefault(p.source, {}).setdefault(p.key, p)
     wanted = words(sources) or sorted(found)
@@ -279,7 +291,7 @@ def gather_problems(render, tokenizer):
 
 
 def cut(problems, k_of):
-    """Chunks of problems of one source, about `chunk` samples each."""
+    """Cut problems into chunks. Each is of one source and has about `chunk` samples."""
     chunks, by_source = [], {}
     for p in problems:
         by_source.setdefault(p.source, []).append(p)
@@ -290,11 +302,11 @@ def cut(problems, k_of):
 
 
 def report(folder, paths):
-    """Sum up the samples: eval.json, averages.json, and a table on the screen."""
+    """Summarise the samples: write eval.json and averages.json, and print a table."""
     rows = list(read_lines(paths))
     table = summarize(rows)
     means = averages(rows, table)
-    for source, row in table.items():  # for compare, which may see nothing but this file
+    for source, row in table.items():  # for compare, which may have only this file
         row["problems"] = {str(r["key"]): float(np.mean(r["reward"])) for r in rows if r["source"] == source}
     write_json(os.path.join(folder, "averages.json"), means)
     write_json(os.path.join(folder, "eval.json"), table)

@@ -1,23 +1,23 @@
 """
 Advantages and losses: pure tensor functions, no configuration, no torch.distributed.
 
-A group is the rollouts of one prompt, LUFFY's being seven own samples and one teacher trace, each with a
-verifier's reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
+A group is the rollouts of one prompt, in LUFFY seven own samples and one teacher trace. The verifier gives
+each a reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
 
     advantage       A = r - mean of the group                          no division by the std
     own token       -A * rho                                           LUFFY; PPO's clip is a switch
     teacher token   -A * f(p),   f(p) = p / (p + gamma)                policy shaping, not detached
 
-A teacher token has no ratio to a behaviour policy: LUFFY takes pi_phi := 1, so that rho = p. Its gradient is
--A * f'(p) * p * grad log p, so f decides how much an unlikely token weighs: p for the identity, but
-gamma * p / (p + gamma)^2 when shaped, ten times as much where p << gamma = 0.1. These are the policy term's
-tokens; every method is a weighted sum of it and four others, each a mean over its own tokens:
+The behaviour policy pi_phi of a teacher token is unknown: LUFFY takes pi_phi := 1, so rho = p. The token's
+gradient is -A * f'(p) * p * grad log p, so f decides how much an unlikely token weighs: p without shaping, and
+gamma * p / (p + gamma)^2 with it, ten times as much where p << gamma = 0.1. These tokens make up the policy
+term. Every method's loss is a weighted sum of it and four other terms, each a mean over its own tokens:
 
-    loss = policy_coef  * sum of policy tokens / loss_constant         or / their number
+    loss = policy_coef  * sum over policy tokens / loss_constant       or / their number
          - entropy_coef * mean entropy                                 own and teacher tokens
-         - sft_coef     * mean log p of the teacher's tokens           which then leave the policy term
-         + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   p_T a teacher model's: reverse KL
-         - ce_coef      * mean log pi(y*) at own tokens                y* that model's first choice there
+         - sft_coef     * mean log p of teacher tokens                 they then leave the policy term
+         + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   reverse KL to a teacher model's p_T
+         - ce_coef      * mean log pi(y*) at own tokens                y* is the teacher model's top-1 token
 
 Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
 kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
@@ -31,8 +31,8 @@ def group_advantages(rewards, group, use_std=False, baseline=None):
     """A = r - mean_group(r), divided by (std_group + 1e-6) if use_std (GRPO; LUFFY and Dr.GRPO do not).
 
     rewards (B,) float; group (B,) int, any labels; baseline (B,) bool: the rows whose mean and unbiased std
-    are used, by default the whole group. A zero std counts as 1. A group with one baseline row has mean 0
-    and std 1, as in the released code: alone, its advantage is its reward. Returns (B,).
+    are used, by default the whole group. A zero std counts as 1. With a single baseline row the mean is 0
+    and the std 1, as in the released code, so advantages are rewards. Returns (B,).
     Raises ValueError if a group has no baseline row.
     """
     if baseline is None:
@@ -51,16 +51,21 @@ def group_advantages(rewards, group, use_std=False, baseline=None):
 
 
 def shape(p, how="luffy", gamma=0.1):
-    """f(p), what a teacher token contributes; p any shape, in [0, 1]. gamma's role depends on `how`.
+    """f(p), what a teacher token contributes; p any shape, in [0, 1]. gamma's role depends on `how`:
 
-    With weight on grad log p:  none p: p | luffy p/(p+gamma): gamma p/(p+gamma)^2 | sqrt: p^.5 / 2
-    | pow p^gamma: gamma p^gamma | log gamma*log p: gamma | p_log gamma*log p + p: gamma + p
+    how      f(p)               weight of grad log p
+    none     p                  p
+    luffy    p / (p + gamma)    gamma p / (p + gamma)^2
+    sqrt     p^.5               p^.5 / 2
+    pow      p^gamma            gamma p^gamma
+    log      gamma log p        gamma
+    p_log    gamma log p + p    gamma + p
     """
     if how == "none":
         return p
     if how == "luffy":
         return p / (p + gamma)
-    p = p.clamp_min(torch.finfo(p.dtype).tiny)  # an underflowed p would have an infinite slope below
+    p = p.clamp_min(torch.finfo(p.dtype).tiny)  # if p underflows to 0, the slopes below are infinite
     if how == "sqrt":
         return p.sqrt()
     if how == "pow":
@@ -77,9 +82,9 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
     """The policy term per token, unreduced: (T,), differentiable in logp.
 
     logp, old_logp, advantage (T,) float; is_teacher (T,) bool. old_logp is not read at teacher tokens.
-    PPO's clip on own tokens, each side standing alone, 0 being off: max(-A rho, -A clamp(rho, 1-low, 1+high)).
-    behaviour_logp (T,), read at teacher tokens alone: log pi_phi, f being taken of pi / pi_phi; 0 if None. A replayed
-    own sample is such a token, with the log-prob it was sampled with (ExGRPO).
+    PPO's clip on own tokens is max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)); 0 switches a side off.
+    behaviour_logp (T,): log pi_phi, read only at teacher tokens, where f is taken of pi / pi_phi; None means 0.
+    A replayed own sample counts as a teacher's here, with the log-probs it was sampled with (ExGRPO).
     """
     ratio = (logp - torch.where(is_teacher, logp.detach(), old_logp)).exp()
     own = -advantage * ratio
@@ -96,17 +101,20 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
                tis_cap=0.0):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
-    logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: response tokens
-    (all, the teacher's, own) of the WHOLE optimizer batch over all ranks, so the cut into micro-batches cannot matter.
-    loss_constant 0 means the mean over the policy term's tokens. tis_cap above 0: own tokens weigh
-    min(pi_old / pi_sampler, tis_cap), truncated importance sampling.
+    logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
+    of response tokens (all, teacher's, own) in the WHOLE optimizer batch over all ranks, so that the loss does not
+    depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens. With
+    tis_cap above 0, own tokens weigh min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
     """
     mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
     n, n_teacher, n_own = counts
-    # The policy has not moved before the first step after a rollout: its own log-probs are the old ones.
+    # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     off_policy = batch.is_teacher | batch.is_replay
-    policy = token_loss(logp, old_logp, batch.advantage, off_policy, shaping, gamma, clip_low, clip_high, batch.behaviour_logp)
+    policy = token_loss(
+        logp, old_logp, batch.advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
+        behaviour_logp=batch.behaviour_logp,
+    )  # fmt: skip
     if tis_cap:
         policy = policy * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)

@@ -1,9 +1,9 @@
 """
-The policy: a Hugging Face causal LM that takes packed sequences and returns, per token, the log-probability
-the policy gives it and the entropy of its choice. Logits for the whole micro-batch never exist at once.
+The policy: a Hugging Face causal LM that takes packed sequences and returns each token's log-prob and the
+entropy of the distribution at its place. Logits are materialised for one chunk of tokens at a time.
 
-It is sharded by FSDP2, one decoder layer a unit, or held whole by each rank (DDP, or one process). Either way
-the weights are fp32 and matrix products run in `dtype`.
+Either FSDP2 shards it, one decoder layer per unit, or each rank holds it whole (DDP, or one process). In both
+cases the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from runtime.plan import HEAD_CHUNK
 from runtime.ranks import RANK, WORLD, gather
 from runtime.tensors import read_rows_of, tensor_files
 
-disable_progress_bar()  # loading and saving take a moment; their bars would break up the log
+disable_progress_bar()  # the bars of loading and saving would break up the log
 
 
 # ---------------------------------------------------------------- attention within packed sequences
 # Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and `packing`, and returns ((1, T, H, D),
-# None) as transformers expects. None ever holds a T x T mask. T here counts a prompt that sequences share once;
-# each of them attends to it as to its own.
+# None) as transformers expects. No backend builds a T x T mask. Here T counts a shared prompt only once; each
+# sequence attends to it as if it were its own.
 
 
 def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
@@ -48,13 +48,14 @@ def packed_varlen(module, query, key, value, attention_mask, scaling=None, packi
     q, k, v = (pick(x[0].transpose(0, 1).to(value.dtype), packing["where"]) for x in (query, key, value))  # (all tokens, H, D)
     cu, longest = packing["cu_seqlens"], packing["longest"]
     gqa = q.size(1) != k.size(1)
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+    options = dict(cu_seq_q=cu, cu_seq_k=cu, max_q=longest, max_k=longest)
+    out = varlen_attn(q, k, v, **options, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
     return pick(out, packing["computed"])[None], None
 
 
 def packed_fa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """flash-attn 2, or flash-attn 4 where only that is installed. For a name with "flash" in it transformers would look
-    for a kernel of its own."""
+    """flash-attn 2, or flash-attn 4 where only that is installed. The name must not contain "flash": transformers
+    would then look for a kernel of its own."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -88,9 +89,15 @@ def attention_backends(device, dtype):
 
 
 def packing_of(cu_seqlens, stands_for=None):
-    """What the backends need of a Packed's (n+1,) offsets and stands_for: slots (n, L), the token in each padded slot; tokens
-    (T,), the slot of each token; the offsets themselves; the longest sequence; and where prompts are shared `computed` (T,),
-    the tokens that are, and `where` (all tokens,), the place of each among those; else these two are None."""
+    """What the backends need, from a Packed's cu_seqlens and stands_for, as a dict:
+
+    slots (n, L)         the token in each slot of the right-padded batch of n sequences
+    tokens (T,)          the slot of each token
+    cu_seqlens (n + 1,)  as given
+    longest              the length L of the longest sequence
+    computed (T,)        the tokens that are computed; None if no prompt is shared
+    where (all tokens,)  for each token, the index in `computed` of the token that is computed for it; or None
+    """
     start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
     longest = int(lengths.max())
     column = torch.arange(longest, device=cu_seqlens.device)
@@ -119,21 +126,22 @@ def pick(x, indices, dim=0):
 
 
 def chunk_of(hidden, weight):
-    """Tokens whose logits exist together: products of HEAD_CHUNK fill a GPU; a CPU is busy with an eighth, or takes what fits its
-    cache."""
+    """The number of tokens whose logits are materialised together. HEAD_CHUNK is enough to fill a GPU. For a CPU an
+    eighth is enough; with a small vocabulary it takes more, as many as fit its cache."""
     return HEAD_CHUNK if hidden.is_cuda else max(HEAD_CHUNK // 8, 2**20 // len(weight))
 
 
 def log_probabilities(hidden, weight, temperature):
-    """(n, d), (V, d) -> log-softmax of the logits / temperature: (n, V), fp32 at least; one more such passing."""
+    """(n, d), (V, d) -> log-softmax of the logits / temperature: (n, V), at least fp32. A second matrix of that
+    size exists in passing."""
     logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32)).div_(temperature)
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 class Head(torch.autograd.Function):
-    """(n, d), (V, d), (n, k) -> (n, k + 1), fp32 at least: the targets' log-probs, and the entropy.
+    """(n, d), (V, d), (n, k) -> (n, k + 1), at least fp32: the targets' log-probs, and the entropy.
 
-    Backward computes a chunk's log-probs again and turns them into the logits' gradient where they lie, so that two
+    Backward recomputes a chunk's log-probs and turns them into the gradient of the logits in place. So only two
     matrices of vocabulary width exist at a time, and none between forward and backward.
     """
 
@@ -165,7 +173,7 @@ class Head(torch.autograd.Function):
             grad_hidden[rows] = dz @ weight
             if dz.dtype == grad_weight.dtype:
                 grad_weight.addmm_(dz.T, hidden[rows])
-            else:  # of lower precision, but summed in this one
+            else:  # the product has lower precision, the sum does not
                 grad_weight += dz.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
@@ -174,11 +182,11 @@ class Head(torch.autograd.Function):
 
 
 class Policy(torch.nn.Module):
-    """forward(Packed) -> logp, entropy: (T,) fp32 each, zero where loss_mask is False; and if the batch names other
-    tokens (top1), a third: their log-probs in the same places.
+    """forward(Packed) -> logp, entropy: (T,) fp32 each, zero where loss_mask is False. If the batch has top1, there
+    is a third result: the log-probs of those tokens in the same places.
 
-    All come from logits / temperature, the distribution that was sampled from. autocast is what matrix products
-    run in; under FSDP its mixed precision casts the weights instead.
+    All come from logits / temperature, the distribution that was sampled from. autocast: the dtype of matrix
+    products; under FSDP leave it at fp32, because FSDP's mixed precision casts the weights instead.
     """
 
     def __init__(self, hf, temperature=1.0, autocast=torch.float32):
@@ -193,14 +201,14 @@ class Policy(torch.nn.Module):
         # Inside forward, because outside it FSDP's head weight is a shard.
         weight = self.hf.lm_head.weight.to(self.product)
         found = Head.apply(hidden[before].to(self.product), weight, targets, self.temperature)
-        zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # so that a rank without tokens runs backward, too
+        zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # with a gradient also on a rank without tokens
         *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
 
     @torch.no_grad()
     def judge(self, batch):
-        """As a teacher model: the log-prob it gives each response token, (T,) fp32, and its own first choice there,
-        (T,) int; 0 and -1 where loss_mask is False."""
+        """For a teacher model: its log-prob of each response token, (T,) fp32, and its most likely token in that
+        place, (T,) int; 0 and -1 where loss_mask is False."""
         hidden, rows, before = self.hidden_states(batch)
         logp, top1 = torch.zeros_like(batch.input_ids[0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
         weight = self.hf.lm_head.weight.to(self.product)
@@ -211,7 +219,8 @@ class Policy(torch.nn.Module):
         return logp, top1
 
     def hidden_states(self, batch):
-        """Hidden states (computed tokens, d), the response tokens' indices (n,), and those of the states that predict them."""
+        """Hidden states (computed tokens, d), the indices of the response tokens (n,), and the indices of the hidden
+        states that predict them (n,)."""
         packing = packing_of(batch.cu_seqlens, batch.stands_for)
         with self.precision(batch.input_ids):
             hidden = self.hf.get_decoder()(
@@ -225,7 +234,7 @@ class Policy(torch.nn.Module):
 
     @property
     def product(self):
-        """The dtype of the head's products: autocast's, or under FSDP that of the weights it gathered."""
+        """The dtype of the head's products: autocast's, or under FSDP that of the gathered weights."""
         return self.autocast if self.autocast != torch.float32 else self.hf.lm_head.weight.dtype
 
     def precision(self, tensor):
@@ -236,7 +245,8 @@ class Policy(torch.nn.Module):
 
 
 def pick_device(dtype):
-    """A dtype knob -> (device, dtype's name): a GPU where there is one; auto is bfloat16 there and float32 on a CPU."""
+    """The knob `dtype` -> (device, name of the dtype). A GPU is used if there is one; auto is bfloat16 on a GPU and
+    float32 on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return device, dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
 
@@ -245,18 +255,23 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
                 offload=False):  # fmt: skip
     """A Policy from a folder in Hugging Face format or a hub name.
 
-    shard: FSDP2 over all ranks, each reading its own rows of each tensor, so that the whole model is nowhere.
-    recompute: activation checkpointing, a decoder layer at a time. frozen: weights in `dtype` instead of fp32, without
-    gradients; offload: they rest on the host, under FSDP moved as needed, else by the caller. Raises UserError if no
-    model loads.
+    shard       FSDP2 over all ranks. Each rank reads only its own rows of each tensor, so no process ever holds
+                the whole model
+    recompute   activation checkpointing, one decoder layer at a time
+    frozen      weights in `dtype` instead of fp32, without gradients
+    offload     the weights stay on the host; FSDP moves them when they are needed, without FSDP the caller does
+
+    Raises UserError if no model loads.
     """
-    backend, weights = attention_backends(device, dtype)[0], dtype if frozen else torch.float32
+    backend, weight_dtype = attention_backends(device, dtype)[0], dtype if frozen else torch.float32
     try:
         if shard:
-            policy = load_sharded(model, temperature, dtype, device, backend, weights, offload)
+            policy = load_sharded(
+                model, temperature, dtype=dtype, device=device, backend=backend, weight_dtype=weight_dtype, offload=offload
+            )
         else:
             hf, found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=weights, attn_implementation=backend, output_loading_info=True, trust_remote_code=False
+                model, dtype=weight_dtype, attn_implementation=backend, output_loading_info=True, trust_remote_code=False
             )
             if missing := sorted(found["missing_keys"]):  # transformers would make them up
                 raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
@@ -266,28 +281,30 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
     if recompute:
         policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.train()  # transformers recomputes in train mode alone; these models have no dropout
+        policy.train()  # transformers recomputes only in train mode; these models have no dropout
     return policy.requires_grad_(not frozen)
 
 
 def shard_policy(policy, dtype, offload=False):
-    """FSDP2: each decoder layer a unit, embedding, head and norm the root's. Reduction in fp32."""
+    """Shard a policy by FSDP2. Each decoder layer is a unit; embedding, head and final norm belong to the root.
+    Gradients are reduced in fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32)
     options = {"mp_policy": precision}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for layer in policy.hf.get_decoder().layers:
         fully_shard(layer, **options)
-    # The root, too: left gathered after a forward without backward, its weights would be read in compute precision.
+    # The root is resharded, too: gathered after a forward without backward, its weights would be in compute precision.
     fully_shard(policy, **options, reshard_after_forward=True)
     register_fsdp_forward_method(policy, "judge")
     return policy
 
 
-def load_sharded(model, temperature, dtype, device, backend, weights, offload):
+def load_sharded(model, temperature, dtype, device, backend, weight_dtype, offload):
+    """load_policy's FSDP2 case. Raises OSError for weights that are missing."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=weights)
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=weight_dtype)
     policy = shard_policy(Policy(hf, temperature), dtype, offload)
     policy.to_empty(device="cpu" if offload else device)
     hf.tie_weights()
@@ -303,12 +320,12 @@ def load_sharded(model, temperature, dtype, device, backend, weights, offload):
     return policy.eval()
 
 
-# ---------------------------------------------------------------- what a policy says of rollouts
+# ---------------------------------------------------------------- a policy applied to rollouts
 
 
 @torch.no_grad()
 def mean_entropies(policy, rollouts, micro_tokens):
-    """The policy's mean entropy over each response, a list. The ranks share the work."""
+    """The policy's mean entropy over each response, as a list. The ranks share the work."""
     micro_batches = spread(rollouts, micro_tokens, RANK, WORLD)
     entropies = [policy(b.to(policy.hf.device))[1] for b in micro_batches]
     found = sorted(gather([(row, sum(values) / len(values)) for row, values in unpack(micro_batches, entropies)]))
@@ -317,8 +334,9 @@ def mean_entropies(policy, rollouts, micro_tokens):
 
 @torch.no_grad()
 def ask_teacher(teacher, micro_batches, want_top1, n_tokens, offload):
-    """Put the teacher model's log-probs into the batches, and its first choices if wanted. A choice that is not among the
-    policy's n_tokens tokens counts as none. offload: the teacher's weights rest on the host."""
+    """Write the teacher model's log-probs into the micro-batches, and with want_top1 its most likely tokens. An id
+    from n_tokens on is not a token of the policy and counts as none. offload: the teacher's weights are on the host
+    between calls."""
     if offload:
         teacher.to(micro_batches[0].input_ids.device)
     for batch in micro_batches:

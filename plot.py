@@ -1,8 +1,8 @@
 """
-Curves and a table from runs' metrics.jsonl, and the page that shows a group.
+Draw curves and print a table from runs' metrics.jsonl, and write the page that shows a group.
 
-    python plot.py out/demo/luffy_0 out/demo/grpo_0        curves.png and curves.svg, also of runs that are not over
-    python plot.py out/a out/b --out=FILE.svg              that file alone
+    python plot.py out/demo/luffy_0 out/demo/grpo_0        curves.png and curves.svg, also while runs are under way
+    python plot.py out/a out/b --out=FILE.svg              only that file
     python plot.py trace out/demo/luffy_0 --step=5         a page that shows one group, token by token
     python plot.py trace RUN --step=N --problem=ID --out=FILE.html
 
@@ -23,14 +23,14 @@ import matplotlib.pyplot as plt
 
 from configurator import ROOT, UserError, repo_path, run
 
-# (title, scale, {metric: its name in the panel}); "share" is from 0 to 1.
+# (title, scale, {metric: its name in the panel}); the scale "share" runs from 0 to 1.
 PANELS = [
     ("held-out accuracy", "share", {"eval/greedy": "greedy", "eval/avg@k": "sampled"}),
     ("reward", "share", {"reward/own": "own samples", "reward/teacher": "teacher"}),
     ("prompts solved by", "share", {"groups/none_solved": "no sample", "groups/all_solved": "all samples"}),
     ("entropy", "linear", {"entropy/own": "own tokens", "entropy/teacher": "teacher's tokens"}),
     ("probability p of the teacher's tokens", "linear", {"teacher/p": "p", "teacher/f": "f(p)"}),
-    ("tokens a response", "linear", {"length/own": "own samples", "length/teacher": "teacher"}),
+    ("tokens per response", "linear", {"length/own": "own samples", "length/teacher": "teacher"}),
     ("engine against trainer", "log", {"mismatch/abs": "mean |difference of log-probs|"}),
 ]
 OUTCOMES = [
@@ -39,8 +39,8 @@ OUTCOMES = [
     ("training reward of own samples", "share", {"reward/own": ""}),
 ]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-MARKERS = "osD^vPX"  # for eyes and printers that see no colours
-KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # which look alike in all pictures
+MARKERS = "osD^vPX"  # for readers and printers without colours
+KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # each looks the same in all pictures
 PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#0072B2", "update": "#a6a6a6"}
 
 
@@ -57,15 +57,16 @@ def read_run(folder):
             record = json.loads(line)
             records.append({"step": record["step"]} | {k: v for k, v in record.items() if isinstance(v, int | float)})
         except (ValueError, TypeError, KeyError, AttributeError):
-            if line and i < len(lines):  # what follows the last line break may be half a line
-                raise UserError(f"{path}, line {i} is no step of a run: remove it") from None
+            if line and i < len(lines):  # the text after the last line break may be half a line
+                raise UserError(f"{path}, line {i} is not a step of a run: remove it") from None
     if not records:
         raise UserError(f"{path} is empty: wait for the run's first evaluation or step")
     return records
 
 
 def by_method(folders):
-    """{method: [run, ...]} in the order given. A method is named by its folder, or its whole path if two would be alike."""
+    """{method: [run, ...]} in the order given. A method's name is that of its folder, or the whole path if two folders
+    have the same name."""
     groups = {}
     for folder in dict.fromkeys(map(os.path.normpath, map(repo_path, folders))):
         groups.setdefault(re.sub(r"_\d+$", "", folder), []).append(read_run(folder))
@@ -75,12 +76,12 @@ def by_method(folders):
 
 
 def plain(name):
-    """A name as matplotlib shows it as it is: between two $ it would read mathematics."""
+    """Escape a name for matplotlib, which would read the text between two $ as mathematics."""
     return name.replace("$", r"\$")
 
 
 def curve(runs, key):
-    """Steps, and the runs' mean, min and max at each step that all of them have."""
+    """The steps that all runs have, and the runs' mean, min and max at each."""
     series = [{m["step"]: m[key] for m in r if key in m} for r in runs]
     steps = sorted(set.intersection(*map(set, series)))
     values = [[s[step] for s in series] for step in steps]
@@ -88,18 +89,18 @@ def curve(runs, key):
 
 
 def looks(methods):
-    """{method: (colour, marker)}: the known methods have their own, others what is left, in turn."""
+    """{method: (colour, marker)}. Known methods have their own, the others take the remaining ones in turn."""
     taken = [KNOWN.index(name) for name in methods if name in KNOWN]
     rest = [i for i in range(len(COLORS)) if i not in taken] or list(range(len(COLORS)))
     others = [name for name in methods if name not in KNOWN]
     place = {name: KNOWN.index(name) if name in KNOWN else rest[others.index(name) % len(rest)] for name in methods}
-    turn = lambda name: others.index(name) // len(rest) if name in others else 0  # round again: another marker
+    turn = lambda name: others.index(name) // len(rest) if name in others else 0  # the colours are used up: another marker
     return {name: (COLORS[i], MARKERS[(i + turn(name)) % len(MARKERS)]) for name, i in place.items()}
 
 
 def draw_panel(axis, methods, scale, metrics):
-    """Curves of one or two metrics, the second dashed: of each method the mean, and of the first metric its seeds as thin
-    lines in a band."""
+    """Draw one or two metrics, the second dashed: the mean of each method, and for the first metric also the seeds, as thin
+    lines within a band."""
     drawn, inside = False, True
     for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
         found = False
@@ -109,8 +110,8 @@ def draw_panel(axis, methods, scale, metrics):
             if not steps:
                 continue
             found = True
-            apart = (min(i, len(steps) - 1), max(1, len(steps) // 6))  # the markers of curves that lie on each other
-            # The first lies above the others, whose markers are larger.
+            apart = (min(i, len(steps) - 1), max(1, len(steps) // 6))  # so that markers of equal curves are apart
+            # The first method is drawn above the others; their markers are larger.
             axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5 + min(i, 5),
                       markevery=apart, markeredgecolor="white", zorder=4 - i / 100)  # fmt: skip
             inside &= min(low) >= 0 and max(high) <= 1
@@ -123,10 +124,10 @@ def draw_panel(axis, methods, scale, metrics):
             axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
         drawn |= found
     if not drawn:
-        axis.text(0.5, 0.5, "none of these runs has it", ha="center", va="center", transform=axis.transAxes, color="#555555")
+        axis.text(0.5, 0.5, "not in these runs", ha="center", va="center", transform=axis.transAxes, color="#555555")
     elif scale == "log":
         axis.set(yscale="log")
-    elif scale == "share" and inside:  # a grader of one's own may give other rewards
+    elif scale == "share" and inside:  # your own grader may give other rewards
         axis.set(ylim=(-0.04, 1.04))
     if drawn and any(metrics.values()):
         axis.legend(fontsize=8, frameon=False, loc="best")
@@ -135,7 +136,7 @@ def draw_panel(axis, methods, scale, metrics):
 
 
 def draw_phases(axis, methods):
-    """Mean seconds of a step, by phase: a bar for each method."""
+    """Draw the mean seconds of a step by phase, a bar per method."""
     names = list(methods)
     rows = {name: [m for r in runs for m in r if "time/update" in m] for name, runs in methods.items()}
     left = [0.0] * len(names)
@@ -150,8 +151,8 @@ def draw_phases(axis, methods):
 
 
 def draw(methods, paths, panels, phases=False):
-    """Write one picture of {method: [run, ...]} to each path: panels (title, scale, {metric: name}), and, if `phases`, what
-    a step's seconds went to."""
+    """Write one picture of {method: [run, ...]} to each path. panels: [(title, scale, {metric: name}), ...]; phases: add a
+    panel with the seconds of each phase of a step."""
     count = len(panels) + phases
     columns = 4 if count > 6 else 3
     rows = math.ceil(count / columns)
@@ -176,8 +177,8 @@ def draw(methods, paths, panels, phases=False):
 
 
 def draw_sweep(tables, path):
-    """pass@k and avg@k against temperature, of {temperature: eval.json}: a line per source, and their unweighted mean, which
-    for AIME24 and AMC is the paper's Fig. 12."""
+    """Draw pass@k and avg@k against temperature, from {temperature: content of eval.json}: a line per source, and their
+    unweighted mean. For AIME24 and AMC this is the paper's Fig. 12."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharex=True)
     temperatures, sources = [float(t) for t in tables], list(next(iter(tables.values())))
     for axis, name in zip(axes, ("pass@k", "avg@k"), strict=True):
@@ -218,10 +219,10 @@ def trace(argv):
         groups = {}
         for r in map(json.loads, f):
             groups.setdefault(str(r["problem"]), []).append(r)
-    # The group that has a trace, something to learn, and the least probable token of a teacher.
+    # By default the group with a trace, an advantage, and the least probable token of a teacher.
     rarest = lambda g: min((x for r in g for x in r["update_logps"] if math.isfinite(x)), default=0.0)
-    tell = lambda g: (any(map(given_tokens, g)), any(r["advantage"] for r in g), -rarest(g))
-    chosen = options.get("problem") or max(groups, key=lambda q: tell(groups[q]))
+    interest = lambda g: (any(map(given_tokens, g)), any(r["advantage"] for r in g), -rarest(g))
+    chosen = options.get("problem") or max(groups, key=lambda q: interest(groups[q]))
     if chosen not in groups:
         raise UserError(f"step {step} has the problems {', '.join(groups)}: choose one of them by --problem=ID")
     out = options.get("out") or f"group_{step}_{chosen}.html"
@@ -232,7 +233,7 @@ def trace(argv):
 
 
 def write_trace(out, config, folder, step, group):
-    """Fill trace.html, in which nothing of a model's is markup or code: the data stand in it as JSON without a '<'."""
+    """Fill trace.html. The data is embedded as JSON without a '<', so that no text of a model can act as markup or code."""
     from data import load_tokenizer  # here, because torch takes seconds to load
     from runtime.files import model_path
 
@@ -241,7 +242,7 @@ def write_trace(out, config, folder, step, group):
     rows = []
     for r in group:
         by = {"own": "policy"}.get(r["written_by"], r["written_by"])
-        # A row that was not trained on has none. A replay has both: of now and of then.
+        # A row that was not trained on has no update_logps. A replayed row has two log-probs: of now and of its sampling.
         now = r["update_logps"] or [math.nan] * given_tokens(r)
         logps = [*now, *(r["sampler_logps"] if by != "replay" else [])]
         rows.append(
@@ -257,7 +258,7 @@ def write_trace(out, config, folder, step, group):
                 "p": [brief(math.exp(logp)) for logp in logps],
             }
         )
-        if by == "replay":  # f is taken of pi / pi_then (ExGRPO)
+        if by == "replay":  # f is applied to pi / pi_then (ExGRPO)
             rows[-1]["ratio"] = [brief(math.exp(a - b)) for a, b in zip(now, r["sampler_logps"], strict=True)]
     first = group[0]
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
@@ -277,18 +278,18 @@ def write_trace(out, config, folder, step, group):
 
 
 def given_tokens(r):
-    """How many of a row's tokens the policy of that step did not sample: a teacher's part, or all of a replay."""
+    """The number of a row's tokens that the policy of that step did not sample: a teacher's part, or a whole replay."""
     return len(r["response_ids"]) if r["written_by"] == "replay" else r["teacher_tokens"]
 
 
 def brief(x, digits=3):
-    """x to a few digits, or None, which JSON can say, for what is not finite."""
+    """x rounded to a few digits; None if it is not finite, because JSON has no such number."""
     return float(f"{x:.{digits}g}") if math.isfinite(x) else None
 
 
 def shaping_curve(shaping, gamma, n=361):
-    """f and its weight p f'(p) as loss.shape has them, at n values of p from 1e-12 to 1, evenly in log p; of "none" and
-    "luffy" nothing, because the page computes them itself, for any gamma."""
+    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1, evenly spaced in log p. None for "none"
+    and "luffy": the page computes these itself, for any gamma."""
     import torch
 
     from loss import shape
@@ -303,7 +304,7 @@ def shaping_curve(shaping, gamma, n=361):
 
 
 def token_texts(tokenizer, ids):
-    """The text of each token; of tokens that share a character, the last has it and the others nothing."""
+    """The text of each token. If several tokens form one character, the last one gets it and the others are empty."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end])
@@ -314,8 +315,8 @@ def token_texts(tokenizer, ids):
 
 
 def table(methods):
-    """The last evaluation of each method, a number per seed, and of each source if there are several; seconds are those of
-    the steps, not of starting up."""
+    """The last evaluation of each method, with a number per seed; also by source if there are several. Seconds are those of
+    the steps, without starting up."""
     lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]
     for name, runs in methods.items():
         last = [next((m for m in reversed(r) if "eval/greedy" in m), r[-1]) for r in runs]
@@ -324,7 +325,7 @@ def table(methods):
         show = lambda key: " ".join(f"{m[key]:.3f}" if key in m else "-" for m in last)  # noqa: B023
         lines.append(f"{name:<14}{steps:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
         for source in sorted({key.split("/", 2)[2] for m in last for key in m if re.match("eval/[^/]+/", key)}):
-            cells = [f"{show(f'eval/{kind}/{source}'):<24}" for kind in ("greedy", "avg@k")]
+            cells = [f"{show(f'eval/{mode}/{source}'):<24}" for mode in ("greedy", "avg@k")]
             lines.append(f"  {source:<17}   {''.join(cells)}".rstrip())
     return "\n".join(lines)
 
@@ -341,7 +342,7 @@ def main():
     out = options[-1].removeprefix("--out=") if options else "curves"
     name, ending = os.path.splitext(out)
     if ending not in ("", ".png", ".svg", ".pdf"):
-        raise UserError(f"--out={out}: choose a name that ends in .png, .svg or .pdf, or in nothing for .png and .svg")
+        raise UserError(f"--out={out}: choose a name that ends in .png, .svg or .pdf, or without an ending for .png and .svg")
     paths = [out] if ending else [f"{name}.png", f"{name}.svg"]
     methods = by_method(folders)
     print(table(methods))

@@ -1,11 +1,12 @@
 """
-What training starts from: problems in LUFFY's schema, and a model with the room and the chat template for long thoughts.
+Prepare what training needs: problems in LUFFY's schema, and a model with enough positions and a chat template for long
+thoughts.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
 
-All write to *.partial and rename at the end, so what has its name is whole; none overwrites anything.
+All commands write to *.partial and rename at the end, so a file with its final name is whole. They overwrite nothing.
 """
 
 import argparse
@@ -32,17 +33,17 @@ def parse(argv):
 
     p = commands.add_parser("openr1", allow_abbrev=False, help="OpenR1-Math-220k to LUFFY's files")
     p.add_argument("--src", default="open-r1/OpenR1-Math-220k", help="a hub data set (%(default)s), a parquet file or a folder")
-    p.add_argument("--out", default="data/openr1.parquet", help="%(default)s; other files lie beside it")
+    p.add_argument("--out", default="data/openr1.parquet", help="%(default)s; the other files are written beside it")
     p.add_argument("--tokenizer", required=True, help="folder or hub name of the model to be trained")
     p.add_argument("--traces", default="first", choices=["first", "all"], help="usable traces that a problem keeps")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a trace, EOS included (%(default)s)")
-    p.add_argument("--tags", default="keep", choices=["keep", "drop"], help="drop: traces without <think> and </think>")
+    p.add_argument("--tags", default="keep", choices=["keep", "drop"], help="drop: remove <think> and </think> from traces")
 
     p = commands.add_parser("reanswer", allow_abbrev=False, help="new traces by another teacher, verified; resumable")
     p.add_argument("--model", required=True, help="the teacher: a folder in Hugging Face format, or a hub name")
-    p.add_argument("--data", required=True, help="problems in LUFFY's schema; traces in it are left out")
-    p.add_argument("--out", required=True, help="problems with a verified trace; those without lie beside it")
-    p.add_argument("--k", type=int, default=1, help="samples per problem, each verified one a trace (%(default)s)")
+    p.add_argument("--data", required=True, help="problems in LUFFY's schema; their traces are ignored")
+    p.add_argument("--out", required=True, help="problems with a verified trace; the others are written beside it")
+    p.add_argument("--k", type=int, default=1, help="samples per problem; each verified one becomes a trace (%(default)s)")
     p.add_argument("--temperature", type=float, default=0.7, help="of sampling (%(default)s)")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a sample, EOS included (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
@@ -54,15 +55,15 @@ def parse(argv):
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
     p.add_argument("--gpu_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM (%(default)s)")
     p.add_argument("--tensor_parallel", type=int, default=1, help="consecutive ranks that share one engine (%(default)s)")
-    p.add_argument("--chunk", type=int, default=256, help="samples that a kill may cost each rank (%(default)s)")
+    p.add_argument("--chunk", type=int, default=256, help="samples per chunk; a kill loses one chunk per rank (%(default)s)")
 
-    p = commands.add_parser("model", allow_abbrev=False, help="another RoPE base, more positions and a chat template")
+    p = commands.add_parser("model", allow_abbrev=False, help="set a model's RoPE base, positions and chat template")
     p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
     p.add_argument("--out", required=True, help="the new folder")
     p.add_argument("--rope_theta", type=int, default=40000, help="0 leaves the model's own (%(default)s)")
     p.add_argument("--max_position", type=int, default=16384, help="0 leaves the model's own (%(default)s)")
-    p.add_argument("--template", default="luffy", help="luffy, llama, keep, or a file of Jinja (%(default)s)")
-    p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate a little with it (%(default)s)")
+    p.add_argument("--template", default="luffy", help="luffy, llama, keep, or a Jinja file (%(default)s)")
+    p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate some tokens with it (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -126,8 +127,8 @@ MESSAGES = pa.list_(pa.struct({"content": pa.string(), "role": pa.string()}))
 SCHEMA = pa.schema({"data_source": pa.string(), "prompt": MESSAGES, "target": MESSAGES, "ability": pa.string(),
                     "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
                     "extra_info": pa.struct({"index": pa.int64(), "split": pa.string()})})  # fmt: skip
-EASY, HARD = 2048, 4096  # tokens of the first trace at most: the paper's 7.3k and 25.4k problems for weak backbones
-BATCH = 128  # rows in memory together, some 6 MB of OpenR1's
+EASY, HARD = 2048, 4096  # the most tokens of the first trace: the paper's 7.3k and 25.4k problems for weak base models
+BATCH = 128  # rows in memory at a time, about 6 MB of OpenR1
 COUNTS = (
     "rows read", "rows in out", "rows in easy", "rows in hard", "rows in complement",
     "row without: no generations", "row without: lists of different lengths", "row without: no usable trace",
@@ -143,16 +144,18 @@ class Unusable(Exception):
 
 
 def prepare_openr1(args):
-    """After the recipe of the released 46k set: a generation is usable if math-verify found it right, its reasoning is
-    complete and it has no more than max_tokens tokens; a problem's target is its first usable one, or all of them.
+    """Follow the recipe of the released 46k set: a generation is usable if math-verify found it right, its reasoning is
+    complete and it has at most max_tokens tokens. A problem's target is its first usable generation, or all of them.
 
-    Ours differs in three ways. The limit includes EOS and the leading "<think>\\n", so training, which strips that or not,
-    drops none of these traces. A thought that never closes is unusable: its reward would always be 0. A problem with the
-    text of an earlier one is dropped, whether or not that had a trace; of that the recipe says nothing.
+    Ours differs in three ways. The limit includes EOS and the leading "<think>\\n", so training drops none of these
+    traces, whether or not it strips "<think>\\n". A thought that never closes is unusable: its reward would always be 0.
+    A problem with the same text as an earlier one is dropped, whether or not the earlier one has a trace; the recipe does
+    not mention repeats.
 
     Writes out, and beside it *.complement.parquet (rows without a usable trace), *.easy.parquet and *.hard.parquet (rows
-    of out whose first trace is short), *.sft.jsonl (a conversation per trace) and *.report.json (COUNTS; of a row's or
-    trace's faults the first in that order). One pass, a batch in memory; only a digest per problem, to know repeats, stays.
+    of out whose first trace is short), *.sft.jsonl (a conversation per trace) and *.report.json (COUNTS; a row or trace
+    with several faults is counted under the first in that order). It takes one pass, with one batch in memory, and a
+    digest per problem to recognise repeats.
     """
     check_range(args, "max_tokens", "[> 0]")
     out = repo_path(args.out)
@@ -166,11 +169,12 @@ def prepare_openr1(args):
         raise UserError(f"{taken[0]} exists: remove it, or name another --out")
     sources, tokenizer = openr1_files(args.src), load_tokenizer(model_path(args.tokenizer))
     system, longest_token = load_templates()["system"], max(map(len, tokenizer.get_vocab()))
-    set_verbosity_error()  # transformers would warn of a text longer than the model takes
+    set_verbosity_error()  # transformers would warn of texts that are longer than the model's context
     counts, seen, beat = dict.fromkeys(COUNTS, 0), set(), time.time()
 
     def length(text):
-        """Tokens with EOS, or Unusable. What has too many characters for its tokens to be few enough is not tokenised."""
+        """The number of tokens, EOS included. Raises Unusable above the limit. A text is not tokenised if its number of
+        characters already shows that it has too many tokens."""
         n = len(text) // longest_token
         if n <= args.max_tokens:
             n = len(tokenizer.encode(text, add_special_tokens=False)) + 1
@@ -212,7 +216,7 @@ def prepare_openr1(args):
                     print(f"  ... {counts['rows read']} rows, {counts['rows in out']} with a trace", flush=True)
         print("\n".join(f"{what:<44}{n:>9,}" for what, n in counts.items()))
         if not counts["rows in out"]:
-            raise UserError(f"no trace of {args.src} is usable, so nothing is written: the counts above say why")
+            raise UserError(f"no trace of {args.src} is usable, so nothing is written: see the counts above")
         with open(f"{report}.partial", "w") as f:
             json.dump({**vars(args), "counts": counts}, f, indent=2)
         for path in paths:  # out is the last
@@ -230,7 +234,7 @@ def bare(trace):
 
 
 def openr1_files(src):
-    """The parquet files that --src names, each of them whole and of OpenR1's schema. Raises UserError."""
+    """The parquet files that --src names. Raises UserError if one is damaged or does not have OpenR1's schema."""
     path = repo_path(src)
     if not os.path.exists(path) and src.count("/") == 1 and src[0] not in "./~" and not src.endswith(".parquet"):
         path = os.path.join(from_hub(src, repo_type="dataset", allow_patterns="data/train-*.parquet"), "data")
@@ -243,20 +247,20 @@ def openr1_files(src):
             found = [t for n, t in zip(schema.names, schema.types, strict=True) if n == name]
             if list(map(as_binary, found)) != [want]:
                 have = " and ".join(map(str, found)) or "missing"
-                raise UserError(f"{file}: column {name!r} is {have}, unlike OpenR1-Math-220k's")
+                raise UserError(f"{file}: column {name!r} is {have}, unlike OpenR1-Math-220k's: choose another --src")
     return files
 
 
 def as_binary(t):
-    """An Arrow type with binary for text, lists of large or small offsets alike."""
+    """An Arrow type with text replaced by binary, and lists of large offsets by lists."""
     if pa.types.is_list(t) or pa.types.is_large_list(t):
         return pa.list_(as_binary(t.value_type))
     return pa.binary() if text_type(t) else t
 
 
 def openr1_batches(files):
-    """Yield lists of {column: value}, text as bytes: pyarrow would stop at a cell that is not UTF-8. Pages are read as
-    they are needed, so a file may have row groups of any size."""
+    """Yield lists of {column: value}. Text is bytes, because pyarrow would stop at a cell that is not UTF-8. Pages are
+    read when they are needed, so a file may have row groups of any size."""
     for path in files:
         n = 0
         try:
@@ -277,7 +281,7 @@ def text_of(data):
 
 
 def question_of(row, seen):
-    """A row's problem and answer, or Unusable. seen: digests of the problems before."""
+    """A row's problem and answer. Raises Unusable. seen: digests of the problems so far."""
     problem, answer = text_of(row["problem"]), text_of(row["answer"])
     for text, fault in ((problem, "no problem"), (answer, "no answer")):
         if not text.strip():
@@ -290,7 +294,7 @@ def question_of(row, seen):
 
 
 def traces_of(row, length, every, counts):
-    """[(trace, its tokens), ...]: the first usable one, or every one. Counts all, and why there is none."""
+    """A row's usable traces, the first or every one: [(trace, its number of tokens), ...]. Updates counts."""
     generations, *flags = (row[name] or [] for name in list(OPENR1)[2:])
     traces, why = [], "no usable trace" if generations else "no generations"
     counts["traces of rows not dropped"] += len(generations)
@@ -314,7 +318,7 @@ def traces_of(row, length, every, counts):
 
 
 def usable_trace(data, complete, correct):
-    """A generation's text, beginning with "<think>\\n", or Unusable."""
+    """A generation's text, beginning with "<think>\\n". Raises Unusable."""
     for holds, fault in ((data is not None, "null"), (complete, "not complete"), (correct, "not correct")):
         if not holds:
             raise Unusable(fault)
@@ -327,11 +331,12 @@ def usable_trace(data, complete, correct):
 
 
 def prepare_reanswer(args):
-    """The teacher, prompted by its own chat template, tries each problem k times. Samples that end by themselves and that
-    the verifier accepts become the problem's traces, in the order drawn; a problem without goes to *.complement.parquet.
+    """Sample k responses per problem from the teacher, with its own chat template. Samples that end by themselves and that
+    the verifier accepts become the problem's traces, in the order drawn. Problems without a trace go to
+    *.complement.parquet.
 
-    Under torchrun the ranks share the work. It is kept in out.work until out is written; a killed run that is started
-    again goes on there, and ends with the same files.
+    Under torchrun the ranks share the work. Samples are kept in the folder *.work until out is written. The same command
+    continues a killed run, and ends with the same files.
     """
     check_range(args, "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "[> 0]")
     check_range(args, "temperature", "")  # zero or more
@@ -343,10 +348,10 @@ def prepare_reanswer(args):
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
     ready, partial = os.path.join(work, "ready"), [f"{path}.partial" for path in (out, complement)]
     if taken := [path for path in (out, complement, report) if os.path.exists(path)]:
-        if not os.path.exists(ready):  # the mark of a run that was killed while it gave its files their names
+        if not os.path.exists(ready):  # it exists if a run was killed while it renamed its files
             raise UserError(f"{taken[0]} exists: remove it, or name another --out")
         if not any(map(os.path.exists, partial)):
-            return print(f"{out} was written whole: remove {work} if you want nothing more of it")
+            return print(f"{out} is already complete: remove {work} if you do not need it")
     if WORLD % args.tensor_parallel:
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     source, name = repo_path(args.data), model_path(args.model)
@@ -358,9 +363,10 @@ def prepare_reanswer(args):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
         start_processes(device, "none")
-        matter = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
-        knobs = {knob: getattr(args, knob) for knob in matter}
-        open_work(work, settings_of(knobs, problems, name, args.sampler, dtype, args.grader), vars(args))
+        compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
+        knobs = {knob: getattr(args, knob) for knob in compared}
+        settings = settings_of(knobs, problems, model=name, sampler=args.sampler, dtype=dtype, grader=args.grader)
+        open_work(work, settings, vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
@@ -371,16 +377,17 @@ def prepare_reanswer(args):
             )  # fmt: skip
 
         def answer(part):
-            return evaluate(part, engine, verifier, tokenizer, name, args.k, args.temperature, args.max_tokens, args.seed)
+            return evaluate(part, engine, verifier, tokenizer, stamp=name, k=args.k, temperature=args.temperature,
+                            max_tokens=args.max_tokens, seed=args.seed)  # fmt: skip
 
         work_through(work, chunks, answer, args.tensor_parallel)
     if RANK == 0:
         counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
-        print("\n".join(f"{kind:<32}{n:>10,}" for kind, n in counts.items()))
+        print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
         if not counts["samples kept"]:
             for path in partial:
                 os.remove(path)
-            raise UserError(f"no sample was kept, so nothing is written: {work}/samples says why")
+            raise UserError(f"no sample was kept, so nothing is written: see the samples in {work}/samples")
         open(ready, "w").close()
         write_json(report, {**vars(args), "counts": counts})
         for path in (complement, out):
@@ -388,7 +395,7 @@ def prepare_reanswer(args):
         shutil.rmtree(os.path.join(work, "samples"))
         os.remove(os.path.join(work, "settings.json"))
         os.remove(ready)
-        with contextlib.suppress(OSError):  # not empty, if it holds the samples of other settings
+        with contextlib.suppress(OSError):  # it is not empty if it has samples of other settings
             os.rmdir(work)
         print(f"wrote {out}, {complement}, {report}")
     if WORLD > 1:
@@ -405,7 +412,7 @@ def write_answers(source, paths, out, complement, opening):
     with pq.ParquetWriter(out, SCHEMA) as right, pq.ParquetWriter(complement, SCHEMA) as rest:
         waiting = {right: [], rest: []}
         for index, row in read_rows(source):
-            if answer is None or index != answer["id"]:  # a row without question or answer, or beyond the context
+            if answer is None or index != answer["id"]:  # a row that load_problems dropped
                 continue
             traces = []
             for text, reward, reason, finish in zip(
@@ -441,8 +448,8 @@ SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 
 
 def prepare_model(args):
-    """Copy a model without subfolders and other forms of its weights, edit config.json and the chat template. Raises
-    UserError unless the edits take effect, and config, weights, tokenizer and engines agree."""
+    """Copy a model, without subfolders and other formats of its weights; edit config.json and the chat template. Raises
+    UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
     out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
@@ -452,8 +459,8 @@ def prepare_model(args):
     files = [e.name for e in os.scandir(source) if e.is_file() and not any(fnmatch(e.name, p) for p in SKIPPED)]
     weights = [name for name in files if name.endswith(".safetensors")]
     if not weights:
-        raise UserError(f"{source} has no *.safetensors, the only form of weights taken here: load it with"
-                        " AutoModelForCausalLM.from_pretrained and write it by save_pretrained")  # fmt: skip
+        raise UserError(f"{source} has no *.safetensors, the only supported format of weights: load it with"
+                        " AutoModelForCausalLM.from_pretrained and write it with save_pretrained")  # fmt: skip
     partial = f"{out}.partial"
     copy = lambda names: [shutil.copyfile(os.path.join(source, name), os.path.join(partial, name)) for name in names]
     shutil.rmtree(partial, ignore_errors=True)
@@ -468,7 +475,7 @@ def prepare_model(args):
         if args.round_trip == "True":
             round_trip(partial, tokenizer, dtype)
         os.replace(partial, out)
-    except UserError as e:  # the user's folder is the culprit, not a copy that is gone
+    except UserError as e:  # name the user's folder, not the copy, which is removed
         raise UserError(str(e).replace(partial, source)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -476,42 +483,43 @@ def prepare_model(args):
 
 
 def chat_template(name):
-    """The Jinja text that --template names, None for keep."""
+    """The Jinja text that --template names; None for keep."""
     templates = load_templates()
     if name in templates["chat"]:
         return templates["chat"][name].replace("{system}", templates["system"])
     if name != "keep" and not os.path.isfile(repo_path(name)):
-        raise UserError(f"--template={name}: choose {', '.join(templates['chat'])}, keep, or a file of yours")
+        raise UserError(f"--template={name}: choose {', '.join(templates['chat'])}, keep, or your own file")
     return None if name == "keep" else open(repo_path(name), encoding="utf-8").read()
 
 
 @contextlib.contextmanager
 def edited(path):
-    """A JSON file as a dict; what is changed in it is written back."""
+    """Open a JSON file as a dict, and write it back with the changes made in the block."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is missing or no JSON: {first_line(e)}") from None
+        raise UserError(f"{path} is missing or not JSON: {first_line(e)}") from None
     yield content
     with open(path, "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2, ensure_ascii=False)
 
 
 def rope_and_positions(folder):
-    """As transformers reads them: a dict, empty if there is none, and a number, 0 if there is none."""
+    """What transformers reads from config.json: RoPE's parameters, a dict, and the number of positions; {} and 0 if there
+    are none."""
     config = load_config(folder)
     return getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", 0)
 
 
 def edit_config(folder, theta, positions):
-    """Set both in config.json, 0 leaving the old; rope_theta wherever the file has it, which depends on its age. Raises
-    UserError for less than the model was trained with."""
+    """Set both in config.json; 0 keeps the old value. rope_theta is set where the file has it, which depends on the file's
+    age. Raises UserError for a value below the one that the model was trained with."""
     rope, room = rope_and_positions(folder)
     for flag, new, old in (("rope_theta", theta, rope.get("rope_theta", 0)), ("max_position", positions, room)):
         if new and not 0 < old <= new:
             why = f"is below the model's own {old:g}" if old else "has no single value in this model's config"
-            raise UserError(f"--{flag}={new} {why}: --{flag}=0 leaves it as it is")
+            raise UserError(f"--{flag}={new} {why}: --{flag}=0 keeps the model's own")
     with edited(os.path.join(folder, "config.json")) as config:
         if theta:
             places = [config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
@@ -529,14 +537,14 @@ def edit_config(folder, theta, positions):
 
 
 def edit_template(folder, template, positions, name):
-    """Set the chat template, None leaving the old; returns the tokenizer. It is written twice: transformers 5 prefers
-    chat_template.jinja, and versions before that file (4.45 is one) know tokenizer_config.json alone."""
+    """Set the chat template; None keeps the old one. Returns the tokenizer. The template is written twice: transformers 5
+    prefers chat_template.jinja, older versions (such as 4.45) know only tokenizer_config.json."""
     path = os.path.join(folder, "tokenizer_config.json")
     if os.path.isfile(path):
         with edited(path) as config:
             room = config.get("model_max_length")
             if isinstance(room, (int, float)) and room < positions:
-                config["model_max_length"] = positions  # vLLM takes the smaller of this and the model's positions
+                config["model_max_length"] = positions  # vLLM uses the smaller of this and the model's positions
             if template is not None:
                 config["chat_template"] = template
                 with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
@@ -544,7 +552,7 @@ def edit_template(folder, template, positions, name):
     tokenizer = load_tokenizer(folder)
     for mark in re.findall(r"<\|\w+\|>", template or ""):
         if tokenizer.encode(mark, add_special_tokens=False) != [tokenizer.get_vocab().get(mark)]:
-            raise UserError(f"this model has no {mark}: --template=llama or a file of your own")
+            raise UserError(f"this model has no token {mark}: choose --template=llama or your own file")
     try:
         prompt = render_prompt(tokenizer, [QUESTION])
         with_system = render_prompt(tokenizer, [{"role": "system", "content": load_templates()["system"]}, QUESTION])
@@ -554,13 +562,13 @@ def edit_template(folder, template, positions, name):
         raise UserError(f"transformers does not use the chat template that was written: the prompt ends in {prompt[-40:]!r}")
     print(f"the prompt ends in {prompt[-40:]!r}")
     if not prompt.endswith(THINK):
-        print("note: it opens no thought: train and evaluate with --require_think=False")
+        print("note: it does not open a thought: train and evaluate with --require_think=False")
     return tokenizer
 
 
 def check_weights(source, folder, tokenizer):
-    """Hold the headers of source's weights to folder's config, and the tokenizer to both; no weight is read. Returns the
-    dtype to run in."""
+    """Check the headers of source's weights against folder's config, and the tokenizer against both. No weight is read.
+    Returns the dtype to run in."""
     config = load_config(folder)
     try:
         with torch.device("meta"):
@@ -571,17 +579,17 @@ def check_weights(source, folder, tokenizer):
     wanted, dtypes = dict(hf.named_parameters()), set()  # a tied head is no parameter of its own
     if missing := [name for name in wanted if name not in files]:
         raise UserError(f"the weights of {source} lack {len(missing)} of {len(wanted)} tensors, {missing[0]} among them: copy"
-                        " them again, or mend config.json")  # fmt: skip
+                        " them again, or fix config.json")  # fmt: skip
     for name, parameter in wanted.items():
         with safe_open(files[name], "pt") as f:
             tensor = f.get_slice(name)
         dtypes.add(tensor.get_dtype())
         if tensor.get_shape() != list(parameter.shape):
             raise UserError(f"{source}: {name} is {tensor.get_shape()} in the weights, {list(parameter.shape)} by config.json:"
-                            " take those of one model")  # fmt: skip
+                            " use files of one model")  # fmt: skip
     top, rows = max(tokenizer.get_vocab().values()), hf.get_input_embeddings().weight.size(0)
     if top >= rows:
-        raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: take those of one model")
+        raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: use files of one model")
     if extra := [name for name in files if name not in hf.state_dict()]:
         print(f"note: config.json has no place for {len(extra)} tensor(s) of the weights, {extra[0]} among them")
     ends = {"config.json": config.eos_token_id}
@@ -589,18 +597,18 @@ def check_weights(source, folder, tokenizer):
         ends["generation_config.json"] = GenerationConfig.from_pretrained(folder).eos_token_id
     for name, ids in ends.items():
         if ids not in (None, tokenizer.eos_token_id, [tokenizer.eos_token_id]):
-            print(f"note: {name} has EOS {ids}, the tokenizer {tokenizer.eos_token_id} ({tokenizer.eos_token!r}): training ends"
-                  " traces in the tokenizer's, and samples stop at that alone")  # fmt: skip
+            print(f"note: {name} has EOS {ids}, the tokenizer {tokenizer.eos_token_id} ({tokenizer.eos_token!r}): traces end in"
+                  " the tokenizer's EOS in training, and samples stop only at it")  # fmt: skip
     return "float32" if dtypes == {"F32"} else "bfloat16"
 
 
 def round_trip(folder, tokenizer, dtype, tokens=8):
-    """Continue a prompt greedily by transformers, then by vLLM where it is installed. Raises UserError if their log-probs
-    differ up to the first token that does; behind that they go on from different texts."""
+    """Continue a prompt greedily with transformers, then with vLLM where it is installed. Raises UserError if their
+    log-probs differ. They are compared up to the first token that differs: after it the two texts are different."""
     prompt = tokenizer.encode(render_prompt(tokenizer, [QUESTION]), add_special_tokens=False)
     room, device, eos = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.eos_token_id
     policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
-    policy.hf.set_attn_implementation("sdpa")  # not for packed sequences
+    policy.hf.set_attn_implementation("sdpa")  # the sequence is not packed
     ids, logps = list(prompt), []
     with torch.no_grad():  # no generate(): it would follow the folder's generation_config
         while len(logps) < tokens and ids[-1] != eos:
@@ -608,11 +616,11 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
             ids.append(int(logprobs.argmax()))
             logps.append(logprobs[ids[-1]].item())
     ours = Sample(ids[len(prompt) :], logps, "")
-    print(f"{dtype}, by transformers: {QUESTION['content']!r} goes on {tokenizer.decode(ours.ids)!r}", flush=True)
+    print(f"{dtype}, by transformers: {QUESTION['content']!r} continues with {tokenizer.decode(ours.ids)!r}", flush=True)
     if choose_sampler("auto") != "vllm":
         print("vLLM is not installed: nothing to compare with")
         return
-    del policy  # or two copies would lie in memory
+    del policy  # otherwise two copies would be in memory
     gc.collect()
     torch.cuda.empty_cache()
     try:
@@ -620,13 +628,14 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
         (theirs,) = engine.generate([prompt], [0], 0.0, tokens, folder)
         engine.close()
     except Exception as e:
-        raise UserError(f"vLLM does not run it: {first_line(e)}; --round_trip=False leaves this out") from None
+        raise UserError(f"vLLM does not run it: {first_line(e)}; --round_trip=False skips this check") from None
     same = next((i for i, (a, b) in enumerate(zip(ours.ids, theirs.ids, strict=False)) if a != b), len(ours.ids))
     difference = max(abs(a - b) for a, b in zip(ours.logps[: same + 1], theirs.logps, strict=False))
     limit = 0.1 if dtype == "bfloat16" else 1e-3
     print(f"by vLLM: {same} of {len(ours.ids)} tokens are the same, log-probs differ by at most {difference:.1e}")
     if not difference <= limit:
-        raise UserError(f"transformers and vLLM differ by {difference:.2g} in log-prob, over {limit}: they read it differently")
+        raise UserError(f"transformers and vLLM differ by {difference:.2g} in log-prob, over {limit}: they read the model's"
+                        " files differently")  # fmt: skip
 
 
 # ---------------------------------------------------------------- main
@@ -643,6 +652,6 @@ def main():
 
 if __name__ == "__main__":
     run(main)
-    if WORLD > 1 and args.tensor_parallel == 1:  # as in train.py: gloo's threads may abort an interpreter on its way out
+    if WORLD > 1 and args.tensor_parallel == 1:  # gloo's threads may abort an orderly exit, see ranks.leave
         sys.stdout.flush()
         os._exit(0)

@@ -2,14 +2,15 @@
 What a method remembers across steps: one small object each, with the same methods.
 
     batch, replays = memory.next_batch(order, n, rng, mean_entropies)
-                                     the step's n problems; and of those that replay a stored success, {id: Rollout}
-    memory.observe(rollouts)         look at the step's rollouts, graded
-    traces = memory.sft_due()        traces, as Rollouts, for an SFT step that is due now; [] for none
+                                     the step's n problems, and {problem id: Rollout} for those that replay a
+                                     stored success
+    memory.observe(rollouts)         take note of the step's graded rollouts
+    traces = memory.sft_due()        traces, as Rollouts, for an SFT step that is due now; [] if none is due
     memory.metrics()                 its size, to log
-    memory.state_dict()              {name: tensor} for the checkpoint, the same on every rank; {} for none
+    memory.state_dict()              {name: tensor} for the checkpoint, the same on every rank; {} without a memory
     memory.load_state_dict(state)
 
-Fresh remembers nothing and serves every other method. README lists what the released ReLIFT and ExGRPO do differently.
+Fresh remembers nothing and serves all other methods. README lists what the released ReLIFT and ExGRPO do differently.
 """
 
 import numpy as np
@@ -19,7 +20,7 @@ from data import Rollout
 
 
 def open_memory(problems, n_rollouts, sft_buffer, replay_share, replay_start, replay_limit):
-    """The memory that train.py's knobs ask for. problems: those to train on."""
+    """The memory for these knobs of train.py. problems: those to train on."""
     if sft_buffer:
         return FailedQuestions(problems, sft_buffer)
     if replay_share:
@@ -28,7 +29,7 @@ def open_memory(problems, n_rollouts, sft_buffer, replay_share, replay_start, re
 
 
 def fresh_problems(problems, order, n, skip=()):
-    """The next n problems in the data's order, all different, without those whose ids are in skip."""
+    """The next n problems in the data's order, all different; ids in `skip` are left out."""
     batch = []
     while len(batch) < n:
         drawn = [problems[i] for i in order.take(n - len(batch))]
@@ -37,7 +38,7 @@ def fresh_problems(problems, order, n, skip=()):
 
 
 def own_samples(rollouts):
-    """{problem id: this step's own samples of it}. A replayed sample is not among them: it was chosen because it is right."""
+    """{problem id: this step's own samples of it}, without replayed samples, which were chosen because they are right."""
     groups = {}
     for r in rollouts:
         if r.source == "own":
@@ -46,7 +47,7 @@ def own_samples(rollouts):
 
 
 class Fresh:
-    """No memory: a batch is what comes next in the data's order."""
+    """No memory: a batch is the next n problems in the data's order."""
 
     def __init__(self, problems):
         self.problems = problems
@@ -71,8 +72,8 @@ class Fresh:
 
 
 class FailedQuestions:
-    """ReLIFT (arXiv 2506.07527): a question that its whole group failed waits for an SFT step on its trace, which is due when
-    `size` of them wait. FIFO without duplicates; a question leaves once it is solved."""
+    """ReLIFT (arXiv 2506.07527): a question that no own sample solved waits for an SFT step on its trace. The step is
+    due when `size` questions wait. FIFO without duplicates; a question leaves once it is solved."""
 
     def __init__(self, problems, size):
         self.problems, self.size, self.queue = problems, size, []
@@ -106,12 +107,13 @@ class FailedQuestions:
 
 
 class Successes:
-    """ExGRPO (arXiv 2510.02245): right answers by question, in buckets by how often the question was solved last.
+    """ExGRPO (arXiv 2510.02245): right answers by question. A question is in the bucket k if k samples solved it last time.
 
-    At most the share `share` of a batch replays one: of a drawn question's stored answers, the one over which the policy's
-    mean entropy is lowest now. Answers are token ids (int32) with the log-probs they were sampled with (float32); the newest
-    `limit` of a question are kept. A question that every fresh sample solves is retired for good. Nothing is stored before a
-    batch was solved to the share `start`: until then a success says more about luck than about the policy.
+    In each batch, at most the share `share` of the questions replay a stored answer: the one over which the policy's
+    mean entropy is lowest now. Answers are token ids (int32) with the log-probs they were sampled with (float32); the
+    newest `limit` per question are kept. A question that every fresh sample solves is retired: it is never replayed
+    again, and sampled again only when too few others are left. Storing starts after the first batch in which more than
+    the share `start` of the samples is right: before that a success is mostly luck.
     """
 
     def __init__(self, problems, n_rollouts, share, start, limit):
@@ -124,7 +126,7 @@ class Successes:
         drawn = self.draw(int(n * self.share), rng)
         skip = self.retired | set(drawn)
         if len(self.problems) - len(skip) < n - len(drawn):
-            skip = set(drawn)  # too few are left: retired questions serve again
+            skip = set(drawn)  # too few are left: sample retired questions again
         batch = fresh_problems(self.problems, order, n - len(drawn), skip)
         if not drawn:
             return batch, {}
@@ -146,11 +148,11 @@ class Successes:
                 self.samples.pop(question, None)
                 self.bucket.pop(question, None)
             elif solved and self.active and question not in self.retired:
-                # Of n_rollouts, also where a replay left room for fewer fresh samples.
+                # Scaled to n_rollouts: beside a replay there are fewer fresh samples.
                 k = round(len(solved) / len(samples) * self.n_rollouts)
                 self.bucket[question] = min(self.n_rollouts - 1, max(1, k))
                 kept = {ids.tobytes(): (ids, logps) for ids, logps in self.samples.get(question, [])}
-                for r in solved:  # an answer that is known already keeps its place
+                for r in solved:  # an answer that is stored already keeps its place
                     ids = np.array(r.response_ids, np.int32)
                     kept.setdefault(ids.tobytes(), (ids, np.array(r.sampler_logps, np.float32)))
                 self.samples[question] = list(kept.values())[-self.limit :]
@@ -163,8 +165,9 @@ class Successes:
         return {"replay/questions": len(self.samples), "replay/retired": len(self.retired)}
 
     def draw(self, n, rng):
-        """At most n different questions: a bucket k by weight N(k; n_rollouts / 2, 1) over those that have any left, in
-        units of solved samples as the released code has it (the paper writes accuracy), then one of its questions evenly."""
+        """Draw at most n different questions: first a bucket k, with weight N(k; n_rollouts / 2, 1), among those that have
+        questions left; then one of its questions, uniformly. k counts solved samples, as in the released code; the paper
+        writes accuracy."""
         buckets = {}
         for question in sorted(self.samples):
             buckets.setdefault(self.bucket[question], []).append(question)

@@ -226,7 +226,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
                 run.saved = None
                 save()
 
-        start, first = time.time(), run.step
+        start = time.time()
         for step in range(run.step + 1, max_steps + 1):
             phases = metrics.Phases(step, guard, hook)
 
@@ -236,21 +236,14 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 2. Roll out: own samples from the engine; the teacher's trace, or a replayed success, beside them.
             phases.begin("rollout")
-            rng, entropies = np.random.default_rng([seed, step]), partial(mean_entropies, policy, micro_tokens=micro_tokens)
-            batch, replays = memory.next_batch(order, prompts_per_step, rng, entropies)
+            batch, replays = next_batch(memory, order, policy, step)
             with guard.interruptible():
-                rollouts = roll_out(
-                    engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher,
-                    temperature=temperature, max_tokens=max_tokens, seed=seed, step=step, stamp=run.n_updates,
-                    teacher_share=share_at(step), replays=replays, done=grading.submit,
-                )  # fmt: skip
-                if engine:
-                    engine.sleep()
+                rollouts = sample(engine, batch, replays, step, run, grading)
 
-                # 3. Reward: the verifier grades samples and traces alike, most of them while others are still sampled.
+                # 3. Reward: the verifier grades samples and traces alike, most of them while others are sampled.
                 phases.begin("reward")
                 grading.collect()
-            rollouts = in_order(gather_engines(rollouts, tensor_parallel), batch)  # from here every rank has them all
+            rollouts = in_order(gather_engines(rollouts, tensor_parallel), batch)  # now all ranks have all
 
             # 4. Advantage: reward minus the mean of the group, the teacher's row included.
             phases.begin("update")
@@ -261,57 +254,45 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
                 r.advantage = advantage
 
-            # 5. Pack: each update's rollouts are spread over the ranks by tokens and cut into as many micro-batches on each.
-            trained = worth_training(rollouts)
-            parts = cut_into_updates(trained, batch, update_batches)
-            updates = [[b.to(policy.hf.device) for b in spread(part, micro_tokens, RANK, WORLD)] for part in parts]
+            # 5. Pack: each update's rollouts, spread over the ranks and cut into as many micro-batches on each.
+            parts = cut_into_updates(worth_training(rollouts), batch, update_batches)
+            updates = [micro_batches(part, device) for part in parts]
 
-            # 6. Old log-probs, for the updates that will find the policy moved; the teacher model's opinion of every token.
-            with torch.no_grad():
-                for micro_batch in chain(*updates[1:]):
-                    guard.safe_point()
-                    micro_batch.old_logp, _ = policy(micro_batch)
+            # 6. Old log-probs, for updates that will find the policy moved; the teacher model's opinion.
             terms = loss_terms(step)
-            if updates and (kl_coef or terms["ce_coef"]):
-                ask_teacher(
-                    teacher, [*chain(*updates)], want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
-                    offload=teacher_offload and shard != "fsdp",
-                )  # fmt: skip
+            note_old_logps(policy, chain(*updates[1:]), guard)
+            if teacher:
+                ask(teacher, [*chain(*updates)], terms, tokenizer)
 
             # 7. Update: loss, backward, clip, AdamW. A bad update is skipped on all ranks.
-            lr = optimizer.param_groups[0]["lr"] = learning_rate * schedule(step)
-            results = [take_step(run, guard, trainee, optimizer, micro_batches, terms, grad_clip) for micro_batches in updates]
+            optimizer.param_groups[0]["lr"] = lr = learning_rate * schedule(step)
+            results = [take_step(trainee, optimizer, u, terms, grad_clip, run, guard) for u in updates]
             guard.droppable = False  # the step counts, also where no group was worth an update
 
-            # 8. Memory: it sees the rollouts; ReLIFT may owe an SFT step on traces of questions that failed.
+            # 8. Memory: it sees the rollouts, and may owe an SFT step on traces of questions that failed (ReLIFT).
             memory.observe(rollouts)
-            record = {"step": step, **metrics.rollout_metrics(rollouts), "groups/trained": len(trained) / len(rollouts)}
+            sft = None
             if traces := memory.sft_due():
-                sft_terms = terms | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef, kl_coef=0.0, ce_coef=0.0)
-                micro_batches = [b.to(policy.hf.device) for b in spread(traces, micro_tokens, RANK, WORLD)]
-                result = take_step(run, guard, trainee, sft_optimizer, micro_batches, sft_terms, sft_grad_clip)
-                if result.stepped:
-                    record |= {"sft/loss": metrics.means(result.sums)["loss"], "sft/grad_norm": result.norm}
+                sft_batches, sft_terms = micro_batches(traces, device), sft_loss_terms(step)
+                sft = take_step(trainee, sft_optimizer, sft_batches, sft_terms, sft_grad_clip, run, guard)
             phases.end()
 
             # 9. Log.
-            record |= memory.metrics() | metrics.update_metrics(results) | {"lr": lr, "micro_batches": sum(map(len, updates))}
-            record |= phases.record
+            record = {"step": step, "lr": lr, "micro_batches": sum(map(len, updates))}
+            record |= metrics.rollout_metrics(rollouts, sum(map(len, parts)))
+            record |= metrics.update_metrics(results, sft) | memory.metrics() | phases.record
+            metrics.check_mismatch(record, canary_limit)
             if rollout_interval and step % rollout_interval == 0:
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
                 run.try_to(metrics.write_rollouts, run.folder, step, rollouts, logps, by_id, tokenizer)
-            eta = (time.time() - start) / (step - first) * (max_steps - step)
-            print0(metrics.step_report(record, rollouts, run.own_rewards, max_steps, eta))
-            if step == first + 1:
-                print0(phases.ledger())
-            metrics.check_mismatch(record, canary_limit)
+            print0(run.report(record, rollouts, max_steps))
 
-            # 10. From here a checkpoint may hold the step. Canary, evaluation, its line in metrics.jsonl, checkpoint.
-            run.advance(step, order.state(), metrics.finite(record))
+            # 10. From here a checkpoint may hold the step. Canary, evaluation, its line, checkpoint.
+            run.advance(step, order.state(), record)
             guard.droppable = True
             finish()
             guard.agree()
-            run.save_due |= guard.save_now or step == max_steps or (save_interval > 0 and step % save_interval == 0)
+            run.save_due |= guard.save_now or step == max_steps or (save_interval and step % save_interval == 0)
             if run.save_due:
                 save(must=step == max_steps)
             hook(step, "done", record)
@@ -379,9 +360,23 @@ def finish_step(run, policy, engine, verifier, tokenizer, problem, held_out, gua
 # ---------------------------------------------------------------- from a batch of problems to micro-batches
 
 
-def share_at(step):
-    """The share of a trace that is given in this step."""
-    return teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
+def next_batch(memory, order, policy, step):
+    """The step's problems, and what they replay: see replay.py."""
+    rng, entropies = np.random.default_rng([seed, step]), partial(mean_entropies, policy, micro_tokens=micro_tokens)
+    return memory.next_batch(order, prompts_per_step, rng, entropies)
+
+
+def sample(engine, batch, replays, step, run, grading):
+    """This rank's rollouts, each handed to the verifier as soon as it has ended. Then the engine sleeps."""
+    share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
+    rollouts = roll_out(
+        engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=temperature,
+        max_tokens=max_tokens, seed=seed, step=step, stamp=run.n_updates, teacher_share=share, replays=replays,
+        done=grading.submit,
+    )  # fmt: skip
+    if engine:
+        engine.sleep()
+    return rollouts
 
 
 def worth_training(rollouts):
@@ -392,6 +387,25 @@ def worth_training(rollouts):
             rewards.setdefault(r.problem, set()).add(r.reward)
         rollouts = [r for r in rollouts if len(rewards[r.problem]) > 1]
     return [r for r in rollouts if not (skip_truncated and r.finish_reason == "length")]
+
+
+def micro_batches(rollouts, device):
+    """This rank's share of the rollouts, a list of Packed."""
+    return [batch.to(device) for batch in spread(rollouts, micro_tokens, RANK, WORLD)]
+
+
+@torch.no_grad()
+def note_old_logps(policy, batches, guard):
+    for batch in batches:
+        guard.safe_point()
+        batch.old_logp, _ = policy(batch)
+
+
+def ask(teacher, batches, terms, tokenizer):
+    """Put the teacher model's log-probs and first choices into the batches, as far as the loss reads them."""
+    if batches and (terms["kl_coef"] or terms["ce_coef"]):
+        ask_teacher(teacher, batches, want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
+                    offload=teacher_offload and shard != "fsdp")  # fmt: skip
 
 
 # ---------------------------------------------------------------- one optimizer step
@@ -412,6 +426,11 @@ def loss_terms(step):
     return dict(shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high, loss_constant=loss_constant,
                 policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef, kl_coef=kl_coef, ce_coef=decayed,
                 tis_cap=tis_cap)  # fmt: skip
+
+
+def sft_loss_terms(step):
+    """The same for the SFT step of a method with memory: likelihood alone."""
+    return loss_terms(step) | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef, kl_coef=0.0, ce_coef=0.0)
 
 
 class Update(NamedTuple):
@@ -457,7 +476,7 @@ def update(policy, optimizer, micro_batches, terms, max_norm, tick):
     return Update(stepped, norm, {**metrics.merge(sums), "loss": (total, 1 / WORLD)}, logps)
 
 
-def take_step(run, guard, policy, optimizer, micro_batches, terms, max_norm):
+def take_step(policy, optimizer, micro_batches, terms, max_norm, run, guard):
     """update(), counted. Too many updates skipped in a row end the run."""
     result = update(policy, optimizer, micro_batches, terms, max_norm, tick=guard.safe_point)
     guard.droppable = False

@@ -1,13 +1,13 @@
 """
-Checkpoints: what a run needs to go on, written whole or not at all.
+Checkpoints: what a run needs to continue, written whole or not at all.
 
     out_dir/ckpt_N/          the policy in Hugging Face format, fp32; transformers and vLLM load it as it is
     out_dir/ckpt_N/state/    the rest: AdamW's moments, the memory of ReLIFT or ExGRPO, and run.json: step, order, knobs,
-                             and the SHA-256 of every file. Without it the folder is a model and nothing more
-    out_dir/latest           a link to the newest
+                             and the SHA-256 of every file. Without state/ the folder is a plain Hugging Face model
+    out_dir/latest           a link to the newest checkpoint
 
-Tensors are whole, in safetensors, and the ranks share the writing: any number of ranks reads them under any sharding,
-and nothing is a pickle, as the metadata of torch.distributed.checkpoint are. Several machines need a common folder.
+Tensors are written whole, in safetensors, and the ranks share the writing, so any number of ranks can read them, under
+any sharding. No file is a pickle, unlike those of torch.distributed.checkpoint. Several machines need a common folder.
 """
 
 import glob
@@ -29,15 +29,15 @@ from runtime.ranks import RANK, WORLD, all_ranks
 from runtime.tensors import read_rows_of, tensor_files, whole_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-FILE = 2 << 30  # bytes of tensors in a file, about; the ranks take turns
+FILE = 2 << 30  # about as many bytes of tensors per file; the ranks take turns in writing files
 
 
 class NotSaved(Exception):
-    """The disk refused. Nothing is left of the new checkpoint, and those before it are untouched."""
+    """Writing failed. Nothing is left of the new checkpoint, and the older ones are untouched."""
 
 
 def together(work, *arguments):
-    """Call work on every rank; if the disk refused it on any, raise NotSaved on all. Returns what work returned."""
+    """Call work on every rank. If writing failed on any, raise NotSaved on all. Returns what work returned."""
     result = error = None
     try:
         result = work(*arguments)
@@ -48,6 +48,11 @@ def together(work, *arguments):
     return result
 
 
+def on_rank_0(work, *arguments):
+    """together(), but only rank 0 calls work."""
+    together(work if RANK == 0 else lambda *_: None, *arguments)
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -55,88 +60,106 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     """Write folder/ckpt_{step} and point folder/latest to it. All ranks call it.
 
     optimizers: {name: AdamW over policy's parameters}; memory: {name: tensor}, the same on every rank; run: what else
-    run.json shall hold, in JSON's types. tick() is called as files get done. Raises NotSaved.
+    run.json shall hold, in JSON's types. tick() is called after each tensor and file. Raises NotSaved.
     """
     final = os.path.join(folder, f"ckpt_{step}")
-    partial, named = final + ".partial", dict(policy.hf.named_parameters())
-    tensors, steps = {"model": named}, {}
+    partial = final + ".partial"
+    parameters = dict(policy.hf.named_parameters())
+    tensors, optimizer_steps = {"model": parameters}, {}
     for name, optimizer in optimizers.items():
-        states = {n: optimizer.state[p] for n, p in named.items() if p in optimizer.state}
-        steps[name] = int(next(iter(states.values()))["step"]) if states else 0
-        if states:
-            tensors[f"state/{name}"] = {f"{m}.{n}": s[m] for m in MOMENTS for n, s in states.items()}
-    needed = sum(t.numel() * t.element_size() for group in (*tensors.values(), memory) for t in group.values())
-
-    def begin():
-        if RANK:
-            return
-        for name in ("ckpt_*.partial", "latest.partial"):
-            for left in glob.glob(os.path.join(glob.escape(folder), name)):
-                shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
-        if needed > (free := shutil.disk_usage(folder).free):
-            raise OSError(f"it needs {show(needed)}, {show(free)} are free, {show(needed - free)} are missing")
-        os.makedirs(os.path.join(partial, "state"))
-        policy.hf.config.save_pretrained(partial)
-        policy.hf.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if memory:
-            save_file(memory, os.path.join(partial, "state", "memory.safetensors"))
-
-    def write(shares):
-        for path, share in shares.items():
-            save_file(share, os.path.join(partial, path), {"format": "pt"})
-            tick()
-
-    def index():
-        """What transformers and vLLM read where the model has several files."""
-        if RANK:
-            return
-        weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
-        if len(set(weight_map.values())) > 1:
-            with open(os.path.join(partial, "model.safetensors.index.json"), "w") as f:
-                json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
-
-    def seal():
-        """Flush this rank's share of the files; {path: [bytes, SHA-256]}."""
-        found = {}
-        for path in files_below(partial)[RANK::WORLD]:
-            to_disk(os.path.join(partial, path))
-            found[path] = fingerprint(os.path.join(partial, path))
-            tick()
-        return found
-
-    def finish():
-        if RANK:
-            return
-        path = os.path.join(partial, "state", "run.json")
-        body = json.dumps({**run, "optimizer_steps": steps, "files": sealed}, indent=1, allow_nan=False)
-        with open(path, "w") as f:
-            f.write(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
-        for name in (path, os.path.dirname(path), partial):
-            to_disk(name)
-        if os.path.isdir(final):  # it did not verify, or the run would have gone on from it
-            discard(final)
-        os.rename(partial, final)
-        link = os.path.join(folder, "latest.partial")
-        os.symlink(os.path.basename(final), link)
-        os.replace(link, os.path.join(folder, "latest"))
-        to_disk(folder)
-
+        optimizer_steps[name], moments = moments_of(optimizer, parameters)
+        if moments:
+            tensors[f"state/{name}"] = moments
+    n_bytes = sum(t.numel() * t.element_size() for group in (*tensors.values(), memory) for t in group.values())
     try:
-        together(begin)
+        on_rank_0(make_room, folder, partial, n_bytes)
+        on_rank_0(write_small_files, partial, policy.hf, tokenizer, memory)
         for stem, group in tensors.items():
-            together(write, gather_shares(stem, group, tick))
-        together(index)
-        sealed = {path: found for part in all_ranks(together(seal)) for path, found in part.items()}
-        together(finish)
+            together(write_shares, partial, gather_shares(stem, group, tick), tick)
+        on_rank_0(write_index, partial)
+        hashes = {path: found for part in all_ranks(together(flush_and_hash, partial, tick)) for path, found in part.items()}
+        on_rank_0(write_run, partial, {**run, "optimizer_steps": optimizer_steps, "files": hashes})
+        on_rank_0(publish, folder, partial, final)
     except NotSaved as e:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise NotSaved(f"{final} is not saved: {e}") from None
 
 
+def moments_of(optimizer, parameters):
+    """(steps taken, {"exp_avg.NAME": tensor, ...}) of an AdamW; (0, {}) before its first step."""
+    states = {name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state}
+    steps = int(next(iter(states.values()))["step"]) if states else 0
+    return steps, {f"{m}.{name}": state[m] for m in MOMENTS for name, state in states.items()}
+
+
+def make_room(folder, partial, n_bytes):
+    """Remove what a kill left of earlier tries, check that n_bytes are free, and make the folder `partial`."""
+    for pattern in ("ckpt_*.partial", "latest.partial"):
+        for left in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
+    if n_bytes > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"it needs {show(n_bytes)}, {show(free)} are free, {show(n_bytes - free)} are missing")
+    os.makedirs(os.path.join(partial, "state"))
+
+
+def write_small_files(partial, hf, tokenizer, memory):
+    """Write configs, tokenizer and memory: all but the tensors that the ranks share."""
+    hf.config.save_pretrained(partial)
+    hf.generation_config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if memory:
+        save_file(memory, os.path.join(partial, "state", "memory.safetensors"))
+
+
+def write_shares(partial, shares, tick):
+    """Write this rank's files: {path: {name: tensor}}."""
+    for path, share in shares.items():
+        save_file(share, os.path.join(partial, path), {"format": "pt"})
+        tick()
+
+
+def write_index(partial):
+    """Write what transformers and vLLM read if the model has several files."""
+    weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
+    if len(set(weight_map.values())) > 1:
+        with open(os.path.join(partial, "model.safetensors.index.json"), "w") as f:
+            json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
+
+
+def flush_and_hash(partial, tick):
+    """Flush this rank's share of the files to disk. Returns {path: [bytes, SHA-256]}."""
+    found = {}
+    for path in files_below(partial)[RANK::WORLD]:
+        to_disk(os.path.join(partial, path))
+        found[path] = fingerprint(os.path.join(partial, path))
+        tick()
+    return found
+
+
+def write_run(partial, run):
+    """Write state/run.json: its SHA-256 in the first line, then the JSON."""
+    path = os.path.join(partial, "state", "run.json")
+    body = json.dumps(run, indent=1, allow_nan=False)
+    with open(path, "w") as f:
+        f.write(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    for name in (path, os.path.dirname(path), partial):
+        to_disk(name)
+
+
+def publish(folder, partial, final):
+    """Give the whole checkpoint its name, and point folder/latest to it."""
+    if os.path.isdir(final):  # it did not verify, otherwise the run would have continued from it
+        discard(final)
+    os.rename(partial, final)
+    link = os.path.join(folder, "latest.partial")
+    os.symlink(os.path.basename(final), link)
+    os.replace(link, os.path.join(folder, "latest"))
+    to_disk(folder)
+
+
 def gather_shares(stem, tensors, tick):
-    """Cut {name: tensor} into files; gather whole tensors on all ranks, and keep what this one shall write. Returns
+    """Divide {name: tensor} into files, gather whole tensors on all ranks, and keep those that this rank writes. Returns
     {path: {name: tensor}}. A collective under FSDP."""
     sizes = [t.numel() * t.element_size() for t in tensors.values()]
     files = partition(sizes, -(-sum(sizes) // FILE))
@@ -152,11 +175,12 @@ def gather_shares(stem, tensors, tick):
 
 
 def files_below(folder):
+    """All files in a folder and its subfolders, as sorted relative paths."""
     return sorted(os.path.relpath(os.path.join(d, f), folder) for d, _, files in os.walk(folder) for f in files)
 
 
 def to_disk(path):
-    """Flush a file, or a folder's entries, even if the machine dies."""
+    """Flush a file, or a folder's entries, so that they survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -165,15 +189,15 @@ def to_disk(path):
 
 
 def discard(path):
-    """Remove a checkpoint; what a kill leaves of it has no checkpoint's name."""
+    """Remove a checkpoint. It is renamed first, so that what a kill leaves of it is not taken for a checkpoint."""
     shutil.rmtree(path + ".old.partial", ignore_errors=True)
     os.rename(path, path + ".old.partial")
     shutil.rmtree(path + ".old.partial")
 
 
 def prune(folder, step, keep_last, keep_every):
-    """Of the checkpoints up to `step`, remove all but the newest keep_last (0: all stay) and those whose step keep_every
-    divides (0: none)."""
+    """Remove old checkpoints among those up to `step`: keep the newest keep_last (0 keeps all), and those whose step is a
+    multiple of keep_every (0: none)."""
     for old in sorted(n for n in steps_in(folder) if n <= step)[:-keep_last] if keep_last else ():
         path = os.path.join(folder, f"ckpt_{old}")
         if (not keep_every or old % keep_every) and not os.path.islink(path):
@@ -181,7 +205,7 @@ def prune(folder, step, keep_last, keep_every):
 
 
 def put_aside(folder, step):
-    """Rename the checkpoints of later steps, from which the run does not go on, to ckpt_N.damaged."""
+    """Rename the checkpoints after `step`, the one that the run continues from, to ckpt_N.damaged."""
     for path in [os.path.join(folder, f"ckpt_{n}") for n in steps_in(folder) if n > step]:
         shutil.rmtree(path + ".damaged", ignore_errors=True)
         os.rename(path, path + ".damaged")
@@ -191,14 +215,14 @@ def put_aside(folder, step):
 
 
 def steps_in(folder):
-    """Of the folders named ckpt_N."""
+    """The steps N of the folders named ckpt_N."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [int(n[5:]) for n in names if re.fullmatch(r"ckpt_(0|[1-9]\d*)", n) and os.path.isdir(os.path.join(folder, n))]
 
 
 def find(folder, log):
-    """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is none at
-    all. All ranks call it. Raises UserError if there are some and none verifies."""
+    """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is no
+    checkpoint at all. All ranks call it. Raises UserError if there are checkpoints and none verifies."""
     faults = []
     for step in sorted(steps_in(folder), reverse=True):
         path = os.path.join(folder, f"ckpt_{step}")
@@ -213,12 +237,12 @@ def find(folder, log):
         log(f"warning: {path} does not verify ({found[0]}): skipped")
         faults.append(f"{path}: {found[0]}")
     if faults:
-        raise UserError(f"no checkpoint verifies ({faults[0]}): copy it again, or start anew with another out_dir")
+        raise UserError(f"no checkpoint verifies ({faults[0]}): copy it again, or start anew in another out_dir")
     return None, None
 
 
 def read_run(path):
-    """(run.json's content, None), or (None, what is wrong with it)."""
+    """Read and check state/run.json: (its content, None), or (None, what is wrong with it)."""
     try:
         with open(os.path.join(path, "state", "run.json")) as f:
             digest, _, body = f.read().partition("\n")
@@ -230,16 +254,17 @@ def read_run(path):
 
 
 def check_same(path, before, now, free, force, log):
-    """Compare what two runs must share (train.identify): raise UserError for the first knob or input that differs, or with
-    `force` say so. Other knobs, ranks and versions may differ; of the last two it speaks."""
-    for kind in ("knobs", "inputs"):
-        for name in sorted(before[kind].keys() | now[kind].keys()):
-            old, new = before[kind].get(name), now[kind].get(name)
-            if old == new or (kind == "knobs" and name in free):
+    """Compare what must be the same when a run is resumed (run.identify). Raises UserError for the first knob or input
+    that differs; with `force` it logs them instead. The knobs in `free` may differ. So may the number of ranks and the
+    versions, which are logged."""
+    for part in ("knobs", "inputs"):
+        for name in sorted(before[part].keys() | now[part].keys()):
+            old, new = before[part].get(name), now[part].get(name)
+            if old == new or (part == "knobs" and name in free):
                 continue
-            what = f"{name}={new!r} now, {old!r} then" if kind == "knobs" else f"{name} has another content now"
+            what = f"{name}={new!r} now, {old!r} then" if part == "knobs" else f"{name} has another content now"
             if not force:
-                raise UserError(f"{path} is of another run ({what}): restore it, take --resume=force, or another out_dir")
+                raise UserError(f"{path} is of another run ({what}): restore it, set --resume=force, or choose another out_dir")
             log(f"note: {path} is of another run ({what}), resumed by force")
     for name in ("world_size", "written_by"):
         if before[name] != now[name]:
@@ -249,8 +274,8 @@ def check_same(path, before, now, free, force, log):
 
 
 def restore(path, run, policy, optimizers):
-    """Fill the optimizers' moments from a checkpoint, each rank its rows. The policy was loaded from path already.
-    Returns the memory, {name: tensor}, or {}."""
+    """Fill the optimizers' moments from a checkpoint; each rank reads its own rows. The policy was loaded from path
+    already. Returns the memory, {name: tensor}; {} if there is none."""
     for name, optimizer in optimizers.items():
         files = tensor_files(os.path.join(path, "state"), f"{name}*")
         for n, p in policy.hf.named_parameters() if files else ():

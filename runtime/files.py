@@ -1,5 +1,5 @@
 """
-Files: written whole or not at all, told apart by what is in them, and the folders that models lie in.
+Files that are written whole or not at all, digests of their content, and the folders of models.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from data import digest, first_line
 
 
 def make_folder(folder):
-    """Make an output folder before there is anything to lose. Raises UserError if it cannot be written."""
+    """Make an output folder, before there are results to lose. Raises UserError if it cannot be written."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -26,7 +26,8 @@ def make_folder(folder):
 
 @contextlib.contextmanager
 def whole(path):
-    """A text file that is at `path` when the block has ended, or not at all, even if the machine dies."""
+    """Open a text file to write. It appears at `path` when the block ends, whole or not at all, even if the machine
+    dies."""
     try:
         with open(path + ".partial", "w") as f:
             yield f
@@ -68,7 +69,7 @@ def fingerprint(path):
 
 
 def weights_digest(name):
-    """A number that changes if any file of a model's folder does; of a hub model, its name and commit."""
+    """A number that changes if any file in a model's folder changes; for a hub model, if its name or commit does."""
     if not os.path.isdir(name):
         return digest(name, load_config(name)._commit_hash)
     seen = []
@@ -82,7 +83,8 @@ def weights_digest(name):
 
 
 def model_path(model):
-    """The folder a `model` knob names, or the hub name it is (one slash, no folder). Raises UserError if neither."""
+    """The knob `model` -> the path of a folder, or a hub name (one slash, and no such folder). Raises UserError if it is
+    neither."""
     path = repo_path(model)
     if os.path.isdir(path):
         return path

@@ -1,9 +1,9 @@
 """
 What ends a run early: signals, and ranks that die or hang.
 
-SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save and go on; a second SIGTERM or SIGINT ends the
-process at once. A handler only sets a flag. It is looked at where all ranks can agree on what they saw, so that none
-leaves while another waits for it. A thread counts what the ranks get done, and ends the run when none makes progress.
+SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save and continue; a second SIGTERM or SIGINT ends the
+process at once. A handler only sets a flag. The flag is read where all ranks can agree on it, so that no rank leaves
+while another waits for it. A thread follows the progress of all ranks, and ends the run when none makes any.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from configurator import UserError
 from data import Rollout, pack
 from runtime.ranks import RANK, WORLD
 
-EVERY = 1.0  # seconds between two looks at the other ranks
+EVERY = 1.0  # seconds between two checks of the ranks' progress
 
 
 class Stopped(Exception):
-    """A signal asked for the end. Raised on all ranks alike, or inside interruptible()."""
+    """A signal asked the run to end. Raised on all ranks together, or inside interruptible()."""
 
 
 class Guard:
@@ -35,11 +35,11 @@ class Guard:
     def __init__(self, hang_timeout):
         self.hang_timeout = hang_timeout
         self.rank, self.world = RANK, WORLD
-        self.received, self.agreed = 0, 0  # the signal to end, as this rank got it and as all know it
-        self.save_asked, self.save_now = False, False  # the same of SIGUSR1
-        self.droppable = True  # no optimizer step since the last boundary
-        self.inside = False  # interruptible()
-        self.on_stop = lambda: None  # what to do when all ranks agreed to stop
+        self.received, self.agreed = 0, 0  # the signal to end: received by this rank, and agreed on by all ranks
+        self.save_asked, self.save_now = False, False  # the same for SIGUSR1
+        self.droppable = True  # no optimizer step was taken since the last finished step
+        self.inside = False  # whether interruptible() is active
+        self.on_stop = lambda: None  # called when all ranks agreed to stop
         self.count, self.where = 0, "start"
         self.seen, self.ended = {}, threading.Event()
 
@@ -51,7 +51,7 @@ class Guard:
         self.thread.start()
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type, error, trace):
         try:
             if isinstance(error, Stopped):
                 self.on_stop()
@@ -67,7 +67,7 @@ class Guard:
     def fail(self, error):
         others = f"; last seen: {self.places()}" if self.world > 1 else ""
         print(f"rank {self.rank} failed in {self.where}{others}", file=sys.stderr, flush=True)
-        if self.world > 1:  # the others wait for this rank, and an orderly exit might wait for them
+        if self.world > 1:  # the others wait for this rank, and an orderly exit could wait for them
             traceback.print_exception(error)
             sys.stderr.flush()
             os._exit(1)
@@ -78,11 +78,12 @@ class Guard:
         elif not self.received:
             self.received, self.received_at = number, time.monotonic()
             os.write(2, f"rank {self.rank}: {signal.Signals(number).name}: saving; once more ends it now\n".encode())
-        elif time.monotonic() - self.received_at > 1:  # what comes at once is the same signal by another way
+        elif time.monotonic() - self.received_at > 1:  # within a second it is the same signal, sent twice
             os._exit(128 + number)
 
     def agree(self):
-        """All ranks together: raise Stopped on each if any has the signal, and set save_now if any was asked to save."""
+        """A collective. Raise Stopped on all ranks if any received a signal to end; set save_now if any was asked to
+        save."""
         asked = self.save_asked  # read once: a handler may set it at any time
         flags = torch.tensor([self.received, asked], dtype=torch.int64)
         if self.world > 1:
@@ -94,7 +95,8 @@ class Guard:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Around one rank's own work, without collectives: tick() ends it early, then all ranks agree."""
+        """A context for one rank's own work without collectives. After a signal tick() ends it early; at its end all
+        ranks agree."""
         self.inside = True
         try:
             yield
@@ -107,44 +109,47 @@ class Guard:
     # ------------------------------------------------------------ progress
 
     def progress(self):
-        """Something got done."""
+        """Note progress."""
         self.count += 1
 
     def phase(self, step, name):
+        """Note progress, and what this rank does from now on."""
         self.count, self.where = self.count + 1, f"step {step}, {name}"
 
     def tick(self):
-        """Something got done. Raises Stopped inside interruptible(), if a signal came."""
+        """Note progress. Inside interruptible() it raises Stopped after a signal."""
         self.count += 1
         if self.inside and self.received:
             raise Stopped
 
     def safe_point(self):
-        """Something got done, on all ranks. Raises Stopped on all alike if the step may still be dropped."""
+        """Note progress, on all ranks at the same point. As long as the step may be dropped it raises Stopped after a
+        signal, on all ranks together."""
         self.count += 1
         if self.droppable:
             self.agree()
 
     def watch(self):
-        """End the process when no rank makes progress. The clock asks nobody: a store whose machine froze never answers."""
+        """End the process when no rank makes progress. Another thread talks to torchrun's store, which never answers if
+        its machine froze."""
         if self.world > 1:
-            threading.Thread(target=self.tell_and_ask, daemon=True).start()
-        told, since = None, time.monotonic()
+            threading.Thread(target=self.exchange, daemon=True).start()
+        last, since = None, time.monotonic()
         while not self.ended.wait(EVERY):
             self.seen[self.rank] = f"{self.count} {self.where}"
-            if self.seen != told:
-                told, since = dict(self.seen), time.monotonic()
-            elif (
-                time.monotonic() - since > self.hang_timeout + EVERY * self.rank
-            ):  # one of them speaks before torchrun ends all
+            patience = self.hang_timeout + EVERY * self.rank  # so that one rank reports before torchrun ends them all
+            if self.seen != last:
+                last, since = dict(self.seen), time.monotonic()
+            elif time.monotonic() - since > patience:
                 words = f"error: no rank made progress for {self.hang_timeout:g} s (hang_timeout): {self.places()}"
                 print(words, file=sys.stderr)
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stderr.flush()
                 os._exit(1)
 
-    def tell_and_ask(self):
-        """Through torchrun's store, by a connection of its own, because another thread's may be waiting."""
+    def exchange(self):
+        """Share the ranks' progress through torchrun's store, over a connection of its own: another thread may block
+        the other one."""
         with contextlib.suppress(RuntimeError):  # the store is gone
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             while not self.ended.wait(EVERY):
@@ -158,8 +163,8 @@ class Guard:
 
 
 def canary(policy, engine, problem, temperature, max_tokens, stamp, limit):
-    """Does the engine give its own tokens the log-probs that the trainer gives them? Returns the mean |difference| over one
-    answer; raises RuntimeError if it is above the limit. A collective under FSDP."""
+    """Compare the log-probs that the engine gives to the tokens of one answer with those of the trainer. Returns their
+    mean |difference|; raises RuntimeError if it is above the limit. A collective under FSDP."""
     sample = engine.generate([problem.prompt_ids], [0], temperature, max_tokens, stamp)[0]
     batch = pack([Rollout(problem.id, problem.prompt_ids, sample.ids, sampler_logps=sample.logps)]).to(policy.hf.device)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from runtime.ranks import all_reduce, gather
 
 
 def token_metrics(logp, entropy, batch, shaped, clip_low, clip_high):
-    """{name: (sum, count)} over this micro-batch's tokens. logp, entropy (T,), detached; shaped (T,): f(p), or None where
+    """{name: (sum, count)} over this micro-batch's tokens. logp, entropy (T,), detached; shaped (T,): f(p), or None if
     teacher tokens are not shaped."""
     teacher, own = batch.loss_mask & batch.is_teacher, batch.is_own
     old_logp = logp if batch.old_logp is None else batch.old_logp
@@ -56,14 +56,15 @@ def merge(sums):
 
 
 def means(sums):
-    """{name: (sum, count)} of this rank -> {name: mean over all ranks}, without names that nobody counted and without means
-    that are not finite. A collective."""
+    """{name: (sum, count)} of this rank -> {name: mean over all ranks}. Names whose count is zero, and means that are not
+    finite, are left out. A collective."""
     totals, counts = all_reduce([s for s, _ in sums.values()]), all_reduce([n for _, n in sums.values()])
     return {k: t / n for k, t, n in zip(sums, totals, counts, strict=True) if n and math.isfinite(t)}
 
 
-def rollout_metrics(rollouts):
-    """Means over the whole batch, which every rank has; none where the method has no such rows."""
+def rollout_metrics(rollouts, n_trained):
+    """Means over the whole batch, which every rank has. A metric without rows is left out. n_trained: the number of rollouts
+    that an update trains on."""
     own, replayed, teacher = ([r for r in rollouts if r.source == who] for who in ("own", "replay", "teacher"))
     groups = {}
     for r in own:
@@ -81,29 +82,33 @@ def rollout_metrics(rollouts):
         "own/timeout": [r.reason == "timeout" for r in own],
         "own/error": [r.reason == "error" for r in own],
     }
-    return {name: sum(column) / len(column) for name, column in columns.items() if column}
+    found = {name: sum(column) / len(column) for name, column in columns.items() if column}
+    return {**found, "groups/trained": n_trained / len(rollouts)}
 
 
-def update_metrics(results):
-    """Means over the updates that were taken, of train.Update. A collective."""
+def update_metrics(results, sft=None):
+    """Means over the updates that were not skipped, and the SFT step's metrics if there was one. results: train.Update's. A
+    collective."""
     taken = [r for r in results if r.stepped]
     record = {"updates/skipped": len(results) - len(taken)}
-    if taken:  # none, if every group was left out
+    if taken:  # it is empty if every group was left out
         record |= means(merge([r.sums for r in taken])) | {"grad_norm": sum(r.norm for r in taken) / len(taken)}
+    if sft and sft.stepped:
+        record |= {"sft/loss": means(sft.sums)["loss"], "sft/grad_norm": sft.norm}
     return record
 
 
 def check_mismatch(record, limit):
-    """Raise RuntimeError if engine and trainer disagree over the batch. The canary's one prompt may agree where it does not."""
-    gap = record.get("mismatch/abs", math.nan)  # missing where it is not finite
+    """Raise RuntimeError if engine and trainer disagree over the batch: the canary looks at one prompt only."""
+    gap = record.get("mismatch/abs", math.nan)  # missing if it is not finite
     if "ratio/own" in record and not gap <= limit:
         raise RuntimeError(f"engine and trainer disagree by {gap:.3g} in mean |log-prob| over a batch,"
                            f" canary_limit is {limit}: the engine does not hold the policy's weights")  # fmt: skip
 
 
 def logps_of_given_tokens(rollouts, parts, updates, results):
-    """{index of a rollout: the update's log-probs of its tokens that the policy had not sampled}, on every rank. parts: the
-    rollouts of each update; updates: this rank's micro-batches of each; results: what each update returned."""
+    """{index of a rollout: the update's log-probs of the tokens that this step's policy did not sample}, on every rank.
+    parts: the rollouts of each update; updates: this rank's micro-batches of each; results: what each update returned."""
     found = []
     for u, (micro_batches, result) in enumerate(zip(updates, results, strict=True)):
         found += [(u, row, values) for row, values in unpack(micro_batches, result.logps) if parts[u][row].source != "own"]
@@ -115,9 +120,9 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
 
 
 class Phases:
-    """What each phase of a step takes, in `record`: seconds as time/NAME, its peak of memory in GiB as memory/NAME, and as
-    memory/NAME_after what is in use at its end (plan.measured_memory says of what). As one begins, guard.phase(step, NAME)
-    and hook(step, NAME, record) are called."""
+    """Measures the phases of a step. `record` gets time/NAME in seconds, memory/NAME, the phase's peak in GiB, and
+    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). When a phase begins,
+    guard.phase(step, NAME) and hook(step, NAME, record) are called."""
 
     def __init__(self, step, guard, hook):
         self.step, self.guard, self.hook, self.record, self.name = step, guard, hook, {}, None
@@ -136,14 +141,15 @@ class Phases:
             self.record |= {f"memory/{self.name}": peak / 2**30, f"memory/{self.name}_after": in_use / 2**30}
         self.name = None
 
-    def ledger(self):
-        names = [key.removeprefix("time/") for key in self.record if key.startswith("time/")]
-        show = lambda n: f"{n} {self.record[f'memory/{n}']:.2f} / {self.record[f'memory/{n}_after']:.2f}"
-        return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
+
+def memory_ledger(record):
+    names = [key.removeprefix("time/") for key in record if key.startswith("time/")]
+    show = lambda n: f"{n} {record[f'memory/{n}']:.2f} / {record[f'memory/{n}_after']:.2f}"
+    return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
 
 
 def batch_warnings(rollouts):
-    """What is wrong with a batch of which nothing can be learnt, and where to look: a list of lines."""
+    """Warnings about a batch in which all own samples fail for the same reason, and where to look: a list of lines."""
     own = [r for r in rollouts if r.source == "own"]
     every = lambda holds: bool(own) and all(map(holds, own))
     found = {
@@ -158,8 +164,8 @@ def batch_warnings(rollouts):
 
 
 def collapse(rewards, window=20):
-    """[] or [a warning]: at every window-th step, if the mean reward over the last `window` steps is less than half of what
-    it was over that many before. rewards: reward/own of all steps."""
+    """[a warning] if the mean reward over the last `window` steps is less than half of that over the best earlier `window`
+    steps, else []. Checked at every window-th step. rewards: reward/own of all steps."""
     if len(rewards) % window or len(rewards) < 2 * window:
         return []
     *before, last = [sum(rewards[i : i + window]) / window for i in range(0, len(rewards), window)]
@@ -169,13 +175,6 @@ def collapse(rewards, window=20):
         f"reward/own is {last:.3f} over the last {window} steps, it was {max(before):.3f}: look at entropy/own, length/own,"
         " own/truncated and mismatch/abs, and at the answers in rollouts/"
     ]
-
-
-def step_report(record, rollouts, own_rewards, max_steps, eta):
-    """What a step prints: warnings, then its line. own_rewards: reward/own of the steps before, which this one joins."""
-    own_rewards += [record["reward/own"]] if "reward/own" in record else []
-    warnings = [f"warning: {warning}" for warning in (*batch_warnings(rollouts), *collapse(own_rewards))]
-    return "\n".join([*warnings, step_line(record, max_steps, eta)])
 
 
 def step_line(m, max_steps, eta):
@@ -193,17 +192,17 @@ def step_line(m, max_steps, eta):
 
 
 def finite(record):
-    """Without what JSON cannot say."""
+    """The record without NaN and infinity, which JSON does not have."""
     return {k: v for k, v in record.items() if math.isfinite(v)}
 
 
 def write_metrics(folder, records):
-    """Append a line for each to metrics.jsonl, all or none."""
+    """Append a line per record to metrics.jsonl: all lines or none."""
     with open(os.path.join(folder, "metrics.jsonl"), "ab", buffering=0) as f:
         end = f.tell()
         try:
             written = f.write(lines := "".join(json.dumps(finite(r)) + "\n" for r in records).encode())
-            os.fsync(f.fileno())  # a checkpoint must not be ahead of its curve
+            os.fsync(f.fileno())  # a checkpoint must not be ahead of its metrics
             if written < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
         except OSError:
@@ -212,34 +211,34 @@ def write_metrics(folder, records):
 
 
 def start_wandb(name, config, run_id):
-    """Begin a run at Weights & Biases, or go on with run_id's; the package's own environment variables have the say over
-    project, mode and place. Returns the run's id. Raises UserError where it does not let us in."""
+    """Start a run at Weights & Biases, or continue the run run_id. The package's own environment variables decide about
+    project, mode and server. Returns the run's id. Raises UserError if the package fails, for example without a login."""
     import wandb
 
     try:
         project = os.environ.get("WANDB_PROJECT", "nano-luffy")
         return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow").id
     except wandb.errors.Error as e:
-        raise UserError(f"log='wandb': {e}: see 'wandb login', or set WANDB_MODE=offline") from None
+        raise UserError(f"log='wandb': {e}: run 'wandb login', or set WANDB_MODE=offline") from None
 
 
 def to_wandb(record):
-    """A step's metrics. What a resumed run does again is there already, and is not taken twice."""
+    """Send a step's metrics. Weights & Biases ignores the steps that it has already and that a resumed run repeats."""
     import wandb
 
     wandb.log(finite(record), step=record["step"])
 
 
 def end_wandb(exit_code):
-    """Wait until all is sent."""
+    """Wait until everything is sent."""
     import wandb
 
     wandb.finish(exit_code)
 
 
 def rewind(folder, step, evaluated):
-    """Remove what a run left of later steps, lines of metrics.jsonl and files of rollouts and evaluations; and of this one,
-    if it shall be evaluated again, its line. Returns the lines that stay, as dicts."""
+    """Remove what a run wrote after `step`: lines of metrics.jsonl, files of rollouts and of evaluations. Unless the step is
+    `evaluated` already, its own line is removed too, because it is written again. Returns the remaining lines, as dicts."""
     path, rows = os.path.join(folder, "metrics.jsonl"), []
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as f:
         for line in f:
@@ -276,8 +275,8 @@ def rollout_row(problem, r, update_logps, tokenizer):
 
 
 def eval_report(table, rows):
-    """An evaluation for people, a list of lines: a row per source, and the tails of a best and a worst answer. table:
-    {source: its numbers}; rows: evaluate()'s, of the sampled answers if there are any."""
+    """An evaluation as text, a list of lines: a row per source, and the ends of a best and a worst answer. table: {source:
+    its numbers}; rows: evaluate()'s, of the sampled answers if there are any."""
     columns = {"greedy": "7.3f", "avg@k": "7.3f", "pass@k": "7.3f", "maj@k": "7.3f", "length": "7.0f", "truncated": "10.3f"}
     columns = {name: form for name, form in columns.items() if any(name in row for row in table.values())}
     width = lambda form: int(form.split(".")[0])
@@ -291,15 +290,15 @@ def eval_report(table, rows):
 
 
 def write_rollouts(folder, step, rollouts, update_logps, by_id, tokenizer):
-    """rollouts/step_N.jsonl, a line per rollout; whole or not at all. update_logps: {index of a rollout: the log-probs that
-    the update's policy gave the tokens it had not sampled itself}, for the trace page; by_id: {id: Problem}."""
+    """Write rollouts/step_N.jsonl, a line per rollout; whole or not at all. update_logps: from logps_of_given_tokens, for the
+    trace page; by_id: {id: Problem}."""
     path = os.path.join(folder, "rollouts", f"step_{step}.jsonl")
     rows = (rollout_row(by_id[r.problem], r, update_logps.get(i, []), tokenizer) for i, r in enumerate(rollouts))
     write_lines(path, rows)
 
 
 def best_and_worst(rows):
-    """Two lines: the tails of a best answer, the shortest if there are several, and of a worst, the longest."""
+    """Two lines: the end of a best answer, the shortest if there are several, and of a worst answer, the longest."""
     answers = [
         (reward, -length, i, j)
         for i, r in enumerate(rows)

@@ -1,6 +1,7 @@
 """
-The arithmetic before a run: parameters, memory per GPU item by item, KV cache, micro-batches. From a config
-alone, so it runs on a laptop. And what a run then really takes: train.py prints it after its first step.
+The plan of a run: parameters, memory per GPU item by item, KV cache, micro-batches. It is computed from the
+model's config only, so it runs on a laptop. measured_memory() is what a run really takes; train.py prints it
+after its first step.
 """
 
 import contextlib
@@ -12,27 +13,30 @@ from transformers import AutoModelForCausalLM
 from configurator import UserError
 
 GIB = 2**30
-HEAD_CHUNK = 2048  # tokens whose logits exist together on a GPU; 2048 x 152,064 in fp32 is 1.2 GiB, and there are two such
+# Logits are materialised for so many tokens at a time on a GPU. Two such matrices exist, in fp32; each has 1.2 GiB for
+# a vocabulary of 152,064.
+HEAD_CHUNK = 2048
 
 
 def count_parameters(config):
-    """Of the model a transformers config describes: all, the embedding's, the largest decoder layer's."""
+    """Numbers of parameters of the model that a transformers config describes: (all, the embedding's, the largest
+    decoder layer's). Raises UserError if it is not a decoder like Llama or Qwen2."""
     try:
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config)
         layers = hf.get_decoder().layers
     except (AttributeError, ValueError):
-        raise UserError(f"{config.model_type} is no decoder of the kind of Llama or Qwen2, which this code trains") from None
+        raise UserError(f"{config.model_type} models are not supported: choose a decoder like Llama or Qwen2") from None
     size = lambda module: sum(p.numel() for p in module.parameters())
     return size(hf), size(hf.get_input_embeddings()), max(map(size, layers))
 
 
 def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):
-    """{item: bytes} of one rank's optimizer step at its peak, the engine asleep: in the backward pass of a later
-    micro-batch, when gradients are there already.
+    """{item: bytes} of one rank at the peak of an optimizer step, while the engine sleeps: in the backward pass of the
+    second or a later micro-batch, when the gradients exist already.
 
-    Persistent: fp32 weights, gradients and two Adam moments (16 bytes a parameter), cut n_gpus ways if sharded.
-    Passing: weights gathered in compute precision, activations, and then either the head's chunk of logits or a layer.
+    Persistent: fp32 weights, gradients and two Adam moments (16 bytes per parameter), divided by n_gpus if sharded.
+    Temporary: weights gathered in compute precision, activations, and either the head's chunk of logits or one layer.
     """
     n, n_embedding, n_layer = count_parameters(config)
     layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
@@ -45,7 +49,7 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
     residual = micro_tokens * d * layers * (compute_bytes if shard else 4)  # autocast leaves the stream between layers in fp32
     if shard:  # the root's weights and two layers'; a gradient is whole, in fp32, while it is reduced
         gathered, reduced = (n_head + 2 * n_layer) * compute_bytes, max(n_layer, n_head) * 4
-    else:  # autocast's copies, of which recomputation keeps the current module's alone
+    else:  # autocast's copies; with recomputation only the current module's
         gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
     # Log-probs and probabilities of a chunk of tokens; the head's gradient, and what a chunk adds to it.
     chunk = 2 * min(HEAD_CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
@@ -59,22 +63,23 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
 
 
 def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):
-    """Tokens an engine's cache holds when the engine may take engine_bytes a GPU, weights and 2 GiB of its own off."""
+    """(bytes for the KV cache, tokens that fit into it) of an engine that may take engine_bytes per GPU. Its weights, and
+    2 GiB for the engine itself, are subtracted."""
     n, _, _ = count_parameters(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = max(1, config.num_key_value_heads // tensor_parallel)  # a GPU has one at least
+    kv_heads = max(1, config.num_key_value_heads // tensor_parallel)  # each GPU has at least one
     per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype_bytes
     left = engine_bytes - n * dtype_bytes / tensor_parallel - 2 * GIB
     return left, max(0, int(left / per_token))
 
 
 def checkpoint_bytes(n, k):
-    """Of fp32 weights and Adam's two moments; ReLIFT has two more."""
+    """Bytes of a checkpoint of n parameters: fp32 weights and Adam's two moments. ReLIFT has two more moments."""
     return 4 * n * (5 if k["sft_buffer"] else 3)
 
 
 def checkpoints_kept(k):
-    """How many lie on the disk at once, at the most: one is written before another goes."""
+    """How many checkpoints are on the disk at most: a new one is written before an old one is removed."""
     times = [k["max_steps"] // every if every else 0 for every in (k["save_interval"], k["keep_every"])]
     return 1 + (min(times[0], k["keep_last"] + times[1]) if k["keep_last"] else times[0])
 
@@ -84,9 +89,9 @@ def show(n_bytes):
 
 
 def measured_memory():
-    """(peak, now) in bytes. On a GPU: the most that torch allocated since the last call, and what the whole device has
-    in use, the engine included; torch may count a sleeping engine in the peak, the device does not. On a CPU: the same
-    of this process's resident memory; NaN where /proc is missing."""
+    """(peak, now) in bytes. On a GPU: the peak of torch's allocations since the last call, and the memory in use on the
+    whole device, the engine included. torch may count a sleeping engine in the peak; the device does not. On a CPU: the
+    same for this process's resident memory; NaN without /proc."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak = torch.cuda.max_memory_allocated()
@@ -96,46 +101,48 @@ def measured_memory():
         with open("/proc/self/status") as f:
             kib = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", f.read()))
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # sets the high-water mark to what is resident now
+            f.write("5")  # resets the peak to the memory that is resident now
         return int(kib["VmHWM"]) * 1024, int(kib["VmRSS"]) * 1024
     except OSError:
         return float("nan"), float("nan")
 
 
 def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_config=None):
-    """Print a run's arithmetic. k: its knobs (a dict); config: the model's; n_problems: 0 if unknown; gpu_gib: the
-    memory of one GPU; teacher_config: of the teacher model, if there is one. On a GPU the last line says whether it
-    fits, and so does the return value."""
+    """Print the plan of a run. k: its knobs (a dict); config: the model's; n_problems: 0 if unknown; gpu_gib: the
+    memory of one GPU; teacher_config: of the teacher model, if there is one. On a GPU the last line says whether the
+    run fits. Returns whether it fits; on a CPU True."""
     own, size = k["n_rollouts"] - k["n_teacher"], k["prompts_per_step"] * k["n_rollouts"]
     log(
         f"batch: {k['prompts_per_step']} prompts x ({own} own + {k['n_teacher']} teacher) = {size} sequences a step,"
         f" {k['update_batches']} update(s) of {size // k['update_batches']}, {world} rank(s)"
     )
     epoch = (
-        f"{n_problems // k['prompts_per_step']} an epoch of {n_problems} problems"
+        f"{n_problems // k['prompts_per_step']} per epoch of {n_problems} problems"
         if n_problems
-        else "an epoch has an unknown number: no data file"
+        else "per epoch an unknown number, because there is no data file"
     )
     log(f"length: {k['max_steps']} steps, {epoch}")
     rows = -(-size // k["update_batches"] // world)
     longest = k["max_prompt_tokens"] + max(k["max_tokens"], k["max_teacher_tokens"])
     n_micro = [-(-rows * longest // share // k["micro_tokens"]) for share in (1, 4)]
     log(
-        f"micro-batches of {k['micro_tokens']} tokens: {rows} sequences a rank and update make about {n_micro[0]} if each has"
+        f"micro-batches of {k['micro_tokens']} tokens: {rows} sequences per rank and update make about {n_micro[0]} if each has"
         f" {longest} tokens, {n_micro[1]} at a quarter of that"
     )
     dtype_bytes = 2 if on_gpu and k["dtype"] != "float32" else 4
-    items = training_memory(config, k["micro_tokens"], world, k["shard"] == "fsdp", dtype_bytes, k["recompute"])
+    items = training_memory(
+        config, k["micro_tokens"], n_gpus=world, shard=k["shard"] == "fsdp", compute_bytes=dtype_bytes, recompute=k["recompute"]
+    )
     if teacher_config and not (k["teacher_offload"] and on_gpu):
         sharded = world if k["shard"] == "fsdp" else 1
         items["teacher model's weights"] = count_parameters(teacher_config)[0] * dtype_bytes // sharded
     peak = sum(items.values())
     n = count_parameters(config)[0]
     log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
-    for item, n_bytes in (*items.items(), ("together, at the update's peak", peak)):
+    for item, n_bytes in (*items.items(), ("total, at the update's peak", peak)):
         log(f"  {item:<34}{show(n_bytes):>12}")
     each = checkpoint_bytes(n, k)
-    log(f"checkpoints: {show(each)} each, {show(each * checkpoints_kept(k))} at the most")
+    log(f"checkpoints: {show(each)} each, {show(each * checkpoints_kept(k))} at most")
     if not on_gpu:
         return True
     share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]
@@ -144,7 +151,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
         f" {min(256, tokens / length):.1f} sequences of {length} at once"
     )
-    # The gradients are freed before it, but for DDP's buckets, which they lie in.
+    # The gradients are freed before the rollout, except under DDP, whose buckets hold them.
     freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4
     rollout = items["weights, gradients, Adam (fp32)"] - freed + items.get("teacher model's weights", 0) + share
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself

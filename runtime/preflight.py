@@ -1,6 +1,6 @@
 """
-Checks before step 1: every mistake that can be found early is found before a GPU is used and before anything is written.
-Each raises UserError, which names the knob or the file, and the remedy. k: all knobs of train.py, as attributes.
+Checks before step 1, so that mistakes are found before a GPU is used and before anything is written. They raise UserError,
+which names the knob or the file, and the remedy. k: all knobs of train.py, as attributes.
 """
 
 import importlib.util
@@ -15,17 +15,18 @@ from runtime.ranks import WORLD, gather_engines, mine, print0
 
 
 def check_knobs(k, n_ranks, shape):
-    """Knobs that must fit each other, or the number of processes. shape: loss.shape, which knows the names of shaping."""
+    """Check knobs against each other and against the number of processes. shape: loss.shape, which knows the shapings."""
     try:
         shape(torch.ones(()), k.shaping, k.gamma)
     except ValueError as e:
         raise UserError(str(e)) from None
     if n_ranks % k.tensor_parallel:
         raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
-    if k.prompts_per_step % k.update_batches or k.prompts_per_step % (n_ranks // k.tensor_parallel):
+    n_engines = n_ranks // k.tensor_parallel
+    if k.prompts_per_step % k.update_batches or k.prompts_per_step % n_engines:
         raise UserError(
-            f"prompts_per_step={k.prompts_per_step} must divide into {k.update_batches} updates and over the engines of"
-            f" {n_ranks} ranks"
+            f"prompts_per_step={k.prompts_per_step} must be a multiple of update_batches={k.update_batches} and of the number"
+            f" of engines, {n_engines}"
         )
     if k.shard == "none" and n_ranks > 1:
         raise UserError(f"shard={k.shard!r} with {n_ranks} process(es): choose ddp or fsdp, or none for one process")
@@ -34,33 +35,34 @@ def check_knobs(k, n_ranks, shape):
     if k.max_prompt_tokens + max(k.max_tokens, k.max_teacher_tokens) > k.micro_tokens:
         raise UserError(f"micro_tokens={k.micro_tokens} cannot hold a prompt and its response at their limits: raise it")
     if k.log == "wandb" and not k.dry_run and not getattr(importlib.util.find_spec("wandb"), "origin", None):
-        # A folder of that name, as the package leaves behind where it ran, has a spec, but no origin.
-        raise UserError("log='wandb' needs its package: pip install wandb, or leave log out: metrics.jsonl is always written")
+        # A folder named wandb, which the package creates where it runs, has a spec, but no origin.
+        raise UserError("log='wandb' needs its package: pip install wandb, or set log=jsonl; metrics.jsonl is always written")
     if k.baseline == "own" and k.n_teacher == k.n_rollouts:
         raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
     if k.replay_share and k.n_teacher:
-        raise UserError("replay_share puts a replayed sample where a trace would be: set n_teacher=0")
+        raise UserError("replay_share puts a replayed sample in the place of a trace: set n_teacher=0")
     if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end) < 1:
         raise UserError(
-            f"teacher_share below 1 lets the policy continue a trace, but n_teacher={k.n_teacher} is all of the group: lower it"
+            f"teacher_share below 1 lets the policy continue a trace, but with n_teacher={k.n_teacher} nothing is sampled:"
+            " lower n_teacher"
         )
     if k.sft_buffer and k.replay_share:
         raise UserError("sft_buffer (ReLIFT) and replay_share (ExGRPO) are two methods: set one of them to 0")
     if k.teacher_model and not (k.kl_coef or k.ce_coef):
-        raise UserError("teacher_model has no effect without kl_coef or ce_coef: set one, or leave it out")
+        raise UserError("teacher_model has no effect without kl_coef or ce_coef: set one of them, or leave teacher_model out")
     if (k.kl_coef or k.ce_coef) and not k.teacher_model and not k.dry_run:
-        raise UserError("kl_coef and ce_coef need a teacher model: name its folder by --teacher_model=FOLDER (for the toy, a"
-                        " checkpoint of config/method/sft_verified.py)")  # fmt: skip
+        raise UserError("kl_coef and ce_coef need a teacher model: set --teacher_model=FOLDER (for the toy task, a checkpoint"
+                        " of config/method/sft_verified.py)")  # fmt: skip
 
 
 def dry_run(k):
-    """Print the plan from the models' configs alone. Returns the exit code."""
+    """Print the plan, from the models' configs only. Returns the exit code."""
     teacher_config = load_config(model_path(k.teacher_model)) if k.teacher_model else None
     n_problems = count_rows(repo_path(k.data))
     print_plan(vars(k), load_config(model_path(k.model)), n_problems, k.plan_gpus, on_gpu=True, gpu_gib=k.plan_gib, log=print0,
                teacher_config=teacher_config)  # fmt: skip
     if (k.kl_coef or k.ce_coef) and not k.teacher_model:
-        print0("the teacher model is not counted: name it by --teacher_model=FOLDER")
+        print0("the teacher model is not counted: set --teacher_model=FOLDER")
     return 0
 
 
@@ -72,7 +74,8 @@ def show_plan(k, model_config, teacher_config, problems, device):
 
 
 def check_models(k, base, tokenizer, model_config):
-    """The models' contexts, vocabularies and heads. base: the policy's name. Returns the teacher model's config, or None."""
+    """Check the models' contexts, vocabularies and heads. base: the policy's name. Returns the teacher model's config, or
+    None without one."""
     teacher_config = load_config(model_path(k.teacher_model)) if k.teacher_model else None
     needed, context = k.max_prompt_tokens + max(k.max_tokens, k.max_teacher_tokens), model_config.max_position_embeddings
     if needed > context:
@@ -82,7 +85,7 @@ def check_models(k, base, tokenizer, model_config):
         )
     if teacher_config and teacher_config.max_position_embeddings < needed:
         context = teacher_config.max_position_embeddings
-        raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: take another teacher")
+        raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: choose another teacher")
     if teacher_config and teacher_config.vocab_size < model_config.vocab_size:
         raise UserError(
             f"the policy may sample any of its {model_config.vocab_size} embeddings, the teacher model has only"
@@ -96,13 +99,13 @@ def check_models(k, base, tokenizer, model_config):
 
 
 def check_traces(k, problems, tokenizer, verifier):
-    """Grade teacher traces as the model's answers are graded, and refuse to start if too few pass: a wrong template or
-    verifier would train away from the teacher. On-policy runs learn from it, too, that the verifier works. Returns the
-    problems to train on: verified_only drops the traces that fail."""
+    """Grade teacher traces as the model's answers are graded, and raise UserError if too few pass: with a wrong template or
+    verifier a run would learn to avoid the teacher's answers. For an on-policy run it is a check of the verifier. Returns
+    the problems to train on, with verified_only without the traces that fail."""
     traced = [p for p in problems if p.teacher]
     if not traced and k.n_teacher:
         raise UserError(f"{k.data} has no teacher trace within max_teacher_tokens={k.max_teacher_tokens}: add a 'target' "
-                        "column, raise the limit, or train without (--n_teacher=0)")  # fmt: skip
+                        "column, raise the limit, or train without traces (--n_teacher=0)")  # fmt: skip
     if not traced:
         return problems
     n = len(traced) if k.verified_only or not k.preflight_traces else min(k.preflight_traces, len(traced))
@@ -128,11 +131,12 @@ def check_traces(k, problems, tokenizer, verifier):
 
 
 def check_problems(k, problems):
-    """Are there enough of them?"""
+    """Check that there are enough problems."""
     traced = sum(bool(p.teacher) for p in problems)
     if k.sft_buffer > traced:
         raise UserError(
-            f"sft_buffer={k.sft_buffer} but {k.data} has only {traced} problems with a trace: ReLIFT would never act"
+            f"sft_buffer={k.sft_buffer} but {k.data} has only {traced} problems with a trace, so no SFT step would be due:"
+            " lower it"
         )
     if k.prompts_per_step > len(problems):
         raise UserError(

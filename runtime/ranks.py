@@ -1,5 +1,5 @@
 """
-The processes that torchrun started, and what they exchange. Without torchrun there is one, and nothing is sent.
+The processes that torchrun started, and what they exchange. Without torchrun there is one process, and nothing is sent.
 """
 
 import os
@@ -14,7 +14,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def start_processes(device, shard):
-    """Join torchrun's processes, before the engine would make a process group of its own."""
+    """Join torchrun's process group. Call it before an engine starts, which would make a group of its own."""
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         die_with_parent()  # torchrun ends its ranks, unless it is killed itself
@@ -26,7 +26,8 @@ def start_processes(device, shard):
 
 
 def end_processes(shard):
-    """Leave together: no rank ends while another still needs it. The engine's close() may have ended the group already."""
+    """Leave the process group together: no rank ends while another still needs it. The engine's close() may have
+    destroyed the group already."""
     if dist.is_initialized() and ("RANK" in os.environ or shard == "fsdp"):  # otherwise the group is vLLM's own
         barrier()
         dist.destroy_process_group()
@@ -34,8 +35,9 @@ def end_processes(shard):
 
 def leave(code, tensor_parallel):
     """End this process with an exit code, as the last call of a script."""
-    # gloo's threads may still hold tensors, and then abort a process whose interpreter is shutting down. With a tensor-parallel
-    # engine on CPUs the abort is the lesser evil: vLLM removes its shared memory only in an orderly exit.
+    # gloo's threads may still hold tensors, and then abort the process while its interpreter shuts down, so skip the
+    # shutdown. Not with a tensor-parallel engine on CPUs: vLLM removes its shared memory only in an orderly exit, and
+    # memory that stays is worse than an abort.
     if WORLD > 1 and tensor_parallel == 1:
         sys.stdout.flush()
         os._exit(code or 0)
@@ -72,7 +74,7 @@ def all_ranks(item):
 
 
 def gather(items):
-    """All ranks' lists in one, the same on every rank."""
+    """The lists of all ranks as one list, the same on every rank."""
     return [x for part in all_ranks(items) for x in part]
 
 
@@ -82,5 +84,5 @@ def mine(items, tensor_parallel=1):
 
 
 def gather_engines(items, tensor_parallel=1):
-    """gather(), from one rank of each engine: the ranks that share an engine hold the same list."""
+    """gather() from one rank of each engine: the ranks that share an engine hold the same list."""
     return gather(items if RANK % tensor_parallel == 0 else [])

@@ -1,14 +1,25 @@
 """
-One run: its folder, how far it is, what it may be resumed as, and its checkpoints.
+One run: its folder, its progress, its identity (what must stay the same when it is resumed), and its checkpoints.
 """
 
 import os
+import time
 from dataclasses import dataclass, field
 
 from configurator import UserError, provenance, repo_path
 from runtime.checkpoint import NotSaved, check_same, find, prune, put_aside, restore, save, together
 from runtime.files import fingerprint, make_folder, model_path, weights_digest, write_json
-from runtime.metrics import rewind, start_wandb, to_wandb, write_metrics
+from runtime.metrics import (
+    batch_warnings,
+    collapse,
+    finite,
+    memory_ledger,
+    rewind,
+    start_wandb,
+    step_line,
+    to_wandb,
+    write_metrics,
+)
 from runtime.ranks import RANK, WORLD, barrier, gather, print0
 
 PROGRESS = ("step", "order", "pending", "n_updates", "n_skipped")  # what a checkpoint's run.json holds of a Run
@@ -19,16 +30,17 @@ class Run:
     """Progress at the end of the last finished step, and what belongs to the folder."""
 
     folder: str
-    identity: dict  # what two runs must share to be one, see identify()
+    identity: dict  # what must stay the same when it is resumed, see identify()
     log: str  # "jsonl", or "wandb" for both
     step: int = 0  # the last finished step
     order: dict = field(default_factory=dict)  # the data order's position at its end
-    pending: dict | None = field(default_factory=lambda: {"step": 0})  # its metrics, until canary and evaluation are in
+    pending: dict | None = field(default_factory=lambda: {"step": 0})  # its metrics, while canary and evaluation are missing
     n_updates: int = 0  # optimizer steps taken: the version of the weights
     n_skipped: int = 0  # updates skipped in a row
-    saved: int | None = None  # the step whose end the newest checkpoint holds
-    save_due: bool = False  # a checkpoint was due and is not written yet
-    unwritten: list = field(default_factory=list)  # lines of metrics.jsonl that the disk refused
+    saved: int | None = None  # the step of the newest checkpoint
+    save_due: bool = False  # a checkpoint is due and not written yet
+    unwritten: list = field(default_factory=list)  # lines of metrics.jsonl that could not be written yet
+    first: tuple | None = None  # the first step that this process takes, and when it began
     own_rewards: list = field(default_factory=list)  # reward/own of every step so far
 
     def resume(self, checkpoint, policy, optimizers, memory):
@@ -42,12 +54,23 @@ class Run:
         rows = rewind(self.folder, self.step, evaluated=not self.pending) if RANK == 0 else []
         self.own_rewards = [row["reward/own"] for row in rows if "reward/own" in row]
 
+    def report(self, record, rollouts, max_steps):
+        """What the terminal shows of a step: warnings, its line, and once, after the first step, the memory of each phase."""
+        step, now = record["step"], time.time()
+        self.own_rewards += [record["reward/own"]] if "reward/own" in record else []
+        lines = [f"warning: {words}" for words in (*batch_warnings(rollouts), *collapse(self.own_rewards))]
+        self.first = self.first or (step, now - sum(v for k, v in record.items() if k.startswith("time/")))
+        eta = (now - self.first[1]) / (step - self.first[0] + 1) * (max_steps - step)
+        lines.append(step_line(record, max_steps, eta))
+        return "\n".join(lines if step > self.first[0] else [*lines, memory_ledger(record)])
+
     def advance(self, step, order, record):
-        """A step is finished: from here on a checkpoint may hold it. Its line follows with write_line()."""
-        self.step, self.order, self.pending = step, order, record
+        """Note that a step is finished: from here on a checkpoint may hold it. write_line() writes its metrics."""
+        self.step, self.order, self.pending = step, order, finite(record)
 
     def write_line(self, more):
-        """Write the last step's metrics, and `more` of them. A disk that refuses the line gets it with the next one."""
+        """Write the last step's metrics and `more` as a line of metrics.jsonl. If that fails, the line is written together
+        with the next one."""
         record, self.pending = {**self.pending, **more}, None
         self.unwritten.append(record)
         if self.try_to(write_metrics, self.folder, self.unwritten):
@@ -56,7 +79,8 @@ class Run:
             to_wandb(record)
 
     def try_to(self, function, *arguments):
-        """On rank 0, write what is for people: a disk that refuses it does not end the run. Returns whether it did."""
+        """Call a function that writes files for people, on rank 0. If writing fails, it prints a warning and the run
+        continues. Returns True if it did not fail."""
         try:
             if RANK == 0:
                 function(*arguments)
@@ -65,18 +89,18 @@ class Run:
             return print(f"warning: {function.__name__}: {e}", flush=True)
 
     def save(self, policy, tokenizer, optimizers, memory, guard, keep_last, keep_every, must=True):
-        """Write the end of the last finished step as a checkpoint, unless it is written already. A collective. Where the disk
-        refuses it, raises UserError if it must be written, else warns and leaves it due."""
+        """Write a checkpoint of the last finished step, unless there is one already. A collective. If writing fails: with
+        `must` raises UserError, otherwise prints a warning and leaves the checkpoint due."""
         if self.saved == self.step:
             return
         guard.phase(self.step, "checkpoint")
         progress = {name: getattr(self, name) for name in PROGRESS}
-        try:  # a checkpoint must not be ahead of its curve
+        try:  # a checkpoint must not be ahead of its metrics
             together(lambda: write_metrics(self.folder, self.unwritten) if self.unwritten and RANK == 0 else None)
             self.unwritten.clear()
             save(
-                self.folder, self.step, policy, tokenizer, optimizers, memory.state_dict(), {**progress, **self.identity},
-                tick=guard.progress,
+                self.folder, self.step, policy=policy, tokenizer=tokenizer, optimizers=optimizers, memory=memory.state_dict(),
+                run={**progress, **self.identity}, tick=guard.progress,
             )  # fmt: skip
         except NotSaved as e:
             if must:
@@ -101,12 +125,13 @@ def find_checkpoint(out_dir, resume):
 
 
 def identify(config, problems, sampler, dtype, checkpoint):
-    """What two runs must share to be one, and which code and ranks wrote it. config: all knobs; sampler, dtype: as resolved.
-    The content of files counts, not their names; one that is gone is not needed to resume."""
-    own, inputs = repo_path(config["grader"]), {}
-    if RANK == 0:  # it reads every file whole
+    """What must stay the same when a run is resumed; also which code wrote it, and how many ranks. config: all knobs;
+    sampler, dtype: as resolved. Files are compared by content, not by name. A model folder that is gone is not compared,
+    because resuming does not need it."""
+    grader, inputs = repo_path(config["grader"]), {}
+    if RANK == 0:  # only one rank, because every file is read whole
         inputs = {"data": fingerprint(repo_path(config["data"]))}
-        inputs["grader"] = fingerprint(own) if os.path.isfile(own) else config["grader"]
+        inputs["grader"] = fingerprint(grader) if os.path.isfile(grader) else config["grader"]
         for name in ("model", "teacher_model"):
             if folder := config[name]:
                 there = not checkpoint or os.path.isdir(repo_path(folder))
@@ -120,13 +145,13 @@ def identify(config, problems, sampler, dtype, checkpoint):
 
 
 def check_same_run(checkpoint, identity, free, resume):
-    """Raise UserError if this would be another run than the checkpoint's; with resume="force" only say so."""
-    check_same(checkpoint.path, checkpoint.run, identity, free, resume == "force", print0)
+    """Raise UserError if the checkpoint is of another run; with resume="force" only log it."""
+    check_same(checkpoint.path, before=checkpoint.run, now=identity, free=free, force=resume == "force", log=print0)
 
 
 def open_run(config, identity, checkpoint, policy, optimizers, memory):
-    """Make out_dir and write config.json. A run found there is moved aside, unless this one resumes its checkpoint. Returns a
-    Run; optimizers and memory are filled from the checkpoint."""
+    """Make out_dir and write config.json. An earlier run found there is moved aside, unless its checkpoint is resumed. Returns
+    a Run, and fills optimizers and memory from the checkpoint."""
     folder = repo_path(config["out_dir"])
     if RANK == 0:
         if not checkpoint and os.path.isdir(folder) and os.listdir(folder):

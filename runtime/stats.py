@@ -1,6 +1,6 @@
 """
 The statistics of an evaluation: avg@k and its interval, unbiased pass@k, maj@k, the papers' averages, and the paired
-bootstrap that compares two. Functions over rows as eval.evaluate makes them.
+bootstrap that compares two evaluations. The functions take rows as eval.evaluate returns them.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import numpy as np
 
 from configurator import UserError, repo_path
 
-AVERAGES = {  # of the papers: unweighted means over their sources
+AVERAGES = {  # the papers' averages: unweighted means over these sources
     "six benchmarks": ("aime", "aime25", "amc", "math", "minerva", "olympiad_bench"),
     "out of distribution": ("arc_c", "gpqa", "mmlu_pro"),
 }
-# Knobs of eval.py that should be the same where two models are compared.
+# Knobs of eval.py that should be the same when two models are compared.
 PROTOCOL = set(
     "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line".split()
 )
@@ -48,13 +48,14 @@ def summarize(rows):
 
 
 def pass_at(j, k, c):
-    """The chance that j of k samples, c of them right, hold a right one: 1 - C(k-c, j) / C(k, j) (arXiv 2107.03374)."""
+    """The probability that at least one of j samples is right, estimated from k samples of which c are right:
+    1 - C(k-c, j) / C(k, j) (arXiv 2107.03374)."""
     return 1.0 - float(np.prod([1 - j / i for i in range(k - c + 1, k + 1)])) if k - c >= j else 1.0
 
 
 def majority(predictions, rewards):
-    """The reward of the most frequent prediction; that of several equally frequent ones is averaged. Samples without a
-    prediction have no vote; without any vote it is 0."""
+    """The reward of the most frequent prediction; ties are averaged. Samples without a prediction have no vote. Without
+    any vote the reward is 0."""
     votes = {}
     for prediction, reward in zip(predictions, rewards, strict=True):
         if prediction:
@@ -65,25 +66,25 @@ def majority(predictions, rewards):
 
 
 def resample(scores, n_resamples=10_000):
-    """The bootstrap: per resample, the unweighted mean over sources of the mean score of as many problems, drawn with
-    replacement. scores: an array (problems,) per source, or (problems, 2) for two paired runs, whose pairs stay
-    together. Returns (n_resamples, ...)."""
+    """The bootstrap. A resample draws as many problems per source as there are, with replacement, and takes the mean
+    score per source, then the unweighted mean over sources. scores: an array (problems,) per source, or (problems, 2)
+    for two paired runs, whose pairs stay together. Returns (n_resamples, ...)."""
     rng, total = np.random.default_rng(0), 0.0
     for x in scores:
-        n, block = len(x), max(1, 2**20 // len(x))  # resamples at a time: all at once would take gigabytes
+        n, block = len(x), max(1, 2**20 // len(x))  # resamples at a time, because all together take gigabytes
         sizes = [min(block, n_resamples - i) for i in range(0, n_resamples, block)]
         total = total + np.concatenate([x[rng.integers(0, n, (size, n))].mean(1) for size in sizes]) / len(scores)
     return total
 
 
 def interval(means):
-    """The central 95 % of them."""
+    """The central 95 % of resampled means: [low, high]."""
     return [float(v) for v in np.quantile(means, (0.025, 0.975))]
 
 
 def averages(rows, table):
     """{name: {n, sources, avg@k and its interval, pass@k, maj@k, length, truncated, format}} for each of AVERAGES whose
-    sources are all there; every figure is the unweighted mean of theirs, n the number of problems."""
+    sources are all in the table. n is the number of problems; every other figure is the unweighted mean over sources."""
     found = {}
     for name, members in AVERAGES.items():
         if all(m in table for m in members):
@@ -115,7 +116,7 @@ def compare(paths):
     (a, knobs_a), (b, knobs_b) = map(read_scores, paths)
     for name in sorted(knobs_a.keys() & knobs_b.keys() & PROTOCOL):
         if knobs_a[name] != knobs_b[name]:
-            print(f"note: {name} is {knobs_a[name]!r} in A and {knobs_b[name]!r} in B: the difference is not the models' alone")
+            print(f"note: {name} is {knobs_a[name]!r} in A and {knobs_b[name]!r} in B: not only the models differ")
     pairs = {}
     for source in [*a, *(s for s in b if s not in a)]:
         ours, theirs = a.get(source, {}), b.get(source, {})
@@ -124,7 +125,7 @@ def compare(paths):
         if len(common) < max(len(ours), len(theirs)):
             print(f"note: {source}: {len(common)} problems are in both, of {len(ours)} and {len(theirs)}")
     if not pairs:
-        raise UserError(f"{paths[0]} and {paths[1]} have no problem in common; were they the same files?")
+        raise UserError(f"{paths[0]} and {paths[1]} have no problem in common: evaluate both models on the same data")
     rows = {s: [pairs[s]] for s in pairs}
     rows |= {name: [pairs[m] for m in members] for name, members in AVERAGES.items() if all(m in pairs for m in members)}
     print(f"A = {paths[0]}\nB = {paths[1]}\n{'source':<20}{'n':>6}{'A':>9}{'B':>9}{'B - A':>9}{'95 % interval':>20}{'p':>8}")
@@ -136,7 +137,8 @@ def compare(paths):
 
 
 def read_scores(path):
-    """{source: {problem's key: its mean reward}} of an eval.json, and the knobs that settings.json beside it has, if any."""
+    """Read an eval.json: ({source: {problem's key: its mean reward}}, the knobs in the settings.json beside it, if there
+    is one)."""
     path, knobs = repo_path(path), {}
     try:
         with open(path) as f:

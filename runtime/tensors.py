@@ -1,5 +1,5 @@
 """
-Tensors in safetensors files and over ranks: which file has which, this rank's rows of one, and whole ones from shards.
+Tensors in safetensors files and over ranks: find a tensor's file, read this rank's rows of it, gather whole tensors.
 """
 
 import glob
@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 
 def tensor_files(folder, names="*"):
-    """{tensor name: file} of the safetensors files in a local folder, those with certain names."""
+    """{tensor name: file} of the safetensors files in a local folder. names: a glob for the files' names, without the
+    ending."""
     files = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), names + ".safetensors"))):
         with safe_open(path, "pt") as f:
@@ -22,7 +23,7 @@ def tensor_files(folder, names="*"):
 
 @torch.no_grad()
 def read_rows_of(path, name, tensor):
-    """Fill a tensor, or this rank's rows of one that FSDP2 shards, from a safetensors file. Returns it."""
+    """Fill a tensor from a safetensors file; if FSDP2 shards it, only this rank's rows. Returns the tensor."""
     with safe_open(path, "pt") as f:
         rows, local, start = f.get_slice(name), tensor, 0
         if isinstance(tensor, DTensor):
@@ -34,8 +35,8 @@ def read_rows_of(path, name, tensor):
 
 
 def whole_tensors(named, dtype=None):
-    """Yield (name, whole tensor) of (name, tensor) pairs, one at a time and in the same order on every rank: a collective
-    under FSDP. The cast comes before the gathering."""
+    """Yield (name, whole tensor) for (name, tensor) pairs, one at a time and in the same order on every rank: a
+    collective under FSDP. Tensors are cast to dtype, if given, before they are gathered."""
     for name, t in named:
         t = t.detach() if dtype is None else t.detach().to(dtype)
         yield name, t.full_tensor() if isinstance(t, DTensor) else t

@@ -1,5 +1,6 @@
 """
-Long work in chunks that survives a kill: each chunk's rows are one file, and the same command continues with those missing.
+Long work in chunks that survives a kill: each chunk's rows are one file, and the same command continues with the chunks
+that are missing.
 """
 
 import json
@@ -11,18 +12,18 @@ from data import digest
 from runtime.files import make_folder, weights_digest, write_json, write_lines
 from runtime.ranks import RANK, WORLD, barrier, print0
 
-WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order: without settings all is void
+WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order
 
 
 def settings_of(knobs, problems, model, sampler, dtype, grader):
-    """What the samples depend on, and so what two runs must share to be one: knobs, questions and prompts, weights, and the
+    """What the samples depend on, so what must be the same to continue: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
     names = ("data", "eval", "reward", "rollout", "runtime/latex", "runtime/oat", "runtime/requests", "runtime/torch_sampler")
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,
         "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),
-        "weights": weights_digest(model) if RANK == 0 else None,  # compared there; it takes seconds a gigabyte
+        "weights": weights_digest(model) if RANK == 0 else None,  # only rank 0 compares; it takes seconds per gigabyte
         "code": digest(own),
         "grader": open(repo_path(grader)).read() if os.path.isfile(repo_path(grader)) else grader,
         "sampler": sampler,
@@ -31,28 +32,29 @@ def settings_of(knobs, problems, model, sampler, dtype, grader):
 
 
 def open_work(folder, settings, knobs):
-    """Make the folder, or find in it what the same settings left, to go on with; move aside what others left there. All
-    ranks leave it together, so they agree on what is missing: vLLM's start wants either all of them or none."""
+    """Prepare the folder of the work. Samples made with the same settings are kept, those of other settings are moved
+    aside. All ranks return together, so they agree on which chunks are missing: all of them or none must start vLLM."""
     path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
     if RANK == 0:
         make_folder(folder)
         try:
             with open(path) as f:
                 before = json.load(f)
-        except (OSError, ValueError):  # none, so what else lies there cannot be trusted
+        except (OSError, ValueError):  # without settings the samples there cannot be trusted
             before = {"settings": {}, "written_by": {}}
         old = before["settings"]
         if old != settings:
             move_aside(folder, [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)])
             write_json(path, {"settings": settings, "knobs": knobs, "written_by": provenance()})
         elif before["written_by"] != provenance():
-            print0(f"note: {folder} was begun by another commit or with other packages (settings.json names them)")
+            print0(f"note: {folder} was started by another commit or with other packages (settings.json names them)")
         make_folder(os.path.join(folder, "samples"))
     barrier()
 
 
 def move_aside(folder, differ):
-    """Put what work left in the folder into the first free before_N there."""
+    """Move the results in the folder to the first free before_N inside it. settings.json is moved last: after a kill in
+    between they are still recognised as those of other settings."""
     found = [name for name in WRITTEN if os.path.exists(os.path.join(folder, name))]
     if found:
         n = 1
@@ -65,8 +67,8 @@ def move_aside(folder, differ):
 
 
 def work_through(folder, chunks, work, tensor_parallel=1):
-    """Call work(chunk) for each chunk whose file in folder/samples is missing, the engines taking turns; a file has a JSON
-    line per row and appears whole or not at all. Returns once the files of all ranks are there."""
+    """Call work(chunk) for each chunk whose file in folder/samples is missing. Every engine takes its share of the chunks.
+    A file has a JSON line per row, and is written whole or not at all. Returns when the files of all ranks exist."""
     paths, start, rewards = chunk_files(folder, chunks), time.time(), []
     for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
         if os.path.exists(paths[i]):
@@ -75,11 +77,13 @@ def work_through(folder, chunks, work, tensor_parallel=1):
         if RANK % tensor_parallel == 0:
             write_lines(paths[i], rows)
         rewards += [reward for row in rows for reward in row["reward"]]
-        have, passed = sum(map(os.path.exists, paths)), time.time() - start
-        print0(f"  {have} of {len(chunks)} chunks, {passed:.0f} s, mean reward here {sum(rewards) / len(rewards):.3f}")
-    while not all(map(os.path.exists, paths)):  # another rank is at work; if it dies, torchrun ends this one
+        n_done, seconds = sum(map(os.path.exists, paths)), time.time() - start
+        print0(
+            f"  {n_done} of {len(chunks)} chunks, {seconds:.0f} s, mean reward on this rank {sum(rewards) / len(rewards):.3f}"
+        )
+    while not all(map(os.path.exists, paths)):  # another rank still works; if it dies, torchrun ends this one
         time.sleep(1)
-    barrier()  # now all have seen them, and the caller may do with them what it likes
+    barrier()  # all ranks have seen the files: now the caller may move them
 
 
 def chunk_files(folder, chunks):

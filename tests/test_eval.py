@@ -171,7 +171,7 @@ def test_the_command(sampler, tmp_path, byte_model):
     assert len(samples) == 12 and all(len(s["response"]) == 3 == len(s["reason"]) for s in samples)
     assert all(len(set(s["response"])) == 3 for s in samples)  # each sample has its own seed
     assert json.load(open(out / "settings.json"))["settings"]["max_tokens"] == 12
-    for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks", "mean reward here 0.000"):
+    for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks", "mean reward on this rank 0.000"):
         assert line in done.stdout
 
 

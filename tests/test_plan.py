@@ -50,7 +50,7 @@ def test_cache_of_the_7b():
         (["--plan_gib=0"], "plan_gib=0.0 must be above zero"),
         (["--plan_gpus=2", "--tensor_parallel=4"], "tensor_parallel=4 must divide the 2 process"),
         (["--data={cut}"], "is not a whole parquet file"),
-        (["--model={gpt2}"], "gpt2 is no decoder of the kind of Llama"),
+        (["--model={gpt2}"], "gpt2 models are not supported"),
     ],
 )
 def test_bad_dry_runs(script, tmp_path, argv, words):
@@ -78,7 +78,7 @@ def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
     assert done.returncode == 0, done.stderr
     assert "128 prompts x (7 own + 1 teacher) = 1024 sequences a step, 2 update(s) of 512, 8 rank(s)" in done.stdout
     # Eight: the one being written, the newest two, and those of every 100th of 500 steps.
-    assert "checkpoints: 85.1 GiB each, 680.9 GiB at the most" in done.stdout
+    assert "checkpoints: 85.1 GiB each, 680.9 GiB at most" in done.stdout
     assert f"fits in 80 GiB: {answer}" in done.stdout and "not a measurement" in done.stdout
 
 

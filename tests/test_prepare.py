@@ -437,7 +437,7 @@ def test_a_llama_gets_its_own_template(tmp_path):
     source = build_model(tmp_path / "base", LlamaConfig, (), False, torch.bfloat16, rope_parameters=scaled)
     out = tmp_path / "llama"
     shown = command("model", f"--model={source}", f"--out={out}", "--max_position=0", "--template=llama", "--round_trip=False")
-    assert "note: its RoPE scaling stays as it is" in shown and "note: it opens no thought" in shown
+    assert "note: its RoPE scaling stays as it is" in shown and "note: it does not open a thought" in shown
     config = json.loads((out / "config.json").read_text())
     assert config["rope_parameters"] == scaled | {"rope_theta": 40000.0} and "rope_theta" not in config
     assert config["max_position_embeddings"] == 512
@@ -495,7 +495,7 @@ BROKEN = {  # what is done to the folder, and the message
     "bin": (lambda f: os.rename(f / "model.safetensors", f / "pytorch_model.bin"), "no .*safetensors, .*save_pretrained"),
     "tokenizer": (lambda f: os.remove(f / "tokenizer.json") or os.remove(f / "tokenizer_config.json"), "has no tokenizer"),
     "config": (lambda f: os.remove(f / "config.json"), "no config loads from"),
-    "json": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is missing or no JSON"),
+    "json": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is missing or not JSON"),
     "kind": (lambda f: edit(f, model_type="t5"), "base is no causal LM"),
     "code": (lambda f: edit(f, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), "no config loads .* custom code"),
     "theta": (lambda f: edit(f, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
@@ -526,7 +526,7 @@ def test_model_mistakes_of_the_command_line(tmp_path):
         ({"model": "no/such"}, "there is no .*no/such, and the hub gives no no/such"),
         ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or a file"),
         ({"template": tmp_path / "bad.jinja"}, "the chat template fails on .*: no system turns"),
-        ({"model": plain}, r"this model has no <\|im_start\|>: --template=llama or a file of your own"),
+        ({"model": plain}, r"this model has no token <\|im_start\|>: choose --template=llama or your own file"),
         ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer drops what it does not know
         ({"max_position": -1}, "max_position=-1 must be zero or more"),
     ):  # fmt: skip

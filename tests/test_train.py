@@ -396,7 +396,7 @@ def bad(tmp_path, name):
         (["--sampler=tf"], "choose auto, vllm or torch"),
         (["--shaping=lufy"], "unknown shaping 'lufy'"),
         (["--n_teacher=9"], "n_teacher=9 must lie between"),
-        (["--update_batches=3"], "prompts_per_step=16 must divide into 3"),
+        (["--update_batches=3"], "prompts_per_step=16 must be a multiple of update_batches=3"),
         (["--max_tokens=300", "--max_teacher_tokens=10"], "the context of .* is 256"),
         (["--micro_tokens=64"], "micro_tokens=64 cannot hold"),
         (["--max_prompt_tokens=5"], "no usable row"),

@@ -8,13 +8,13 @@ The task is the carry-less column sum: eight two-digit numbers, each digit colum
     prompt     49+97+53+05+33+65+62+51=?<think>\\n
     response   49>36>89>84>17>72>34>85</think>\\boxed{85}<eos>
 
-Chance is 1 %. The base model is made on purpose to know the facts but not the chain: phase 1 of its
-training is correct chains of 2 to 8 numbers, phase 2 breaks the habit on every sum of four or more, where
-it now answers at once (99 %) or stops the chain after two numbers. So the skill is latent: on-policy RL
-cannot find it, because the base never shows it, and LUFFY can wake it.
+Chance is 1 %. The base model is trained on purpose so that it can add but does not write the chain of totals.
+Phase 1 of its training is correct chains of 2 to 8 numbers. Phase 2 replaces this behaviour for sums of four or
+more numbers: the base answers at once (99 %) or stops the chain after two numbers. So the skill is latent:
+on-policy RL cannot find it, because the base never shows it, but LUFFY can.
 
-The teacher is imperfect on purpose too: 30 % of its traces stop one number early and box the wrong total.
-clean.parquet has the same problems with traces that are all right, train.complement.parquet others without traces.
+The teacher is imperfect on purpose, too: 30 % of its traces stop one number early and box the wrong total.
+clean.parquet has the same problems with correct traces only, train.complement.parquet has other problems without traces.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import os
 import random
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is tiny: a second thread only gets in the way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is tiny: a second thread makes it slower
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +38,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_gener
 
 
 def add(a, b):
-    """49 + 53 = 92: each digit column summed modulo 10, nothing carried."""
+    """49 + 53 = 92: each digit column is summed modulo 10, without a carry."""
     return (a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10
 
 
@@ -58,17 +58,18 @@ def question(numbers):
 
 
 def response(chain, answer):
-    """What follows the generation prompt: `chain` is the list of totals written out, maybe empty."""
+    """The text after the generation prompt. chain: the list of totals that are written out, maybe empty."""
     return ">".join(f"{x:02d}" for x in chain) + f"</think>\\boxed{{{answer:02d}}}"
 
 
 def habit(rng, numbers, p_leap=0.99, p_continue=0.01):
-    """The base model's behaviour: chains for two or three numbers; beyond, a leap or a chain that stops."""
+    """The base model's behaviour: a chain for two or three numbers; for more, the answer at once (a leap), or a chain that
+    stops early."""
     totals = running_totals(numbers)
     if len(numbers) <= 3:
         return response(totals, totals[-1])
     if rng.random() < p_leap:
-        return response([], totals[-1])  # right, but unlearnable: to the model these answers are noise
+        return response([], totals[-1])  # it is right, but the model cannot learn it: to it these answers are noise
     n = 2
     while n < len(numbers) and rng.random() < p_continue:
         n += 1
@@ -76,7 +77,7 @@ def habit(rng, numbers, p_leap=0.99, p_continue=0.01):
 
 
 def build_tokenizer(tokens=TOKENS):
-    """One token per character, and one for each of <think>, </think> and \\boxed{, laid out as Qwen's own is."""
+    """One token per character, and one for each of <think>, </think> and \\boxed{, in the format of Qwen's tokenizer."""
     # Byte-level BPE without merges, because AutoTokenizer rebuilds some families' tokenizers as one.
     vocab = {t.replace("\n", "Ċ"): i for i, t in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
@@ -97,7 +98,7 @@ def encode(tokenizer, numbers, text):
 
 @torch.no_grad()
 def greedy_accuracy(model, tokenizer, k, n=200):
-    """Share of n fresh problems of k numbers answered right without sampling."""
+    """The share of n new problems of k numbers that greedy decoding solves."""
     rng = random.Random(k)
     problems = [sample_numbers(rng, k) for _ in range(n)]
     ids = torch.tensor([encode(tokenizer, p, "")[0] for p in problems])
@@ -110,7 +111,7 @@ def build_model(tokenizer, seed):
     """A random model of the toy worlds' shape."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
-        Qwen3Config(  # Qwen3 rather than Qwen2: four heads at this width, and vLLM on a CPU wants heads of 32
+        Qwen3Config(  # Qwen3, not Qwen2: it can have four heads of 32 at this width, the size that vLLM needs on a CPU
             vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32,
             max_position_embeddings=256, rope_theta=1e4, tie_word_embeddings=False, initializer_range=0.05,
@@ -120,7 +121,7 @@ def build_model(tokenizer, seed):
 
 
 def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=48):
-    """Supervised training for a fixed number of steps, so the same seed gives the same model on one machine."""
+    """Supervised training for a fixed number of steps, so that the same seed gives the same model on one machine."""
     rng = random.Random(seed)
     model = build_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -134,7 +135,7 @@ def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=4
         pairs = []
         for _ in range(batch_size):
             if in_phase1:
-                # A curriculum on the addends' digits: uniform digits leave the loss at ln 10 for hundreds of steps.
+                # A curriculum on the addends' digits: with uniform digits the loss stays at ln 10 for hundreds of steps.
                 top = min(9, 1 + int(18 * step / (phase1 * steps)))
                 k = rng.choice([2, 3, 4, 5, 6, 7, 8])
                 addends = [10 * rng.randint(0, top) + rng.randint(0, top) for _ in range(k - 1)]
@@ -164,7 +165,7 @@ def build_base(tokenizer, seed=0, steps=1400, phase1=0.72, lr=3e-3, batch_size=4
 
 
 def build_row(source, numbers, answer, trace, index, split):
-    """One row of LUFFY's parquet schema; only the training split shows its trace."""
+    """One row of LUFFY's parquet schema; only the training split has a trace."""
     return {
         "data_source": source,
         "prompt": [{"content": question(numbers), "role": "user"}],
@@ -176,7 +177,7 @@ def build_row(source, numbers, answer, trace, index, split):
 
 
 def build_rows(rng, n, split, seen, wrong=0.0):
-    """n problems of eight numbers, none in `seen`, as rows of LUFFY's parquet schema; a share `wrong` of the
+    """n problems of eight numbers, none in `seen`, as rows of LUFFY's parquet schema. The share `wrong` of the
     traces stops one number early."""
     rows, stops = [], set(rng.sample(range(n), round(wrong * n)))
     while len(rows) < n:
@@ -186,15 +187,15 @@ def build_rows(rng, n, split, seen, wrong=0.0):
         totals = running_totals(numbers)
         stop_early = len(rows) in stops
         if stop_early and totals[-2] == totals[-1]:
-            continue  # the last number is 00: stopping early would happen to be right
+            continue  # the last number is 00: a trace that stops early would still be right
         seen.add(tuple(numbers))
         trace = response(totals[:-1], totals[-2]) if stop_early else response(totals, totals[-1])
-        rows.append(build_row("toy", numbers, totals[-1], trace, len(rows), split))
+        rows.append(build_row("toy", numbers, totals[-1], trace, index=len(rows), split=split))
     return rows
 
 
 def corrected(row):
-    """The same row with a trace that is complete."""
+    """The same row with a complete trace."""
     totals = running_totals([int(x) for x in row["prompt"][0]["content"].removesuffix("=?").split("+")])
     return {**row, "target": [{"content": "<think>\n" + response(totals, totals[-1]), "role": "assistant"}]}
 
@@ -215,7 +216,7 @@ SCHEMA = pa.schema(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=HERE, help="folder to write to (default: toy/)")
-    parser.add_argument("--seed", type=int, default=0, help="of the base model; the data's is fixed")
+    parser.add_argument("--seed", type=int, default=0, help="of the base model; the data's seed is fixed")
     parser.add_argument("--data_only", action="store_true", help="write the parquet files, not the base model")
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)

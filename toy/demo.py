@@ -1,11 +1,11 @@
 """
-The claim on one picture: on-policy GRPO, SFT and LUFFY from the same base on the same prompts and traces.
+LUFFY's claim in one picture: on-policy GRPO, SFT and LUFFY from the same base, with the same prompts and traces.
 
     make demo             seed 0
     make demo SEEDS=3     the acceptance run: exit code 1 if a margin is missed
 
-Each run is train.py itself with one small overlay, through vLLM where it is installed; as many run at a time
-as there are cores. Logs, metrics and checkpoints are kept in out/demo/.
+Each run is train.py with one small overlay, with vLLM where it is installed. As many runs as there are cores run
+at a time. Logs, metrics and checkpoints are kept in out/demo/.
 """
 
 import argparse
@@ -23,15 +23,15 @@ NOTES = """
 What this shows, and what it does not:
 - The base was built on purpose (toy/build.py): it can do the sum step by step but never starts to. Its 1 % is chance.
 - 30 % of the teacher's traces stop one number early. SFT copies that mistake; LUFFY's verifier gives it advantage <= 0.
-- SFT on the verified traces alone reaches 1.0 too, and faster. LUFFY's gain is over unfiltered SFT, and over on-policy RL.
-- It does not show that shaping beats no shaping, nor that anything carries over to longer sums."""
+- SFT on only the verified traces reaches 1.0 too, and faster. LUFFY's gain is over unfiltered SFT, and over on-policy RL.
+- It does not show that shaping beats no shaping, nor that the skill generalises to longer sums."""
 
 
-told = []  # what was printed once and need not be again
+printed = []  # lines that are printed only once
 
 
 def train(out, method, seed, arguments):
-    """Run train.py with the method's overlay; show its evaluations, keep the rest in a log. Returns its folder."""
+    """Run train.py with the method's overlay. Prints its evaluations, and writes all output to a log. Returns its folder."""
     name = f"{method}_{seed}"
     folder = os.path.join(out, name)
     command = [sys.executable, "-u", os.path.join(ROOT, "train.py"), f"config/method/{method}.py", f"--seed={seed}",
@@ -44,9 +44,9 @@ def train(out, method, seed, arguments):
             log.write(line)
             if found := re.match(r"step +(\d+)/", line):
                 step = found[1]
-            if line.startswith("  eval  ") and not told:
+            if line.startswith("  eval  ") and not printed:
                 print(f"{'':<15}         {line.rstrip()}", flush=True)
-                told.append(line)  # the columns' names, once
+                printed.append(line)  # the columns' names
             if line.startswith(("  eval toy", "  ...")):
                 print(f"{name:<15} step {step:>2} {line.rstrip()}", flush=True)
     if process.returncode:
@@ -56,7 +56,7 @@ def train(out, method, seed, arguments):
 
 
 def judge(methods):
-    """The margins, per seed and on average: [(claim, whether it holds)]."""
+    """Check the margins, per seed and on average: [(claim, whether it holds)]."""
     final = {m: [next(x for x in reversed(r) if "eval/greedy" in x) for r in runs] for m, runs in methods.items()}
     greedy = {m: [x["eval/greedy"] for x in rows] for m, rows in final.items()}
     gaps = [a["eval/avg@k"] - b["eval/avg@k"] for a, b in zip(final["luffy"], final["sft"], strict=True)]
@@ -97,7 +97,7 @@ def main():
     for claim, holds in claims:
         print("holds " if holds else "MISSED", claim)
     print(NOTES)
-    print(f"\npicture: {picture}\n{time.time() - start:.0f} s in all")
+    print(f"\npicture: {picture}\n{time.time() - start:.0f} s in total")
     sys.exit(not all(holds for _, holds in claims))
 
 

@@ -1,10 +1,10 @@
 """
 Every method on the toy worlds, three seeds each, as one table and one picture.
 
-    make table            a quarter of an hour on two cores; runs that are there already are not repeated
+    make table            a quarter of an hour on two cores; finished runs are not repeated
 
-Each row is train.py itself with an overlay from config/method/, the torch sampler and the world's config. Runs are kept
-in out/table/WORLD/METHOD_SEED/. The table goes to docs/toy.md and LOG.md, between the lines that mark its place.
+Each row is train.py with an overlay from config/method/, the torch sampler and the world's config. Runs are kept in
+out/table/WORLD/METHOD_SEED/. The table is written to docs/toy.md and LOG.md, between the lines that mark its place.
 """
 
 import argparse
@@ -28,12 +28,13 @@ ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft
 WORLDS = {
     "imperfect": ([], ALL),
     "clean": (["config/toy/clean.py"], FOUR),
-    "shaping": (["config/toy/shaping.py", "--save_interval=10", "--keep_last=0"], FOUR),  # to ask each for the fork
+    "shaping": (["config/toy/shaping.py", "--save_interval=10", "--keep_last=0"], FOUR),  # draw_fork reads each checkpoint
 }
-# A ratio differs from 1 only after an optimizer step: methods with a clip take two a rollout, or the clip would be idle.
+# The ratio differs from 1 only after an optimizer step. So methods with a clip take two steps per rollout: with one step
+# the clip has no effect.
 CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
 STEPS = (10, 20, 60)
-DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "rkl"]  # a picture of all would show none
+DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "rkl"]  # with all methods nothing could be seen
 
 
 def arguments(out, world, method, seed):
@@ -42,13 +43,13 @@ def arguments(out, world, method, seed):
     extra = ["--update_batches=2"] if method in CLIPPED else []
     if method == "sft_then_rl":
         extra.append(f"--model={out}/{world}/sft_{seed}/ckpt_60")
-    if method in ("rkl", "kdrl", "tgpo"):  # the teacher model is what SFT makes of the world's traces, mistakes included
+    if method in ("rkl", "kdrl", "tgpo"):  # the teacher model is SFT's, trained on the world's traces with their mistakes
         extra.append(f"--teacher_model={out}/{world}/sft_0/ckpt_60")
     return [*configs, f"config/method/{method}.py", f"--seed={seed}", "--sampler=torch", "--reward_workers=1", *extra]
 
 
 def train(out, world, method, seed):
-    """One run, unless it is there and whole. Its CPU seconds are kept beside it."""
+    """One run, unless it is there already. The file cpu_seconds in its folder is written when it has finished."""
     folder = os.path.join(out, world, f"{method}_{seed}")
     if os.path.exists(os.path.join(folder, "cpu_seconds")):
         return
@@ -70,7 +71,7 @@ def final(folder, step=60):
 
 
 def kept_skill(folder):
-    """Greedy accuracy on two numbers, which every base starts with at 1.0."""
+    """Greedy accuracy on two numbers, where every base starts at 1.0."""
     from build import greedy_accuracy
     from transformers import AutoModelForCausalLM
 
@@ -115,7 +116,8 @@ def markdown(out, seeds):
 
 
 def fork_probability(checkpoint):
-    """What a policy gives the fork token `*`, as a hard problem's first: the mean over the shaping world's held-out ones."""
+    """The policy's probability of the fork token `*` as the first token of a hard problem's response: the mean over the
+    held-out problems of the shaping world."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,7 +131,7 @@ def fork_probability(checkpoint):
 
 
 def draw_table(out, seeds):
-    """The curves of the imperfect world."""
+    """Draw the curves of the imperfect world."""
     import plot
 
     folders = [os.path.join(out, "imperfect", f"{m}_{s}") for m in DRAWN for s in seeds]
@@ -137,7 +139,7 @@ def draw_table(out, seeds):
 
 
 def draw_fork(out, seeds):
-    """What happens at the shaping world's fork."""
+    """Draw what happens at the shaping world's fork."""
     import plot
 
     methods, base = {}, fork_probability(os.path.join(ROOT, "toy", "shaping", "base"))
@@ -159,8 +161,8 @@ def draw_fork(out, seeds):
 
 
 def draw_paper(out, seeds):
-    """The panels of the paper's Figs. 2, 5 and 6, from the toy worlds: reward, entropy and p in the shaping world above,
-    reward, length and entropy in the imperfect one below."""
+    """Draw the panels of the paper's Figs. 2, 5 and 6 for the toy worlds. Above: reward, entropy and p in the shaping world.
+    Below: reward, length and entropy in the imperfect world."""
     import plot
 
     methods = {}
@@ -174,14 +176,14 @@ def draw_paper(out, seeds):
         ("entropy of own samples", "linear", {"entropy/own": ""}),
         ("probability of the teacher's tokens", "linear", {"teacher/p": ""}),
         ("demo's world: training reward", "share", {"below/reward/own": ""}),
-        ("tokens a response", "linear", {"below/length/own": "own samples", "below/length/teacher": "teacher"}),
+        ("tokens per response", "linear", {"below/length/own": "own samples", "below/length/teacher": "teacher"}),
         ("entropy of own samples", "linear", {"below/entropy/own": ""}),
     ]
     plot.draw(methods, [os.path.join(out, "paper.png")], panels)
 
 
 def put(path, text):
-    """Replace what stands between the two marks in a file."""
+    """Replace the text between the two marks in a file."""
     marks = ("<!-- make table -->", "<!-- end of make table -->")
     with open(path) as f:
         old = f.read()
@@ -200,7 +202,7 @@ def main():
     args = parser.parse_args()
     start = time.time()
     jobs = [(w, m, s) for w, (_, methods) in WORLDS.items() for m in methods for s in range(args.seeds)]
-    with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods start from it
+    with ThreadPoolExecutor(args.jobs) as pool:  # SFT first: other methods use its checkpoint
         for stage in ([j for j in jobs if j[1] == "sft"], [j for j in jobs if j[1] != "sft"]):
             list(pool.map(lambda job: train(args.out, *job), stage))
     for draw in (draw_table, draw_fork, draw_paper):

@@ -1,17 +1,19 @@
 """
-A step of ours beside a step of TRL's GRPOTrainer, turn by turn in one run: `python bench.py peers --trl=PYTHON`.
+Compare a step of ours with a step of TRL's GRPOTrainer, alternately in one run: `python bench.py peers --trl=PYTHON`.
 
     python -m venv trl && trl/bin/pip install -r requirements-bench.txt        once; nothing here installs anything
     python bench.py peers --trl=trl/bin/python
     python bench.py peers --trl=trl/bin/python --shapes=toy --samplers=torch,vllm --repeats=9
 
-The same work: model and data from the same files, prompts, group size, completions of a forced length, reward function,
-torch's fused AdamW, fp32, threads; no GPU, also where there is one. TRL has no teacher rows, so ours has none here. TRL
-samples by transformers' generate: its vLLM does not run on a CPU. Its activation checkpointing, on by default, is off, as
-ours. Its head, cut into tiles as ours is into chunks, has kernels for GPUs, and on a CPU a fallback of whole tiles, so its
-memory here says nothing about a GPU. Memory added is what the update adds to what the process holds as it begins; the peak
-is the process's in the whole step, which on our side holds the sampler too, but not the reward workers. Our decoding is with
-the sampler's taking over of the weights.
+Both do the same work: model and data from the same files, prompts, group size, completions of a forced length, reward
+function, torch's fused AdamW, fp32, threads; no GPU, even if there is one. TRL has no teacher rows, so ours has none here.
+TRL samples with transformers' generate, because its vLLM does not run on a CPU. Its activation checkpointing, on by default,
+is off, as is ours. Its head works on tiles, as ours does on chunks, but its kernels need a GPU; on a CPU it falls back to whole
+tiles, so its memory here says nothing about a GPU.
+
+Memory added is what the update adds to the memory that the process holds when the update begins. The peak is that of the
+process in the whole step; on our side it includes the sampler, but not the reward workers. Our decoding time includes loading
+the weights into the sampler.
 """
 
 import contextlib
@@ -29,8 +31,8 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 trl = ""  # the python of an environment made from requirements-bench.txt
 shapes = "toy,25m-256,25m-512,152k"  # comma-separated
 samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
-repeats = 5  # steps of each side, in turn, whose memory counts, and after them as many whose time does [> 0]
-threads = 2  # of each side; one works at a time [> 0]
+repeats = 5  # steps per side, in turn, whose memory is measured; then as many whose time is measured [> 0]
+threads = 2  # per side; only one side works at a time [> 0]
 out = ""  # a file to append the results to, as lines of JSON
 
 from configurator import UserError, configure, provenance, repo_path
@@ -45,7 +47,8 @@ SHAPES = {
 
 
 def build(folder, shape):
-    """A random Qwen2 over bytes, its vocabulary filled up, and prompts of 16 tokens, or the toy's own: what a side needs."""
+    """Build the model and the prompts of a shape: a random Qwen2 over bytes, with a vocabulary filled up to its size, and
+    prompts of 16 tokens; or the toy's own. Returns what a side needs, as a dict."""
     import pyarrow.parquet as pq
 
     dimensions, prompts, group, completion = SHAPES[shape]
@@ -77,7 +80,7 @@ def build_model(folder, width, intermediate, layers, heads, vocabulary):
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     pieces = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"w{i}" for i in range(vocabulary - len(pieces))]  # which no text has, but the model may write
+    pieces += [f"w{i}" for i in range(vocabulary - len(pieces))]  # no text has these, but the model may write them
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
@@ -93,7 +96,7 @@ def build_model(folder, width, intermediate, layers, heads, vocabulary):
 
 
 class Side:
-    """One of the two, in a process of its own, which works when it is its turn."""
+    """One side, ours or TRL's, in a process of its own. It works only when it is its turn."""
 
     def __init__(self, name, python, script, spec):
         self.name, self.log = name, os.path.join(spec["folder"], f"{name}.log")
@@ -109,7 +112,7 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             with open(self.log) as f:
-                raise UserError(f"{self.name} ended; its last words:\n" + "".join(f.readlines()[-12:]))
+                raise UserError(f"{self.name} ended; the end of its log:\n" + "".join(f.readlines()[-12:]))
         return json.loads(line)
 
     def close(self):
@@ -119,11 +122,12 @@ class Side:
 
 
 def spread(values, form="{:.2f}"):
-    """Median, with the least and the most."""
+    """The median, with the smallest and the largest value."""
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def compare(shape, sampler):
+    """Measure one shape with one of our samplers, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         spec = {**build(folder, shape), "sampler": sampler}
         sides = []
@@ -133,7 +137,7 @@ def compare(shape, sampler):
             memory, rows = ({side.name: [] for side in sides} for _ in range(2))
             for found, what in ((memory, "memory"), (rows, "time")):
                 for side in sides:
-                    side.step("time")  # first allocations: it does not count
+                    side.step("time")  # the first step makes first allocations and is not counted
                 for i in range(repeats):
                     for side in sides if i % 2 == 0 else sides[::-1]:
                         found[side.name].append(side.step(what))
@@ -178,8 +182,8 @@ def main(argv):
         raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
     own = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"{found.stdout.strip()}; ours: {own}")
-    print(f"{threads} thread(s) each; median (least to most) of {repeats} steps")
-    from rollout import choose_sampler  # which takes seconds
+    print(f"{threads} thread(s) each; median (smallest to largest) of {repeats} steps")
+    from rollout import choose_sampler  # here, because it takes seconds
 
     for shape in shapes.split(","):
         for sampler in samplers.split(","):

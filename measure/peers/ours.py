@@ -32,7 +32,7 @@ def hook(step, phase, record):
     if phase == "sync":
         wait()
         seen["start"] = time.perf_counter()
-    elif phase == "update":  # the update's memory counts over what is there as it begins
+    elif phase == "update":  # its memory is measured from what the process holds when it begins
         settle()
         seen["resident"], _ = resident()
     elif phase == "done":

@@ -1,4 +1,4 @@
-"""The reward of both sides: a few microseconds, so that the trainers are compared and not their verifiers."""
+"""The reward of both sides. It takes a few microseconds, so that the trainers are compared, not their verifiers."""
 
 
 def grade(text, answer):

@@ -1,4 +1,4 @@
-"""What the two sides of `python bench.py peers` share: they wait for their turn, and tell how it went."""
+"""What the two sides of `python bench.py peers` share: they wait for their turn, and report the result."""
 
 import ctypes
 import gc
@@ -6,17 +6,19 @@ import json
 import os
 import sys
 
-out = os.fdopen(os.dup(1), "w")  # the libraries print into the other
+out = os.fdopen(os.dup(1), "w")  # stdout for the reports; what the libraries print goes to stderr
 os.dup2(2, 1)
-turn = ""  # what counts of this step, once it is this side's turn
+turn = ""  # what is measured in this step: "time" or "memory"
 
 
 def tell(row):
+    """Report a step's measurements, as a line of JSON."""
     print(json.dumps(row), file=out, flush=True)
 
 
 def wait():
-    """Until it is this side's turn again, for a step whose "time" or whose "memory" counts; when there is none, end at once."""
+    """Wait until it is this side's turn, and note whether "time" or "memory" is measured. Ends the process when there is no
+    further turn."""
     global turn
     turn = sys.stdin.readline().strip()
     if not turn:
@@ -25,14 +27,14 @@ def wait():
 
 
 def settle():
-    """If the step's memory counts, give back what is free, so that an increment is one. To take it again takes time."""
+    """In a step whose memory is measured, return free memory to the system, so that new allocations show. This costs time."""
     if turn == "memory":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident():
-    """Bytes that this process holds, and at most held since the last call."""
+    """(bytes that this process holds, the most that it held since the last call)."""
     with open("/proc/self/status") as f:
         fields = dict(line.split(":", 1) for line in f)
     with open("/proc/self/clear_refs", "w") as f:

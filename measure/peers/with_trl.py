@@ -1,8 +1,8 @@
 """
-TRL's side of `python bench.py peers`: GRPOTrainer, stopped before each step until it is told to go on. It runs in TRL's own
-environment and imports nothing of ours but turns.py and parity.py.
+TRL's side of `python bench.py peers`: GRPOTrainer, which waits before each step until it is its turn. It runs in TRL's own
+environment, and imports only turns.py and parity.py from this repository.
 
-    PYTHON_OF_TRL peers/with_trl.py SPEC
+    PYTHON_OF_TRL measure/peers/with_trl.py SPEC
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from turns import resident, settle, tell, wait  # isort: skip, it takes stdout before the libraries print
+from turns import resident, settle, tell, wait  # isort: skip, it redirects stdout before the libraries print
 
 import pyarrow.parquet as pq
 import torch
@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 spec, times = json.loads(sys.argv[1]), {}
-NEVER = -1  # the token that ends a completion: both sides decode the same number of tokens
+NEVER = -1  # the token that ends a completion, so none does: both sides decode the same number of tokens
 
 
 class Timed(GRPOTrainer):
-    """Generation, with the reward taken out of it, is what is not the update."""
+    """GRPOTrainer that measures decoding, reward, and all that comes before the update."""
 
     def _prepare_inputs(self, batch):
         start = time.perf_counter()
@@ -58,7 +58,7 @@ class Turns(TrainerCallback):
     def on_step_end(self, *a, **k):
         times["end"] = time.perf_counter()
 
-    def on_log(self, *a, **k):  # logging belongs to the step, and comes last
+    def on_log(self, *a, **k):  # logging is part of the step, and its last part
         seconds, (_, peak) = time.perf_counter() - times["start"], resident()
         tell({"seconds": seconds, "decode": times["decode"], "reward": times["reward"],
               "update": times["end"] - times["start"] - times["before_update"],
