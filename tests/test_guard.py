@@ -67,7 +67,8 @@ def child(text, **more):
 
 def test_a_second_signal_ends_at_once():
     process = child(
-        "import time; from runtime.guard import Guard\nwith Guard(60):\n    print('in', flush=True)\n    while True: time.sleep(0.1)"
+        "import time; from runtime.guard import Guard\nwith Guard(60):\n    print('in', flush=True)\n"
+        "    while True: time.sleep(0.1)"
     )
     assert process.stdout.readline() == "in\n"
     process.terminate()
@@ -210,7 +211,12 @@ FAULTS = {  # where, what, within how many seconds it ends, what it says
         35,
         "last seen: rank 0: .*; rank 1: step 4, update",
     ),
-    "hangs in a rollout": ("rollout", "time.sleep(1000)", 60, r"no rank made progress for 8 s.*rank 0: .*; rank 1: step 4, rollout"),
+    "hangs in a rollout": (
+        "rollout",
+        "time.sleep(1000)",
+        60,
+        r"no rank made progress for 8 s.*rank 0: .*; rank 1: step 4, rollout",
+    ),
     "frozen in an update": (
         "update",
         "os.kill(os.getpid(), signal.SIGSTOP)",

@@ -270,7 +270,7 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     p = min(teacher["p"])
     numbers = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", dom))
     gained = 0.1 / (p + 0.1) ** 2
-    assert float(re.search(r"shaped: × (\S+)", numbers["w unshaped"])[1]) == pytest.approx(gained, rel=0.05)
+    assert float(re.search(r"shaped: \u00d7 (\S+)", numbers["w unshaped"])[1]) == pytest.approx(gained, rel=0.05)
     assert float(numbers["p"]) == pytest.approx(p, rel=0.05)  # the page begins at the least probable token
     assert float(numbers["f(p)"]) == pytest.approx(p / (p + 0.1), rel=0.05)
     assert float(numbers["weight w"]) == pytest.approx(0.1 * p / (p + 0.1) ** 2, rel=0.05)
