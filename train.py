@@ -12,9 +12,9 @@ LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The
 
 Each step: the engine takes the policy's weights and answers a batch of prompts, the verifier grades the answers and the
 teacher traces beside them, and the policy takes `update_batches` optimizer steps. Unlike PPO there is no value model and no
-reference model; unlike GRPO a group holds a teacher's trace, advantages are not divided by the std, and lengths do not
-weigh the loss (loss.py has the equations). main() reads from top to bottom like the algorithm; the functions below it are
-in the order of their use. runtime/ holds what a run needs besides.
+reference model. Unlike GRPO a group holds a teacher's trace, advantages are not divided by the std, and the summed token
+losses are divided by a constant, not by lengths (loss.py has the equations). main() sets up; then its loop reads like the
+algorithm. The functions below it are in the order of their use. runtime/ holds what a run needs besides.
 
 Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest}. --resume=auto continues
 from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
@@ -38,37 +38,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # of which teacher traces; 0 is on-policy GRPO
-teacher_share = 1.0  # of a trace's tokens, at the first step; the policy writes and is trained on the rest [0, 1]
-teacher_share_end = 1.0  # the same at the last step, linear in between [0, 1]
+teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
+teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
 verified_only = False  # drop traces that the verifier rejects before training
-temperature = 1.0  # of sampling, and of the policy that is trained [> 0]
+temperature = 1.0  # logits are divided by it, in sampling and in training alike [> 0]
 max_tokens = 40  # response tokens at most [> 0]
 max_prompt_tokens = 64  # longer prompts are dropped [> 0]
 max_teacher_tokens = 40  # longer traces are dropped [> 0]
 # ---------------------------------------------------------------- the loss (loss.py says what each does)
 use_std = False  # divide advantages by the group's std
-baseline = "group"  # whose mean reward is subtracted: the whole group's, teacher rows included, or own samples' [group | own]
+baseline = "group"  # the mean that is subtracted: of the whole group, teacher rows included, or of own samples [group | own]
 shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
 gamma = 0.1  # of the shaping [> 0]
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
 clip_high = 0.0  # and at 1 + clip_high
-loss_constant = 5120.0  # divides the summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
+loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
 policy_coef = 1.0  # times that sum; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # times the token mean of the entropy, teacher tokens included [any]
 sft_coef = 0.0  # above 0 teacher tokens are learnt by likelihood instead: times their token-mean NLL
 kl_coef = 0.0  # times the token mean of the reverse KL to the teacher model (k2)
 ce_coef = 0.0  # times the token-mean cross-entropy to the teacher model's first choice
 ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
-tis_cap = 0.0  # truncated importance sampling: own tokens weigh min(pi_old / pi_sampler, cap); 0 is off
+tis_cap = 0.0  # truncated importance sampling: own tokens times min(pi_old / pi_sampler, cap); 0 is off
 skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
 skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over-long masking)
 # ---------------------------------------------------------------- methods with memory (replay.py)
-sft_buffer = 0  # ReLIFT: an SFT step whenever so many questions failed by a whole group wait; 0 is off
-sft_learning_rate = 1e-4  # of the SFT step's own AdamW [> 0]
+sft_buffer = 0  # ReLIFT: an SFT step as soon as this many questions without a right answer wait; 0 is off
+sft_learning_rate = 1e-4  # of the SFT step's own AdamW, constant [> 0]
 sft_grad_clip = 1.0  # global norm [> 0]
 sft_entropy_coef = 0.0  # times the token mean of the entropy in the SFT step [any]
-replay_share = 0.0  # ExGRPO: questions of a batch that replay a stored success, at most this share; 0 is off [0, 1)
-replay_start = 0.35  # share of right samples in a batch that starts it [0, 1)
+replay_share = 0.0  # ExGRPO: at most this share of a batch's questions replays a stored success; 0 is off [0, 1)
+replay_start = 0.35  # replay starts once this share of a batch's samples is right [0, 1)
 replay_limit = 8  # successes stored per question [> 0]
 # ---------------------------------------------------------------- optimisation
 prompts_per_step = 16  # prompts per rollout batch, over all ranks [> 0]
@@ -82,40 +82,40 @@ weight_decay = 0.0  # AdamW
 grad_clip = 1.0  # global norm [> 0]
 skip_grad_norm = 0.0  # skip updates with a larger norm; 0 is no limit, and non-finite ones are always skipped
 seed = 0  # of the data order and of every sample [0, 4294967295]
-holdout = 0  # questions of `data` set aside to select checkpoints by, the same whatever the seed; beside eval_data's
+holdout = 0  # questions of `data` set aside for evaluation, in addition to eval_data; the seed does not change them
 # ---------------------------------------------------------------- numerics, verifier
 require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
 reward_timeout = 2.0  # seconds of grading per answer [> 0]
 sampler = "auto"  # vLLM where it is installed, else the torch sampler [auto | vllm | torch]
 dtype = "auto"  # of matrix products and the engine; auto is bfloat16 on a GPU, else float32 [auto | float32 | bfloat16]
-# ================================================================ below: how it is run; free to change when a run is resumed
-# ---------------------------------------------------------------- files (their content is compared when a run is resumed)
+# ================================================================ below: how it is run; these may change when a run is resumed
+# ---------------------------------------------------------------- files (a path may change, its content may not)
 data = "toy/train.parquet"  # prompts, answers and teacher traces, in LUFFY's parquet schema
 eval_data = "toy/test.parquet"  # held-out problems; "" for none
 model = "toy/base"  # the base: a folder in Hugging Face format, or a hub name
 teacher_model = ""  # for kl_coef and ce_coef: a folder or hub name, with the policy's own tokenizer
 grader = "math_verify"  # or oat (the last \boxed{} counts), or a Python file that defines grade(text, answer)
 out_dir = "out/toy"  # an earlier run found there is moved aside, never overwritten
-resume = "no"  # auto: from out_dir's newest whole checkpoint, if any; force: under other knobs or data, too [no | auto | force]
+resume = "no"  # auto: from out_dir's newest whole checkpoint; force: even if knobs or data differ [no | auto | force]
 # ---------------------------------------------------------------- length and limits
 max_steps = 60  # rollout batches [> 0]
-max_skipped = 3  # updates skipped in a row that stop the run [> 0]
+max_skipped = 3  # stop the run after this many skipped updates in a row [> 0]
 min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the toy's are 70 % right on purpose) [0, 1)
 preflight_traces = 512  # traces graded for that; 0 is all
-canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's
-canary_limit = 0.001  # mean |difference|, there or over a batch, that stops the run; bfloat16 needs about 0.1 [> 0]
-hang_timeout = 300.0  # seconds without progress on any rank that end the run [> 0]
+canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's, on one prompt; 0 is none
+canary_limit = 0.001  # stop if their mean |difference| is above it, there or over a batch; bfloat16 needs about 0.1 [> 0]
+hang_timeout = 300.0  # end the run after so many seconds without progress on any rank [> 0]
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
-eval_interval = 10  # steps between evaluations, besides the first and the last; 0 is none
+eval_interval = 10  # steps between evaluations, in addition to the first and the last; 0 is none
 eval_greedy = True  # evaluate one greedy answer per problem
 eval_k = 4  # and this many samples; 0 is none
 eval_temperature = 1.0  # of those
 eval_max_problems = 0  # per source; 0 is all
-save_interval = 0  # steps between checkpoints, besides the last; 0 is none
+save_interval = 0  # steps between checkpoints, in addition to the last; 0 is none
 keep_last = 2  # keep the newest N checkpoints; 0 keeps all
 keep_every = 0  # also keep every N-th step's; 0 is none
 rollout_interval = 1  # steps between files of rollouts; 0 is none
-log = "jsonl"  # metrics.jsonl, always; wandb: Weights & Biases besides (pip install wandb) [jsonl | wandb]
+log = "jsonl"  # metrics.jsonl, always; wandb: also Weights & Biases (pip install wandb) [jsonl | wandb]
 # ---------------------------------------------------------------- machine
 shard = "ddp"  # none: one process; ddp: every rank holds the model; fsdp: FSDP2, each holds a slice [none | ddp | fsdp]
 recompute = False  # activation checkpointing: a decoder layer's activations are computed again in backward
@@ -160,7 +160,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     For tools: open_sampler may be another function of rollout.open_sampler's arguments; hook(step, phase, record) is called as
     a phase of a step begins, with what is measured so far, and at the step's end with all of it, phase being "done".
     """
-    # Every mistake is found here, before a GPU is used and before anything is written.
+    # Before a GPU is used and before anything is written: find every mistake that can be found.
     knobs = SimpleNamespace(**config)
     preflight.check_knobs(knobs, n_ranks=plan_gpus if dry_run else WORLD, shape=shape)
     if dry_run:
@@ -172,7 +172,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     checkpoint = find_checkpoint(out_dir, resume)
     if checkpoint and checkpoint.run["step"] >= max_steps and not checkpoint.run["pending"]:
         print0(f"nothing to do: {checkpoint.path} has {checkpoint.run['step']} steps, max_steps is {max_steps}")
-        return 0
+        return end_processes(shard)
     base = checkpoint.path if checkpoint else model_path(model)
     tokenizer, model_config = load_tokenizer(base), load_config(base)
     teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
@@ -188,10 +188,11 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         make_folder(repo_path(out_dir))
         open_wandb(config, identity, checkpoint)
 
-        # The policy, the engine, the teacher model, the optimizers, and what the method remembers.
+        # Load the policy, the engine and the teacher model; make the optimizers and the method's memory.
         policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute)
         print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, compute_dtype)}")
-        trainee = DDP(policy, gradient_as_bucket_view=True) if WORLD > 1 and shard == "ddp" else policy
+        ddp = WORLD > 1 and shard == "ddp"  # averages gradients over ranks; FSDP does so by itself
+        wrapped = DDP(policy, gradient_as_bucket_view=True) if ddp else policy
         engine = teacher = None
         if n_teacher < n_rollouts or held_out:
             engine = open_sampler(base, **engine_options(tokenizer, engine_kind, precision))
@@ -199,7 +200,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         if teacher_model:
             teacher = load_policy(model_path(teacher_model), temperature, compute_dtype, device, shard=shard == "fsdp",
                                   frozen=True, offload=teacher_offload)  # fmt: skip
-        # Fused, because otherwise the step holds four more bytes a weight on a GPU.
+        # The fused AdamW needs no temporary copy of the weights on a GPU: 4 bytes a weight less at the step's peak.
         adamw = partial(torch.optim.AdamW, [*policy.parameters()], betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
@@ -214,7 +215,8 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
                          problem=problems[0], held_out=held_out, guard=guard)  # fmt: skip
         guard.on_stop, verifier.tick = save, guard.tick
         if engine:
-            engine.tick = guard.tick if tensor_parallel == 1 else guard.progress  # ranks that share an engine must step alike
+            # A tick may end the rollout on one rank alone, where a signal came. Ranks that share an engine must not part.
+            engine.tick = guard.tick if tensor_parallel == 1 else guard.progress
             gap = compare_engine(run, policy, engine, problems[0])
             print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
             if not checkpoint:
@@ -223,9 +225,11 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         if run.pending:  # step 0, or a step that was saved before its evaluation
             finish()
             if run.step == max_steps:
-                run.saved = None
+                run.saved = None  # its checkpoint says that the evaluation is missing: write it again
                 save()
 
+        # At a signal all ranks leave the loop together, by Stopped, which Guard catches. Before a step's first update
+        # (guard.droppable) they drop the step and save the one before; after it they finish the step.
         start = time.time()
         for step in range(run.step + 1, max_steps + 1):
             phases = metrics.Phases(step, guard, hook)
@@ -234,31 +238,35 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             phases.begin("sync")
             sync(engine, policy, run)
 
-            # 2. Roll out: own samples from the engine; the teacher's trace, or a replayed success, beside them.
+            # 2. Roll out: own samples from the engine; the teacher's trace, or a replayed success,
+            # is put beside them.
             phases.begin("rollout")
             batch, replays = next_batch(memory, order, policy, step)
             with guard.interruptible():
                 rollouts = sample(engine, batch, replays, step, run, grading)
 
-                # 3. Reward: the verifier grades samples and traces alike, most of them while others are sampled.
+                # 3. Reward: the verifier grades samples and traces alike, most of them while others
+                # are still sampled.
                 phases.begin("reward")
                 grading.collect()
-            rollouts = in_order(gather_engines(rollouts, tensor_parallel), batch)  # now all ranks have all
+            rollouts = in_order(gather_engines(rollouts, tensor_parallel), batch)  # now on all ranks
 
-            # 4. Advantage: reward minus the mean of the group, the teacher's row included.
+            # 4. Advantage: reward minus the mean of the group, by default with the teacher's row in it.
             phases.begin("update")
             rewards = torch.tensor([r.reward for r in rollouts])
             groups = torch.tensor([r.problem for r in rollouts])
-            own = torch.tensor([r.source == "own" for r in rollouts])
-            advantages = group_advantages(rewards, groups, use_std, own if baseline == "own" else None)
+            own = torch.tensor([r.source == "own" for r in rollouts]) if baseline == "own" else None
+            advantages = group_advantages(rewards, groups, use_std, own)
             for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
                 r.advantage = advantage
 
-            # 5. Pack: each update's rollouts, spread over the ranks and cut into as many micro-batches on each.
+            # 5. Pack: each update's rollouts are spread over the ranks by tokens. Every rank gets as
+            # many micro-batches as the others, or a collective of the backward pass would never end.
             parts = cut_into_updates(worth_training(rollouts), batch, update_batches)
-            updates = [micro_batches(part, device) for part in parts]
+            updates = [pack_share(part, device) for part in parts]
 
-            # 6. Old log-probs, for updates that will find the policy moved; the teacher model's opinion.
+            # 6. Old log-probs, for updates that will find the policy moved; and what the teacher
+            # model says of each token.
             terms = loss_terms(step)
             note_old_logps(policy, chain(*updates[1:]), guard)
             if teacher:
@@ -266,33 +274,35 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 7. Update: loss, backward, clip, AdamW. A bad update is skipped on all ranks.
             optimizer.param_groups[0]["lr"] = lr = learning_rate * schedule(step)
-            results = [take_step(trainee, optimizer, u, terms, grad_clip, run, guard) for u in updates]
+            results = [take_step(wrapped, optimizer, u, terms, grad_clip, run, guard) for u in updates]
             guard.droppable = False  # the step counts, also where no group was worth an update
 
-            # 8. Memory: it sees the rollouts, and may owe an SFT step on traces of questions that failed (ReLIFT).
+            # 8. Memory: it sees the rollouts, and may owe an SFT step on traces of questions that
+            # failed (ReLIFT).
             memory.observe(rollouts)
             sft = None
             if traces := memory.sft_due():
-                sft_batches, sft_terms = micro_batches(traces, device), sft_loss_terms(step)
-                sft = take_step(trainee, sft_optimizer, sft_batches, sft_terms, sft_grad_clip, run, guard)
+                packed, sft_terms = pack_share(traces, device), sft_loss_terms(step)
+                sft = take_step(wrapped, sft_optimizer, packed, sft_terms, sft_grad_clip, run, guard)
             phases.end()
 
             # 9. Log.
             record = {"step": step, "lr": lr, "micro_batches": sum(map(len, updates))}
             record |= metrics.rollout_metrics(rollouts, sum(map(len, parts)))
             record |= metrics.update_metrics(results, sft) | memory.metrics() | phases.record
-            metrics.check_mismatch(record, canary_limit)
-            if rollout_interval and step % rollout_interval == 0:
+            if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
                 run.try_to(metrics.write_rollouts, run.folder, step, rollouts, logps, by_id, tokenizer)
             print0(run.report(record, rollouts, max_steps))
+            metrics.check_mismatch(record, canary_limit)
 
-            # 10. From here a checkpoint may hold the step. Canary, evaluation, its line, checkpoint.
+            # 10. From here a checkpoint may hold the step. Canary, evaluation, the step's line in
+            # metrics.jsonl, checkpoint.
             run.advance(step, order.state(), record)
             guard.droppable = True
             finish()
             guard.agree()
-            run.save_due |= guard.save_now or step == max_steps or (save_interval and step % save_interval == 0)
+            run.save_due |= guard.save_now or step == max_steps or is_due(step, save_interval)
             if run.save_due:
                 save(must=step == max_steps)
             hook(step, "done", record)
@@ -325,6 +335,11 @@ def engine_options(tokenizer, kind, precision):
                 dtype=precision, gpu_memory=gpu_memory, seed=seed, tensor_parallel=tensor_parallel)  # fmt: skip
 
 
+def is_due(step, interval):
+    """Every interval-th step; never if it is 0."""
+    return interval > 0 and step % interval == 0
+
+
 def sync(engine, policy, run):
     """Load the policy's weights into the engine, unless it has this version of them."""
     if engine and engine.stamp != run.n_updates:
@@ -340,9 +355,9 @@ def compare_engine(run, policy, engine, problem):
 def finish_step(run, policy, engine, verifier, tokenizer, problem, held_out, guard):
     """What follows a step's updates, and step 0: canary, evaluation, its line in metrics.jsonl."""
     step, found = run.step, {}
-    if engine and step and canary_interval and step % canary_interval == 0:
+    if engine and step and is_due(step, canary_interval):
         found["mismatch/canary"] = compare_engine(run, policy, engine, problem)
-    due = step in (0, max_steps) or (eval_interval and step % eval_interval == 0)
+    due = step in (0, max_steps) or is_due(step, eval_interval)
     modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
     if held_out and modes and due:
         sync(engine, policy, run)
@@ -389,22 +404,23 @@ def worth_training(rollouts):
     return [r for r in rollouts if not (skip_truncated and r.finish_reason == "length")]
 
 
-def micro_batches(rollouts, device):
-    """This rank's share of the rollouts, a list of Packed."""
-    return [batch.to(device) for batch in spread(rollouts, micro_tokens, RANK, WORLD)]
+def pack_share(rollouts, device):
+    """This rank's share of the rollouts as micro-batches, a list of Packed."""
+    return [micro_batch.to(device) for micro_batch in spread(rollouts, micro_tokens, RANK, WORLD)]
 
 
 @torch.no_grad()
-def note_old_logps(policy, batches, guard):
-    for batch in batches:
+def note_old_logps(policy, micro_batches, guard):
+    """Put the policy's log-probs into the micro-batches, before it moves."""
+    for micro_batch in micro_batches:
         guard.safe_point()
-        batch.old_logp, _ = policy(batch)
+        micro_batch.old_logp, _ = policy(micro_batch)
 
 
-def ask(teacher, batches, terms, tokenizer):
-    """Put the teacher model's log-probs and first choices into the batches, as far as the loss reads them."""
-    if batches and (terms["kl_coef"] or terms["ce_coef"]):
-        ask_teacher(teacher, batches, want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
+def ask(teacher, micro_batches, terms, tokenizer):
+    """Put the teacher model's log-probs and first choices into the micro-batches, if this step's loss reads them."""
+    if micro_batches and (terms["kl_coef"] or terms["ce_coef"]):
+        ask_teacher(teacher, micro_batches, want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
                     offload=teacher_offload and shard != "fsdp")  # fmt: skip
 
 
@@ -430,7 +446,8 @@ def loss_terms(step):
 
 def sft_loss_terms(step):
     """The same for the SFT step of a method with memory: likelihood alone."""
-    return loss_terms(step) | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef, kl_coef=0.0, ce_coef=0.0)
+    return loss_terms(step) | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef, kl_coef=0.0, ce_coef=0.0,
+                                   tis_cap=0.0)  # fmt: skip
 
 
 class Update(NamedTuple):
@@ -438,53 +455,53 @@ class Update(NamedTuple):
 
     stepped: bool  # False if it was skipped
     norm: float  # of the gradient, before the clip
-    sums: dict  # {metric: (sum, count)} of this rank
+    loss: float  # over all ranks
+    sums: dict  # {metric: (sum, count)} of this rank's tokens
     logps: list  # of each micro-batch (T,): the policy's log-probs before the step
 
 
-def update(policy, optimizer, micro_batches, terms, max_norm, tick):
-    """Forward and backward over the micro-batches, clip, step: an Update. terms: loss_terms(); tick() is called before each.
-    It does not step if loss or norm is not finite on any rank, or if the norm is above skip_grad_norm."""
-    # Denominators are those of the whole optimizer batch over all ranks: (response tokens, teacher's, own).
-    counts = all_reduce([sum(mask.sum().item() for mask in masks) for masks in (
-        [b.loss_mask for b in micro_batches], [b.loss_mask & b.is_teacher for b in micro_batches],
-        [b.is_own for b in micro_batches])])  # fmt: skip
+def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
+    """Forward and backward over the micro-batches, clip, step: an Update. terms: loss_terms(); tick() is called before each
+    micro-batch and before the step. It skips the step if loss or norm is not finite on any rank, or if skip_norm is above
+    zero and the norm above it."""
+    # The loss's denominators are those of the whole optimizer batch over all ranks: (response tokens, teacher's, own).
+    masks = [(b.loss_mask, b.loss_mask & b.is_teacher, b.is_own) for b in micro_batches]
+    counts = all_reduce([sum(mask.sum().item() for mask in column) for column in zip(*masks, strict=True)])
     sums, logps, total = [], [], 0.0
     with heartbeat("update, micro-batches", len(micro_batches)) as show:
-        for i, batch in enumerate(micro_batches):
+        for i, micro_batch in enumerate(micro_batches):
             tick()
             show(i)
             last = i == len(micro_batches) - 1
             # FSDP reduces after every micro-batch, because keeping a whole gradient is what it avoids.
             with policy.no_sync() if isinstance(policy, DDP) and not last else contextlib.nullcontext():
-                logp, entropy, *top1_logp = policy(batch)
-                loss = batch_loss(logp, entropy, *(top1_logp or [None]), batch, counts, **terms)
+                logp, entropy, *top1_logp = policy(micro_batch)
+                loss = batch_loss(logp, entropy, *(top1_logp or [None]), micro_batch, counts, **terms)
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
             shaped = None if terms["sft_coef"] else shape(logp.exp(), terms["shaping"], terms["gamma"])
-            sums.append(metrics.token_metrics(logp, entropy, batch, shaped, terms["clip_low"], terms["clip_high"]))
+            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, terms["clip_low"], terms["clip_high"]))
             logps.append(logp)
             total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     tick()
-    bad = not math.isfinite(total) or not math.isfinite(norm) or 0 < skip_grad_norm < norm
-    stepped = not all_reduce([bad])[0]
-    if stepped:
+    bad = not math.isfinite(total) or not math.isfinite(norm) or 0 < skip_norm < norm
+    n_bad, loss = all_reduce([bad, total])
+    if not n_bad:
         optimizer.step()
     optimizer.zero_grad()  # now, so that the engine finds their memory free; DDP keeps it for its buckets
-    return Update(stepped, norm, {**metrics.merge(sums), "loss": (total, 1 / WORLD)}, logps)
+    return Update(not n_bad, norm, loss, metrics.merge(sums), logps)
 
 
 def take_step(policy, optimizer, micro_batches, terms, max_norm, run, guard):
     """update(), counted. Too many updates skipped in a row end the run."""
-    result = update(policy, optimizer, micro_batches, terms, max_norm, tick=guard.safe_point)
+    result = update(policy, optimizer, micro_batches, terms, max_norm, skip_norm=skip_grad_norm, tick=guard.safe_point)
     guard.droppable = False
     run.n_updates += result.stepped
     run.n_skipped = 0 if result.stepped else run.n_skipped + 1
     if run.n_skipped:
-        print0(f"update skipped, {run.n_skipped} in a row: loss {result.sums['loss'][0]:.3g} on rank 0,"
-               f" gradient norm {result.norm:.3g}")  # fmt: skip
+        print0(f"update skipped, {run.n_skipped} in a row: loss {result.loss:.3g}, gradient norm {result.norm:.3g}")
     if run.n_skipped >= max_skipped:
         raise FloatingPointError(f"{run.n_skipped} updates in a row were skipped: lower learning_rate, or look at the rollouts")
     return result

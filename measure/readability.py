@@ -30,7 +30,8 @@ def read(path, commit):
 
 def files(commit):
     names = git("ls-tree", "-r", "--name-only", commit) if commit else git("ls-files")
-    return [n for n in names.split() if n.endswith(".py") and not n.startswith(("tests/", "measure/", "toy/", "config/", "peers/"))]
+    apart = ("tests/", "measure/", "toy/", "config/", "peers/")
+    return [n for n in names.split() if n.endswith(".py") and not n.startswith(apart)]
 
 
 def training_loop(tree):

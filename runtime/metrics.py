@@ -92,9 +92,11 @@ def update_metrics(results, sft=None):
     taken = [r for r in results if r.stepped]
     record = {"updates/skipped": len(results) - len(taken)}
     if taken:  # it is empty if every group was left out
-        record |= means(merge([r.sums for r in taken])) | {"grad_norm": sum(r.norm for r in taken) / len(taken)}
+        mean = lambda values: sum(values) / len(values)
+        record |= means(merge([r.sums for r in taken]))
+        record |= {"loss": mean([r.loss for r in taken]), "grad_norm": mean([r.norm for r in taken])}
     if sft and sft.stepped:
-        record |= {"sft/loss": means(sft.sums)["loss"], "sft/grad_norm": sft.norm}
+        record |= {"sft/loss": sft.loss, "sft/grad_norm": sft.norm}
     return record
 
 

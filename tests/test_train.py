@@ -240,15 +240,14 @@ def test_a_bad_update_is_skipped_and_leaves_no_trace(script, tmp_path, fault):
             if len(calls) != 4:
                 return real(policy, *rest, **more)
             if name == "left_out":
-                return module.Update(stepped=False, norm=0.0, sums={"loss": (0.0, 1)}, logps=[])
+                return module.Update(stepped=False, norm=0.0, loss=0.0, sums={}, logps=[])
             if fault == "norm":
-                module.skip_grad_norm = 1e-9
+                more["skip_norm"] = 1e-9
             elif fault == "gradient":
                 handle = policy.hf.lm_head.weight.register_hook(lambda g: g * float("nan"))
             else:
                 loss, module.batch_loss = module.batch_loss, lambda *a, **k: loss(*a, **k) * float("inf")
             result = real(policy, *rest, **more)
-            module.skip_grad_norm = 0.0
             if fault == "gradient":
                 handle.remove()
             elif fault == "loss":
