@@ -499,7 +499,7 @@ BROKEN = {  # what is done to the folder, and the message
     "kind": (lambda f: edit(f, model_type="t5"), "base is no causal LM"),
     "code": (lambda f: edit(f, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), "no config loads .* custom code"),
     "theta": (lambda f: edit(f, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
-              "--rope_theta=40000 is below the model's own 1e.06: --rope_theta=0 leaves"),
+              "--rope_theta=40000 is below the model's own 1e.06: --rope_theta=0 keeps"),
     "positions": (lambda f: edit(f, max_position_embeddings=32768), "--max_position=16384 is below the model's own 32768"),
 }  # fmt: skip
 
@@ -524,7 +524,7 @@ def test_model_mistakes_of_the_command_line(tmp_path):
         ({"out": source / "config.json"}, "config.json exists"),
         ({"model": tmp_path / "none"}, "there is no model folder"),
         ({"model": "no/such"}, "there is no .*no/such, and the hub gives no no/such"),
-        ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or a file"),
+        ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or your own file"),
         ({"template": tmp_path / "bad.jinja"}, "the chat template fails on .*: no system turns"),
         ({"model": plain}, r"this model has no token <\|im_start\|>: choose --template=llama or your own file"),
         ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer drops what it does not know
