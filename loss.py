@@ -1,27 +1,28 @@
 """
 Advantages and losses: pure tensor functions, no configuration, no torch.distributed.
 
-A group is the rollouts of one prompt, in LUFFY seven own samples and one teacher trace. The verifier gives
-each a reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
+A group is the rollouts of one prompt. LUFFY's has seven samples of the policy and one teacher trace. The verifier
+gives each a reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
 
     advantage       A = r - mean of the group                          no division by the std
-    own token       -A * rho                                           LUFFY; PPO's clip is a switch
-    teacher token   -A * f(p),   f(p) = p / (p + gamma)                policy shaping, not detached
+    own token       -A * rho                                           no clip in LUFFY; PPO's is optional
+    teacher token   -A * f(p),   f(p) = p / (p + gamma)                policy shaping, gradient through f
 
 The behaviour policy pi_phi of a teacher token is unknown: LUFFY takes pi_phi := 1, so rho = p. The token's
 gradient is -A * f'(p) * p * grad log p, so f decides how much an unlikely token weighs: p without shaping, and
-gamma * p / (p + gamma)^2 with it, ten times as much where p << gamma = 0.1. These tokens make up the policy
-term. Every method's loss is a weighted sum of it and four other terms, each a mean over its own tokens:
+gamma * p / (p + gamma)^2 with it, ten times as much where p << gamma = 0.1. Own and teacher tokens together
+make up the policy term. Every method's loss is a weighted sum of it and four other terms, each averaged over
+the tokens it names:
 
     loss = policy_coef  * sum over policy tokens / loss_constant       or / their number
-         - entropy_coef * mean entropy                                 own and teacher tokens
+         - entropy_coef * mean entropy                                 all response tokens
          - sft_coef     * mean log p of teacher tokens                 they then leave the policy term
          + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   reverse KL to a teacher model's p_T
          - ce_coef      * mean log pi(y*) at own tokens                y* is the teacher model's top-1 token
 
 Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
 kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
-batch, T tokens of a packed micro-batch; index t holds what belongs to token t given the tokens before it.
+batch, T tokens of a packed micro-batch; index t is of token t given the tokens before it: logp[t] = log pi(t | < t).
 """
 
 import torch
@@ -84,15 +85,15 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
     logp, old_logp, advantage (T,) float; is_teacher (T,) bool. old_logp is not read at teacher tokens.
     PPO's clip on own tokens is max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)); 0 switches a side off.
     behaviour_logp (T,): log pi_phi, read only at teacher tokens, where f is taken of pi / pi_phi; None means 0.
-    A replayed own sample counts as a teacher's here, with the log-probs it was sampled with (ExGRPO).
+    A replayed token is treated as a teacher's here, with the log-prob it was sampled with (ExGRPO).
     """
     ratio = (logp - torch.where(is_teacher, logp.detach(), old_logp)).exp()
     own = -advantage * ratio
     if clip_low or clip_high:
         clipped = ratio.clamp(1 - clip_low if clip_low else None, 1 + clip_high if clip_high else None)
         own = torch.maximum(own, -advantage * clipped)
-    weight = logp if behaviour_logp is None else logp - torch.where(is_teacher, behaviour_logp, logp.detach())
-    teacher = -advantage * shape(weight.exp(), shaping, gamma)
+    log_ratio = logp if behaviour_logp is None else logp - torch.where(is_teacher, behaviour_logp, logp.detach())
+    teacher = -advantage * shape(log_ratio.exp(), shaping, gamma)
     return torch.where(is_teacher, teacher, own)
 
 
@@ -104,26 +105,29 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
     of response tokens (all, teacher's, own) in the WHOLE optimizer batch over all ranks, so that the loss does not
     depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens. With
-    tis_cap above 0, own tokens weigh min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
+    tis_cap above 0, own tokens are multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
+
+    A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
+    replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; 0 at teacher tokens.
     """
     mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
     n, n_teacher, n_own = counts
     # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     off_policy = batch.is_teacher | batch.is_replay
-    policy = token_loss(
+    policy_term = token_loss(
         logp, old_logp, batch.advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
         behaviour_logp=batch.behaviour_logp,
     )  # fmt: skip
     if tis_cap:
-        policy = policy * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
+        policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)
     loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(logp, teacher, n_teacher)
     if policy_coef:
         tokens, count = (mask & ~teacher, n - n_teacher) if sft_coef else (mask, n)
-        loss = loss + policy_coef * mean(policy, tokens, loss_constant or count)
+        loss = loss + policy_coef * mean(policy_term, tokens, loss_constant or count)
     if kl_coef:  # k2: its gradient, (log p - log p_T) * grad log p, is that of KL(pi || pi_T) in expectation; k1's is zero
         loss = loss + kl_coef * mean((logp - batch.teacher_logp).square() / 2, own, n_own)
     if ce_coef:
-        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n_own)
+        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n_own)  # -1: not a token of the policy's
     return loss

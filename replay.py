@@ -19,12 +19,12 @@ import torch
 from data import Rollout
 
 
-def open_memory(problems, n_rollouts, sft_buffer, replay_share, replay_start, replay_limit):
-    """The memory for these knobs of train.py. problems: those to train on."""
-    if sft_buffer:
-        return FailedQuestions(problems, sft_buffer)
-    if replay_share:
-        return Successes(problems, n_rollouts, replay_share, replay_start, replay_limit)
+def open_memory(k, problems):
+    """The memory that train.py's knobs k ask for. problems: those to train on."""
+    if k.sft_buffer:
+        return FailedQuestions(problems, k.sft_buffer)
+    if k.replay_share:
+        return Successes(problems, k.n_rollouts, k.replay_share, k.replay_start, k.replay_limit)
     return Fresh(problems)
 
 

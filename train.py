@@ -21,6 +21,7 @@ from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves
 """
 
 import contextlib
+import inspect
 import math
 import os
 import signal
@@ -153,12 +154,15 @@ from runtime.process import heartbeat
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
 from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
 
+LOSS_KNOBS = [name for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty]
+
 
 def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     """One run from start to end. Returns the exit code.
 
-    For tools: open_sampler may be another function of rollout.open_sampler's arguments; hook(step, phase, record) is called as
-    a phase of a step begins, with what is measured so far, and at the step's end with all of it, phase being "done".
+    For tools that import this file and set `config` (measure/peers/ours.py does): open_sampler may be another function of
+    rollout.open_sampler's arguments; hook(step, phase, record) is called as each phase of a step begins, with what is
+    measured so far, and at the step's end, as phase "done", with all of it.
     """
     # Before a GPU is used and before anything is written: find every mistake that can be found.
     knobs = SimpleNamespace(**config)
@@ -204,7 +208,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         adamw = partial(torch.optim.AdamW, [*policy.parameters()], betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
-        memory = open_memory(problems, n_rollouts, sft_buffer, replay_share, replay_start, replay_limit)
+        memory = open_memory(knobs, problems)
         run = open_run(config, identity, checkpoint, policy, optimizers, memory)
         order = Order(len(problems), seed, **run.order)
         by_id = {p.id: p for p in problems}
@@ -282,7 +286,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             memory.observe(rollouts)
             sft = None
             if traces := memory.sft_due():
-                packed, sft_terms = pack_share(traces, device), sft_loss_terms(step)
+                packed, sft_terms = pack_share(traces, device), sft_loss_terms()
                 sft = take_step(wrapped, sft_optimizer, packed, sft_terms, sft_grad_clip, run, guard)
             phases.end()
 
@@ -437,17 +441,16 @@ def schedule(step):
 
 
 def loss_terms(step):
-    """batch_loss's switches and coefficients in this step."""
-    decayed = ce_coef * max(0.0, 1 - (step - 1) / ce_steps) if ce_steps else ce_coef
-    return dict(shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high, loss_constant=loss_constant,
-                policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef, kl_coef=kl_coef, ce_coef=decayed,
-                tis_cap=tis_cap)  # fmt: skip
+    """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
+    terms = {name: globals()[name] for name in LOSS_KNOBS}
+    if ce_steps:
+        terms["ce_coef"] *= max(0.0, 1 - (step - 1) / ce_steps)
+    return terms
 
 
-def sft_loss_terms(step):
-    """The same for the SFT step of a method with memory: likelihood alone."""
-    return loss_terms(step) | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef, kl_coef=0.0, ce_coef=0.0,
-                                   tis_cap=0.0)  # fmt: skip
+def sft_loss_terms():
+    """The same for the SFT step of a method with memory: likelihood alone, all other terms at batch_loss's defaults."""
+    return dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
 
 
 class Update(NamedTuple):
@@ -480,7 +483,8 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
             shaped = None if terms["sft_coef"] else shape(logp.exp(), terms["shaping"], terms["gamma"])
-            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, terms["clip_low"], terms["clip_high"]))
+            clip = terms.get("clip_low", 0.0), terms.get("clip_high", 0.0)
+            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip))
             logps.append(logp)
             total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)

@@ -115,7 +115,7 @@ WRITES = ("make toy",)  # may change the checkout's own files
 # instead of minutes. tests/test_docs.py checks that each old text is there.
 SHORTER = {
     "toy/build.py": [("steps=1400", "steps=14")],
-    "toy/shaping.py": [("seed, 1000, 3e-3", "seed, 10, 3e-3"), ("560, 1.2e-3", "6, 1.2e-3"), ("300, 1.2e-3", "3, 1.2e-3")],
+    "toy/shaping.py": [("steps=1000", "steps=10"), ("steps=560", "steps=6"), ("steps=300", "steps=3")],
     # Three steps of each run instead of 60, each with its evaluation and its checkpoint.
     "toy/table.py": [("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("(f, 60)", "(f, 3)"),
                      ("--save_interval=10", "--save_interval=1"),

@@ -1,4 +1,5 @@
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ def group(question, *rewards):
 
 def memories(n=20):
     """Each kind over n problems, by way of train.py's knobs: sft_buffer, replay_share, replay_start, replay_limit."""
-    knobs = {"fresh": (0, 0.0, 0.35, 4), "failed": (3, 0.0, 0.35, 4), "successes": (0, 0.5, 0.0, 4)}
-    return {name: open_memory(problems(n, range(n)), 8, *values) for name, values in knobs.items()}
+    values = {"fresh": (0, 0.0, 0.35, 4), "failed": (3, 0.0, 0.35, 4), "successes": (0, 0.5, 0.0, 4)}
+    names = ("sft_buffer", "replay_share", "replay_start", "replay_limit")
+    knobs = {name: SimpleNamespace(n_rollouts=8, **dict(zip(names, v, strict=True))) for name, v in values.items()}
+    return {name: open_memory(k, problems(n, range(n))) for name, k in knobs.items()}
 
 
 def test_the_knobs_choose_one():
