@@ -4,7 +4,7 @@ LUFFY and its relatives: mixed-policy GRPO with teacher traces in the group. The
     python train.py                                          LUFFY on the toy world, one CPU
     python train.py config/method/grpo.py --seed=1           a method is a small overlay; any knob is --key=value
     torchrun --nproc_per_node=2 train.py                     the same in two processes
-    python train.py config/luffy_7b.py --dry_run=True        memory and batch arithmetic, from the model's config alone
+    python train.py config/luffy_7b.py --dry_run=True        memory and batch arithmetic; needs only the model's config
     torchrun --nproc_per_node=8 train.py config/luffy_7b.py  the paper's run, one node
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 train.py config/luffy_7b.py
                                                              two nodes: the same line on each, --node_rank=1 on the other
@@ -14,7 +14,7 @@ Each step: the engine takes the policy's weights and answers a batch of prompts,
 teacher traces beside them, and the policy takes `update_batches` optimizer steps. Unlike PPO there is no value model and no
 reference model. Unlike GRPO a group holds a teacher's trace, advantages are not divided by the std, and the summed token
 losses are divided by a constant, not by lengths (loss.py has the equations). main() sets up; then its loop reads like the
-algorithm. The functions below it are in the order of their use. runtime/ holds what a run needs besides.
+algorithm. The functions below it are in the order of their use. runtime/ keeps a run alive: checks, checkpoints, logs.
 
 Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest}. --resume=auto continues
 from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
@@ -38,7 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # A bracket at a comment's end is the knob's range; without one a number is zero or more.
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
-n_teacher = 1  # of which teacher traces; 0 is on-policy GRPO
+n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
 teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
 verified_only = False  # drop traces that the verifier rejects before training
@@ -52,13 +52,13 @@ baseline = "group"  # the mean that is subtracted: of the whole group, teacher r
 shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
 gamma = 0.1  # of the shaping [> 0]
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
-clip_high = 0.0  # and at 1 + clip_high
+clip_high = 0.0  # PPO's clip of own tokens at 1 + clip_high; 0 is off
 loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
-policy_coef = 1.0  # times that sum; 0 leaves the reward out of the loss
-entropy_coef = 0.0  # times the token mean of the entropy, teacher tokens included [any]
-sft_coef = 0.0  # above 0 teacher tokens are learnt by likelihood instead: times their token-mean NLL
-kl_coef = 0.0  # times the token mean of the reverse KL to the teacher model (k2)
-ce_coef = 0.0  # times the token-mean cross-entropy to the teacher model's first choice
+policy_coef = 1.0  # coefficient of the policy term; 0 leaves the reward out of the loss
+entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens included [any]
+sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leave the policy term
+kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
+ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token
 ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
 tis_cap = 0.0  # truncated importance sampling: own tokens times min(pi_old / pi_sampler, cap); 0 is off
 skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
@@ -67,7 +67,7 @@ skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over
 sft_buffer = 0  # ReLIFT: an SFT step as soon as this many questions without a right answer wait; 0 is off
 sft_learning_rate = 1e-4  # of the SFT step's own AdamW, constant [> 0]
 sft_grad_clip = 1.0  # global norm [> 0]
-sft_entropy_coef = 0.0  # times the token mean of the entropy in the SFT step [any]
+sft_entropy_coef = 0.0  # coefficient of the token-mean entropy in the SFT step [any]
 replay_share = 0.0  # ExGRPO: at most this share of a batch's questions replays a stored success; 0 is off [0, 1)
 replay_start = 0.35  # replay starts once this share of a batch's samples is right [0, 1)
 replay_limit = 8  # successes stored per question [> 0]
@@ -109,9 +109,9 @@ hang_timeout = 300.0  # end the run after so many seconds without progress on an
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
 eval_interval = 10  # steps between evaluations, in addition to the first and the last; 0 is none
 eval_greedy = True  # evaluate one greedy answer per problem
-eval_k = 4  # and this many samples; 0 is none
-eval_temperature = 1.0  # of those
-eval_max_problems = 0  # per source; 0 is all
+eval_k = 4  # samples per problem that are evaluated, too; 0 is none
+eval_temperature = 1.0  # of these samples
+eval_max_problems = 0  # problems per source that are evaluated; 0 is all
 save_interval = 0  # steps between checkpoints, in addition to the last; 0 is none
 keep_last = 2  # keep the newest N checkpoints; 0 keeps all
 keep_every = 0  # also keep every N-th step's; 0 is none
@@ -125,9 +125,9 @@ tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 teacher_offload = False  # keep the teacher model's weights on the host between uses
 reward_workers = 2  # verifier processes per rank [> 0]
-dry_run = False  # print the plan and stop; needs no more than the model's config.json
+dry_run = False  # print the plan and stop; needs only the model's config.json
 plan_gpus = 8  # GPUs a dry run plans for [> 0]
-plan_gib = 80.0  # and the memory of each [> 0]
+plan_gib = 80.0  # memory of each of these GPUs, GiB [> 0]
 
 import configurator
 from configurator import configure, repo_path
@@ -160,8 +160,8 @@ LOSS_KNOBS = [name for name, p in inspect.signature(batch_loss).parameters.items
 def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     """One run from start to end. Returns the exit code.
 
-    For tools that import this file and set `config` (measure/peers/ours.py does): open_sampler may be another function of
-    rollout.open_sampler's arguments; hook(step, phase, record) is called as each phase of a step begins, with what is
+    For tools that import this file and set `config` (measure/peers/ours.py does): open_sampler may be any function
+    with the arguments of rollout.open_sampler; hook(step, phase, record) is called as each phase of a step begins, with what is
     measured so far, and at the step's end, as phase "done", with all of it.
     """
     # Before a GPU is used and before anything is written: find every mistake that can be found.
@@ -204,22 +204,23 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         if teacher_model:
             teacher = load_policy(model_path(teacher_model), temperature, compute_dtype, device, shard=shard == "fsdp",
                                   frozen=True, offload=teacher_offload)  # fmt: skip
-        # The fused AdamW needs no temporary copy of the weights on a GPU: 4 bytes a weight less at the step's peak.
+        # The fused AdamW needs no temporary copy of the weights on a GPU: 4 bytes per weight less at the step's peak.
         adamw = partial(torch.optim.AdamW, [*policy.parameters()], betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
         memory = open_memory(knobs, problems)
-        run = open_run(config, identity, checkpoint, policy, optimizers, memory)
+        run = open_run(config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
         order = Order(len(problems), seed, **run.order)
         by_id = {p.id: p for p in problems}
         grading = Grading(verifier, tokenizer, answers={p.id: p.answer for p in problems})
         guard = stack.enter_context(Guard(hang_timeout))
-        save = partial(run.save, policy, tokenizer, optimizers, memory, guard, keep_last=keep_last, keep_every=keep_every)
+        save = partial(run.save, policy=policy, tokenizer=tokenizer, optimizers=optimizers, memory=memory, guard=guard,
+                       keep_last=keep_last, keep_every=keep_every)  # fmt: skip
         finish = partial(finish_step, run, policy=policy, engine=engine, verifier=verifier, tokenizer=tokenizer,
                          problem=problems[0], held_out=held_out, guard=guard)  # fmt: skip
         guard.on_stop, verifier.tick = save, guard.tick
         if engine:
-            # A tick may end the rollout on one rank alone, where a signal came. Ranks that share an engine must not part.
+            # A tick may end the rollout on one rank alone, where a signal came. Ranks that share an engine must stay together.
             engine.tick = guard.tick if tensor_parallel == 1 else guard.progress
             gap = compare_engine(run, policy, engine, problems[0])
             print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
@@ -242,12 +243,12 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             phases.begin("sync")
             sync(engine, policy, run)
 
-            # 2. Roll out: own samples from the engine; the teacher's trace, or a replayed success,
-            # is put beside them.
+            # 2. Roll out: own samples from the engine, and beside them the teacher's trace or a
+            # replayed success.
             phases.begin("rollout")
             batch, replays = next_batch(memory, order, policy, step)
             with guard.interruptible():
-                rollouts = sample(engine, batch, replays, step, run, grading)
+                rollouts = sample(engine, batch, replays, grading, step=step, stamp=run.n_updates)
 
                 # 3. Reward: the verifier grades samples and traces alike, most of them while others
                 # are still sampled.
@@ -269,25 +270,26 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             parts = cut_into_updates(worth_training(rollouts), batch, update_batches)
             updates = [pack_share(part, device) for part in parts]
 
-            # 6. Old log-probs, for updates that will find the policy moved; and what the teacher
-            # model says of each token.
+            # 6. Old log-probs, for updates that will find the policy moved. The teacher model's
+            # log-probs, if there is one.
             terms = loss_terms(step)
             note_old_logps(policy, chain(*updates[1:]), guard)
             if teacher:
-                ask(teacher, [*chain(*updates)], terms, tokenizer)
+                note_teacher(teacher, [*chain(*updates)], terms, tokenizer)
 
             # 7. Update: loss, backward, clip, AdamW. A bad update is skipped on all ranks.
             optimizer.param_groups[0]["lr"] = lr = learning_rate * schedule(step)
-            results = [take_step(wrapped, optimizer, u, terms, grad_clip, run, guard) for u in updates]
-            guard.droppable = False  # the step counts, also where no group was worth an update
+            step_with = partial(take_step, run, guard, wrapped)
+            results = [step_with(optimizer, u, terms, max_norm=grad_clip) for u in updates]
+            guard.droppable = False  # even if no group was worth an update
 
-            # 8. Memory: it sees the rollouts, and may owe an SFT step on traces of questions that
-            # failed (ReLIFT).
+            # 8. Memory: it sees the rollouts. ReLIFT's may ask for an SFT step on traces of questions
+            # that failed.
             memory.observe(rollouts)
             sft = None
             if traces := memory.sft_due():
-                packed, sft_terms = pack_share(traces, device), sft_loss_terms()
-                sft = take_step(wrapped, sft_optimizer, packed, sft_terms, sft_grad_clip, run, guard)
+                packed = pack_share(traces, device)
+                sft = step_with(sft_optimizer, packed, sft_loss_terms(), max_norm=sft_grad_clip)
             phases.end()
 
             # 9. Log.
@@ -296,7 +298,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             record |= metrics.update_metrics(results, sft) | memory.metrics() | phases.record
             if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
-                run.try_to(metrics.write_rollouts, run.folder, step, rollouts, logps, by_id, tokenizer)
+                run.write_rollouts(step, rollouts, logps, by_id, tokenizer)
             print0(run.report(record, rollouts, max_steps))
             metrics.check_mismatch(record, canary_limit)
 
@@ -333,7 +335,7 @@ def load_data(tokenizer):
 
 
 def engine_options(tokenizer, kind, precision):
-    """rollout.open_sampler's arguments beside the model."""
+    """rollout.open_sampler's arguments, without the model."""
     continued = max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0  # the engine continues cut traces
     return dict(stop_ids=[tokenizer.eos_token_id], max_model_len=max_prompt_tokens + max(max_tokens, continued), sampler=kind,
                 dtype=precision, gpu_memory=gpu_memory, seed=seed, tensor_parallel=tensor_parallel)  # fmt: skip
@@ -353,7 +355,8 @@ def sync(engine, policy, run):
 def compare_engine(run, policy, engine, problem):
     """The canary: mean |log-prob difference| of engine and trainer. Ends the run above canary_limit."""
     sync(engine, policy, run)
-    return canary(policy, engine, problem, temperature, min(max_tokens, 32), run.n_updates, canary_limit)
+    return canary(policy, engine, problem, temperature=temperature, max_tokens=min(max_tokens, 32), stamp=run.n_updates,
+                  limit=canary_limit)  # fmt: skip
 
 
 def finish_step(run, policy, engine, verifier, tokenizer, problem, held_out, guard):
@@ -385,12 +388,12 @@ def next_batch(memory, order, policy, step):
     return memory.next_batch(order, prompts_per_step, rng, entropies)
 
 
-def sample(engine, batch, replays, step, run, grading):
+def sample(engine, batch, replays, grading, step, stamp):
     """This rank's rollouts, each handed to the verifier as soon as it has ended. Then the engine sleeps."""
     share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
     rollouts = roll_out(
         engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=temperature,
-        max_tokens=max_tokens, seed=seed, step=step, stamp=run.n_updates, teacher_share=share, replays=replays,
+        max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, teacher_share=share, replays=replays,
         done=grading.submit,
     )  # fmt: skip
     if engine:
@@ -421,7 +424,7 @@ def note_old_logps(policy, micro_batches, guard):
         micro_batch.old_logp, _ = policy(micro_batch)
 
 
-def ask(teacher, micro_batches, terms, tokenizer):
+def note_teacher(teacher, micro_batches, terms, tokenizer):
     """Put the teacher model's log-probs and first choices into the micro-batches, if this step's loss reads them."""
     if micro_batches and (terms["kl_coef"] or terms["ce_coef"]):
         ask_teacher(teacher, micro_batches, want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
@@ -449,12 +452,12 @@ def loss_terms(step):
 
 
 def sft_loss_terms():
-    """The same for the SFT step of a method with memory: likelihood alone, all other terms at batch_loss's defaults."""
+    """The same for the SFT step of a method with memory: the likelihood term only; the others stay at batch_loss's defaults."""
     return dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
 
 
 class Update(NamedTuple):
-    """What an optimizer step was."""
+    """What update() returns."""
 
     stepped: bool  # False if it was skipped
     norm: float  # of the gradient, before the clip
@@ -483,8 +486,8 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
             shaped = None if terms["sft_coef"] else shape(logp.exp(), terms["shaping"], terms["gamma"])
-            clip = terms.get("clip_low", 0.0), terms.get("clip_high", 0.0)
-            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip))
+            clip = {name: terms.get(name, 0.0) for name in ("clip_low", "clip_high")}
+            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, **clip))
             logps.append(logp)
             total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
@@ -498,9 +501,10 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
     return Update(not n_bad, norm, loss, metrics.merge(sums), logps)
 
 
-def take_step(policy, optimizer, micro_batches, terms, max_norm, run, guard):
-    """update(), counted. Too many updates skipped in a row end the run."""
-    result = update(policy, optimizer, micro_batches, terms, max_norm, skip_norm=skip_grad_norm, tick=guard.safe_point)
+def take_step(run, guard, policy, optimizer, micro_batches, terms, max_norm):
+    """update(), and count it. Too many updates skipped in a row end the run."""
+    result = update(policy, optimizer, micro_batches, terms, max_norm=max_norm, skip_norm=skip_grad_norm,
+                    tick=guard.safe_point)  # fmt: skip
     guard.droppable = False
     run.n_updates += result.stepped
     run.n_skipped = 0 if result.stepped else run.n_skipped + 1

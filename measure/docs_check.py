@@ -116,10 +116,13 @@ WRITES = ("make toy",)  # may change the checkout's own files
 SHORTER = {
     "toy/build.py": [("steps=1400", "steps=14")],
     "toy/shaping.py": [("steps=1000", "steps=10"), ("steps=560", "steps=6"), ("steps=300", "steps=3")],
-    # Three steps of each run instead of 60, each with its evaluation and its checkpoint.
-    "toy/table.py": [("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("(f, 60)", "(f, 3)"),
+    # Twelve of the 26 runs (tests/test_methods.py runs every overlay), three steps of each instead of 60, each with its
+    # evaluation and its checkpoint.
+    "toy/table.py": [("([], ALL)", '([], [*FOUR, "rl_sft_loss", "sft_then_rl", "relift", "rkl"])'),
+                     ('(["config/toy/clean.py"], FOUR)', '(["config/toy/clean.py"], ["luffy"])'),
+                     ("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("(f, 60)", "(f, 3)"),
                      ("--save_interval=10", "--save_interval=1"),
-                     ('"--reward_workers=1"', '"--reward_workers=1", "--max_steps=3", "--eval_interval=1"')],
+                     ('"--reward_workers=1"', '*"--reward_workers=1 --max_steps=3 --eval_interval=1 --eval_max_problems=8".split()')],
     # Two of the five quantities: one more run in one process, one in two.
     "measure/growth.py": [('"group": (8, 16, 32), ', ""), ("(128, 256, 512)", "(128, 256)"),
                           ('"vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),', "")],

@@ -19,6 +19,7 @@ from runtime.metrics import (
     step_line,
     to_wandb,
     write_metrics,
+    write_rollouts,
 )
 from runtime.ranks import RANK, WORLD, barrier, gather, print0
 
@@ -63,6 +64,10 @@ class Run:
         eta = (now - self.first[1]) / (step - self.first[0] + 1) * (max_steps - step)
         lines.append(step_line(record, max_steps, eta))
         return "\n".join(lines if step > self.first[0] else [*lines, memory_ledger(record)])
+
+    def write_rollouts(self, step, *what):
+        """metrics.write_rollouts into this run's folder."""
+        self.try_to(write_rollouts, self.folder, step, *what)
 
     def advance(self, step, order, record):
         """Note that a step is finished: from here on a checkpoint may hold it. write_line() writes its metrics."""

@@ -1,6 +1,7 @@
 """The expected gradient of each estimator by enumeration: a tabular policy of three tokens and two steps, where every
 sequence is weighted by its probability. And a run of every overlay."""
 
+import functools
 import glob
 import itertools
 import json
@@ -371,6 +372,7 @@ def spied(script, tmp_path, monkeypatch):
         real_loss, real_clip = batch_loss, torch.nn.utils.clip_grad_norm_
         real_step, real_load = torch.optim.AdamW.step, TorchSampler.load
 
+        @functools.wraps(real_loss)  # train.py reads its keywords
         def spy_loss(logp, entropy, top1_logp, batch, counts, **terms):
             calls.append((batch, terms))
             return real_loss(logp, entropy, top1_logp, batch, counts, **terms)
