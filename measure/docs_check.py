@@ -122,7 +122,7 @@ SHORTER = {
                      ('(["config/toy/clean.py"], FOUR)', '(["config/toy/clean.py"], ["luffy"])'),
                      ("(10, 20, 60)", "(1, 2, 3)"), ("step=60", "step=3"), ("ckpt_60", "ckpt_3"), ("(f, 60)", "(f, 3)"),
                      ("--save_interval=10", "--save_interval=1"),
-                     ('"--reward_workers=1"', '*"--reward_workers=1 --max_steps=3 --eval_interval=1 --eval_max_problems=8".split()')],
+                     ("*extra]", '"--max_steps=3", "--eval_interval=1", "--eval_max_problems=8", *extra]')],
     # Two of the five quantities: one more run in one process, one in two.
     "measure/growth.py": [('"group": (8, 16, 32), ', ""), ("(128, 256, 512)", "(128, 256)"),
                           ('"vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),', "")],
