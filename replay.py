@@ -2,9 +2,10 @@
 What a method remembers across steps: one small object each, with the same methods.
 
     batch, replays = memory.next_batch(order, n, rng, mean_entropies)
-                                     the step's n problems, and {problem id: Rollout} for those that replay a
-                                     stored success
-    memory.observe(rollouts)         take note of the step's graded rollouts
+                                     the step's n problems; and of those that replay a stored success, {id: Rollout}.
+                                     rng is the step's own, made from (seed, step). It must not change state_dict(): a
+                                     signal may still drop the step, and the memory is saved as it is then
+    memory.observe(rollouts)         look at the step's rollouts, graded: all ranks', before any are left out of the update
     traces = memory.sft_due()        traces, as Rollouts, for an SFT step that is due now; [] if none is due
     memory.metrics()                 its size, to log
     memory.state_dict()              {name: tensor} for the checkpoint, the same on every rank; {} without a memory
@@ -16,16 +17,21 @@ Fresh remembers nothing and serves all other methods. README lists what the rele
 import numpy as np
 import torch
 
+from configurator import UserError
 from data import Rollout
 
 
 def open_memory(k, problems):
-    """The memory that train.py's knobs k ask for. problems: those to train on."""
+    """The memory that train.py's knobs k ask for. problems: those to train on. Raises UserError if they ask for two."""
+    memories = []
     if k.sft_buffer:
-        return FailedQuestions(problems, k.sft_buffer)
+        memories.append(FailedQuestions(problems, k.sft_buffer))
     if k.replay_share:
-        return Successes(problems, k.n_rollouts, k.replay_share, k.replay_start, k.replay_limit)
-    return Fresh(problems)
+        memories.append(Successes(problems, k.n_rollouts, k.replay_share, k.replay_start, k.replay_limit))
+    if len(memories) > 1:
+        names = " and ".join(type(memory).__name__ for memory in memories)
+        raise UserError(f"the knobs ask for {names}, two methods with memory (replay.py): switch one of them off")
+    return memories[0] if memories else Fresh(problems)
 
 
 def fresh_problems(problems, order, n, skip=()):

@@ -12,18 +12,23 @@ the model's name.
 
     sampler.load(hf, stamp)
         Replace the weights by those of a Hugging Face module and remember them under `stamp`, any
-        value that == compares. A collective if the module is sharded, or if ranks share an engine.
+        value that == compares. A collective if the module is sharded, or if ranks share an engine:
+        runtime.tensors.whole_tensors gives whole tensors of both kinds of module.
         vLLM raises ValueError for other names or shapes than at the first load.
     sampler.generate(prompts, seeds, temperature, max_tokens, stamp, done=...) -> [Sample]
         One sample per prompt, in order. A prompt is a list of token ids. Each sample is drawn from
         its own seed, so it does not depend on the rest of the batch; temperature 0 is greedy. It
         ends with one of `stop_ids`, after max_tokens (one number, or a list with one per prompt),
         or when prompt and response fill max_model_len. done(i, sample) is called as soon as sample
-        i has ended. Raises StaleWeights if the sampler holds weights with another stamp, and
-        ValueError for a prompt that is empty, too long, or has an unknown token; both leave the
-        sampler as it was.
+        i has ended. A Sample (runtime/requests.py) has the response's ids, with the stop token, its
+        finish_reason, "stop" or "length", and logps: the log-softmax of logits / temperature at
+        each token, over the whole vocabulary even if top-k or the like restricts the choice (of the
+        plain logits at temperature 0). train.py compares them with its own. Raises StaleWeights if
+        the sampler holds weights with another stamp, and ValueError for a prompt that is empty, too
+        long, or has an unknown token; both leave the sampler as it was.
     sampler.sleep()
-        Free the GPU memory for the trainer. vLLM wakes up by itself; the torch sampler needs load() again.
+        Free the GPU memory for the trainer. vLLM wakes up by itself. The torch sampler drops the
+        weights, sets stamp to None, and needs load() again.
     sampler.close()
         Shut down. vLLM destroys the process's default torch.distributed group on the way.
 
@@ -33,7 +38,7 @@ the model's name.
                             ends generate()
 
 After any other error inside vLLM its engine may hang on the next request, so it raises RuntimeError
-from then on.
+from then on. runtime/requests.py has the checks that both samplers make.
 """
 
 import contextlib
@@ -153,7 +158,9 @@ def choose_sampler(sampler):
         raise UserError(f"sampler={sampler!r}: choose auto, vllm or torch")
     if sampler == "vllm" and not installed:
         raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
-    return "vllm" if installed and sampler != "torch" else "torch"
+    if sampler == "auto":
+        return "vllm" if installed else "torch"
+    return sampler
 
 
 def open_sampler(

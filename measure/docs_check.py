@@ -52,7 +52,7 @@ COMMANDS = {
     "python train.py --help": [],
     "python train.py config/method/sft_verified.py --out_dir=out/teacher": [("d.py", "d.py --max_steps=2" + SHORT)],
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp" + SHORT)],
-    "python bench.py": [],
+    "python bench.py": [("bench.py", "bench.py --repeats=1")],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
     "python measure/profile_step.py": [("step.py", "step.py toy")],
     "python measure/growth.py": [],

@@ -34,7 +34,7 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     """[seconds of the rollout, seconds of the update, GiB that the update adds]"""
     model, out = os.path.join(folder, f"model_{width}_{vocabulary}"), os.path.join(folder, "run")
     if not os.path.isdir(model):
-        build_model(model, width, 2 * width, 2, width // 64, vocabulary)
+        build_model(model, width, intermediate=2 * width, layers=2, heads=width // 64, vocabulary=vocabulary)
     parquet = write_prompts(folder)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     command = [

@@ -82,5 +82,6 @@ with FakeTensorMode(allow_non_fake_inputs=True):
             (logp.sum() - entropy.sum()).backward()
             del logp, entropy
             print(f"{sys.argv[1]}, {tokens} tokens, micro-batch {i + 1}: peak {show(storages.peak)}", flush=True)
-forecast = sum(training_memory(config, tokens, 1, False, 2, True).values())
+items = training_memory(config, tokens, n_gpus=1, shard=False, compute_bytes=2, recompute=True)
+forecast = sum(items.values())
 print(f"the plan forecasts {show(forecast)}, {forecast / storages.peak:.3f} of it")

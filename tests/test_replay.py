@@ -4,8 +4,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import load_script
 from safetensors.torch import load_file, save_file
 
+from configurator import UserError
 from data import Order, Problem, Rollout, pack
 from replay import FailedQuestions, Fresh, Successes, open_memory
 
@@ -22,12 +24,31 @@ def group(question, *rewards):
 # ---------------------------------------------------------------- what all have in common
 
 
+KNOBS = vars(load_script("train", []))  # train.py's defaults
+
+
 def memories(n=20):
-    """Each kind over n problems, by way of train.py's knobs: sft_buffer, replay_share, replay_start, replay_limit."""
-    values = {"fresh": (0, 0.0, 0.35, 4), "failed": (3, 0.0, 0.35, 4), "successes": (0, 0.5, 0.0, 4)}
-    names = ("sft_buffer", "replay_share", "replay_start", "replay_limit")
-    knobs = {name: SimpleNamespace(n_rollouts=8, **dict(zip(names, v, strict=True))) for name, v in values.items()}
-    return {name: open_memory(k, problems(n, range(n))) for name, k in knobs.items()}
+    """Each kind over n problems, by way of train.py's knobs."""
+    changes = {"fresh": {}, "failed": {"sft_buffer": 3},
+               "successes": {"replay_share": 0.5, "replay_start": 0.0, "replay_limit": 4}}  # fmt: skip
+    return {name: open_memory(SimpleNamespace(**{**KNOBS, **c}), problems(n, range(n))) for name, c in changes.items()}
+
+
+def test_drawing_a_batch_changes_nothing_that_is_saved():
+    """A signal in the rollout drops the step: the memory is saved as next_batch left it, and the step is drawn again."""
+    for memory in memories().values():
+        order, rng = Order(20, 1), np.random.default_rng(0)
+        for _ in range(6):
+            before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+            batch, _ = memory.next_batch(order, 7, rng, lambda rollouts: list(range(len(rollouts))))
+            after = memory.state_dict()
+            assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+            memory.observe([r for p in batch for r in group(p.id, float(p.id % 3 == 0), 0.0)])
+
+
+def test_two_memories_are_one_too_many():
+    with pytest.raises(UserError, match="FailedQuestions and Successes, two methods"):
+        open_memory(SimpleNamespace(**{**KNOBS, "sft_buffer": 3, "replay_share": 0.5}), problems(20))
 
 
 def test_the_knobs_choose_one():
