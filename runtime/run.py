@@ -126,7 +126,15 @@ class Checkpoint:
 def find_checkpoint(out_dir, resume):
     """The newest checkpoint in out_dir that verifies, or None if there is none or resume is "no"."""
     path, run = find(repo_path(out_dir), print0) if resume != "no" else (None, None)
-    return Checkpoint(path, run) if path else None
+    if not path:
+        return None
+    if missing := [name for name in PROGRESS if name not in run]:
+        commit = run.get("written_by", {}).get("git") or "an unknown commit"
+        raise UserError(
+            f"{path} was written by another version of this code (run.json lacks {missing[0]!r}): resume it under {commit}, or"
+            " take another out_dir"
+        )
+    return Checkpoint(path, run)
 
 
 def identify(config, problems, sampler, dtype, checkpoint):

@@ -1,5 +1,6 @@
 """A run that was interrupted, in any way, ends as one that was not."""
 
+import hashlib
 import json
 import math
 import os
@@ -125,6 +126,16 @@ def test_none_that_verifies_is_an_error(script, peace, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint verifies .*ckpt_2.*adamw.*copy it again, or start anew"):
         train(script, out, "--max_steps=4", "--resume=auto")
     assert files_below(out) == before
+
+
+def test_another_versions_checkpoint_is_an_error(script, peace, tmp_path):
+    """Its run.json is whole, but says something else."""
+    out = copy_of(peace, tmp_path, newest=2)
+    path = out / "ckpt_2" / "state" / "run.json"
+    body = path.read_text().partition("\n")[2].replace('"pending"', '"tail"')
+    path.write_text(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    with pytest.raises(UserError, match="another version of this code .run.json lacks 'pending'.: resume it under"):
+        train(script, out, "--max_steps=4", "--resume=auto")
 
 
 def test_damaged_ones_do_not_push_good_ones_out(script, peace, tmp_path):
