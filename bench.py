@@ -159,7 +159,7 @@ def measure_update(c, policy, backend, device):
 
 
 def measure_engine(c, policy, dtype):
-    """Measure weight syncs into the engine (seconds, memory in passing, memory that stays), and a rollout by it."""
+    """Measure weight syncs into the engine (seconds, temporary memory, memory that stays), and a rollout by it."""
     prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
     folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
     try:
@@ -247,7 +247,7 @@ def main():
         share = r["sync_passing_mib"] / r["largest_module_mib"]
         print0(f"{r['engine']}: rollout {r['rollout_tokens_per_s']:.0f} tokens/s; weight sync {r['sync_s']:.3f} s")
         print0(
-            f"memory of a sync: {r['sync_passing_mib']:.1f} MiB in passing, {share:.2f} of the largest module;"
+            f"memory of a sync: {r['sync_passing_mib']:.1f} MiB for a moment, {share:.2f} of the largest module;"
             f" {r['sync_growth_mib']:+.1f} MiB from the first half to the last half of {syncs} syncs"
         )
     if out and RANK == 0:

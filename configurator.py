@@ -183,8 +183,9 @@ def run_file(path, knobs):
             line = f", line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
             words = (str(e).strip().splitlines() or [""])[0]
             raise UserError(f"{path}{line}: {type(e).__name__}: {words}") from None
-        note_changes()
-        running.pop()
+        finally:  # also if the including file catches the error
+            note_changes()
+            running.pop()
 
     namespace = {**knobs, "include": include}
     seen = dict(namespace)

@@ -347,7 +347,7 @@ def pack(rollouts, rows=None):
     tokens that contribute nothing to the loss."""
     dummy = not rollouts
     if dummy:
-        rollouts = [Rollout(-1, [0], [0], n_teacher_tokens=1)]
+        rollouts = [Rollout(-1, [0], [0], "teacher", n_teacher_tokens=1)]
     ids, positions, mask, teacher, replay, advantage, behaviour = [], [], [], [], [], [], []
     cu, stands_for, prompts = [0], [], {}
     for r in rollouts:

@@ -133,7 +133,7 @@ def chunk_of(hidden, weight):
 
 def log_probabilities(hidden, weight, temperature):
     """(n, d), (V, d) -> log-softmax of the logits / temperature: (n, V), at least fp32. A second matrix of that
-    size exists in passing."""
+    size exists for a moment."""
     logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32)).div_(temperature)
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
 

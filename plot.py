@@ -220,6 +220,8 @@ def trace(argv):
         for r in map(json.loads, f):
             groups.setdefault(str(r["problem"]), []).append(r)
     # By default the group with a trace, an advantage, and the least probable token of a teacher.
+    if "written_by" not in next(iter(groups.values()))[0]:
+        raise UserError(f"{folder}'s rollouts were written by an older version of this code: draw them with that one")
     rarest = lambda g: min((x for r in g for x in r["update_logps"] if math.isfinite(x)), default=0.0)
     interest = lambda g: (any(map(given_tokens, g)), any(r["advantage"] for r in g), -rarest(g))
     chosen = options.get("problem") or max(groups, key=lambda q: interest(groups[q]))
@@ -243,7 +245,7 @@ def write_trace(out, config, folder, step, group):
     for r in group:
         by = {"own": "policy"}.get(r["written_by"], r["written_by"])
         # A row that was not trained on has no update_logps. A replayed row has two log-probs: of now and of its sampling.
-        now = r["update_logps"] or [math.nan] * given_tokens(r)
+        now = r["update_logps"] or [None] * given_tokens(r)
         logps = [*now, *(r["sampler_logps"] if by != "replay" else [])]
         rows.append(
             {
@@ -255,11 +257,12 @@ def write_trace(out, config, folder, step, group):
                 "finish": r["finish_reason"],
                 "ids": r["response_ids"],
                 "tokens": token_texts(tokenizer, r["response_ids"]),
-                "p": [brief(math.exp(logp)) for logp in logps],
+                "p": [None if logp is None else brief(math.exp(logp)) for logp in logps],
             }
         )
         if by == "replay":  # f is applied to pi / pi_then (ExGRPO)
-            rows[-1]["ratio"] = [brief(math.exp(a - b)) for a, b in zip(now, r["sampler_logps"], strict=True)]
+            pairs = zip(now, r["sampler_logps"], strict=True)
+            rows[-1]["ratio"] = [None if a is None else brief(math.exp(a - b)) for a, b in pairs]
     first = group[0]
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
             "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],

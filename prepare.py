@@ -101,11 +101,11 @@ from data import (
     text_type,
 )
 from eval import evaluate
-from model import load_policy
+from model import load_policy, pick_device
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
 from runtime.files import load_config, model_path, read_lines, write_json
-from runtime.ranks import RANK, WORLD, print0, start_processes
+from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
 from runtime.tensors import tensor_files
 from runtime.work import chunk_files, open_work, settings_of, work_through
 
@@ -360,19 +360,19 @@ def prepare_reanswer(args):
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+        device, dtype = pick_device(args.dtype)
+        sampler = choose_sampler(args.sampler)  # what "auto" is here: samples of two samplers must not be mixed
         start_processes(device, "none")
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
         knobs = {knob: getattr(args, knob) for knob in compared}
-        settings = settings_of(knobs, problems, model=name, sampler=args.sampler, dtype=dtype, grader=args.grader)
+        settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)
         open_work(work, settings, vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
         if not all(map(os.path.exists, chunk_files(work, chunks))):
             engine = open_sampler(
-                name, [tokenizer.eos_token_id], min(context, longest + args.max_tokens), sampler=args.sampler, dtype=dtype,
+                name, [tokenizer.eos_token_id], min(context, longest + args.max_tokens), sampler=sampler, dtype=dtype,
                 gpu_memory=args.gpu_memory, seed=args.seed, tensor_parallel=args.tensor_parallel,
             )  # fmt: skip
 
@@ -398,8 +398,7 @@ def prepare_reanswer(args):
         with contextlib.suppress(OSError):  # it is not empty if it has samples of other settings
             os.rmdir(work)
         print(f"wrote {out}, {complement}, {report}")
-    if WORLD > 1:
-        torch.distributed.barrier()  # nobody leaves while another still needs it
+    barrier()  # no rank leaves while another still needs it
     if engine:
         engine.close()
 

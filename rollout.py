@@ -330,7 +330,7 @@ class VLLMSampler:
 
     def wake(self, *tags):
         """Undo sleep() for "weights", "kv_cache" or both. load() wakes the weights before it
-        replaces them, and the cache after that, so that the cache and what a load needs in passing
+        replaces them, and the cache after that, so that the cache and what a load needs for a moment
         are not in memory together."""
         tags = [t for t in tags if t in self.asleep]
         if tags:

@@ -154,7 +154,7 @@ from runtime.process import heartbeat
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
 from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
 
-LOSS_KNOBS = [name for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty]
+LOSS_DEFAULTS = {name: p.default for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty}
 
 
 def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
@@ -445,7 +445,7 @@ def schedule(step):
 
 def loss_terms(step):
     """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
-    terms = {name: globals()[name] for name in LOSS_KNOBS}
+    terms = {name: globals()[name] for name in LOSS_DEFAULTS}
     if ce_steps:
         terms["ce_coef"] *= max(0.0, 1 - (step - 1) / ce_steps)
     return terms
@@ -453,7 +453,7 @@ def loss_terms(step):
 
 def sft_loss_terms():
     """The same for the SFT step of a method with memory: the likelihood term only; the others stay at batch_loss's defaults."""
-    return dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
+    return LOSS_DEFAULTS | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
 
 
 class Update(NamedTuple):
@@ -486,8 +486,8 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
             shaped = None if terms["sft_coef"] else shape(logp.exp(), terms["shaping"], terms["gamma"])
-            clip = {name: terms.get(name, 0.0) for name in ("clip_low", "clip_high")}
-            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, **clip))
+            clip_at = terms["clip_low"], terms["clip_high"]
+            sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip_at))
             logps.append(logp)
             total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)

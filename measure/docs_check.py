@@ -63,11 +63,11 @@ COMMANDS = {
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
         [("openr1 ", "openr1 --src=raw.parquet ")],
     "python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet":
-        [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --max_tokens=16 --grader=any.py --require_think=False")],
+        [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16 --grader=any.py --require_think=False")],
     "python train.py config/luffy_7b.py --dry_run=True": [],
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
     # The same run as the line above, which is in out/luffy_7b already.
-    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [TWO, ("7b.py", "7b.py --dry_run=True")],
+    "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [("node=8", "node=1"), ("7b.py", "7b.py --dry_run=True")],
     "torchrun --nproc_per_node=8 train.py config/grpo_7b.py": [TWO, ("7b.py", "7b.py" + SMALL)],
     "python train.py config/luffy_7b.py config/method/grpo.py --seed=2": [("seed=2", "seed=2 --dry_run=True")],
     "python train.py config/luffy_7b.py config/method/relift.py": [("relift.py", "relift.py --dry_run=True")],

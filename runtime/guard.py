@@ -77,7 +77,7 @@ class Guard:
             self.save_asked = True
         elif not self.received:
             self.received, self.received_at = number, time.monotonic()
-            os.write(2, f"rank {self.rank}: {signal.Signals(number).name}: saving; once more ends it now\n".encode())
+            os.write(2, f"rank {self.rank}: {signal.Signals(number).name}: saving; a second signal ends it at once\n".encode())
         elif time.monotonic() - self.received_at > 1:  # within a second it is the same signal, sent twice
             os._exit(128 + number)
 

@@ -18,7 +18,8 @@ WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in
 def settings_of(knobs, problems, model, sampler, dtype, grader):
     """What the samples depend on, so what must be the same to continue: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
-    names = ("data", "eval", "reward", "rollout", "runtime/latex", "runtime/oat", "runtime/requests", "runtime/torch_sampler")
+    names = ["data", "eval", "model", "reward", "rollout"]
+    names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "tensors", "torch_sampler")]
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,

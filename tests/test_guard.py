@@ -72,7 +72,7 @@ def test_a_second_signal_ends_at_once():
     )
     assert process.stdout.readline() == "in\n"
     process.terminate()
-    assert "once more ends it now" in process.stderr.readline()
+    assert "a second signal ends it at once" in process.stderr.readline()
     process.terminate()  # at once: the same signal by another way
     time.sleep(1.2)
     assert process.poll() is None

@@ -159,6 +159,16 @@ def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
         trace([str(done), f"--out={tmp_path / 'no' / 'x.html'}"])
 
 
+def test_rollouts_of_an_older_version(done, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(done, out, symlinks=True)
+    path = out / "rollouts" / "step_2.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "written_by"}) + "\n" for r in rows))
+    with pytest.raises(UserError, match="an older version of this code"):
+        trace([str(out), "--step=2", f"--out={tmp_path / 'page.html'}"])
+
+
 def test_the_table_has_a_line_for_each_source():
     runs = {"a": [[{"step": 0, "eval/greedy": 0.5, "eval/greedy/easy": 1.0, "eval/greedy/hard": 0.0, "time/update": 2.0}]]}
     lines = table(runs).splitlines()

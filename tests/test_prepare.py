@@ -237,6 +237,16 @@ def reanswer(tmp_path):
     return lambda out, *argv: ["reanswer", *common, f"--out={tmp_path / out}", *argv]
 
 
+def test_the_settings_name_the_sampler_that_auto_is(tmp_path, reanswer, monkeypatch):
+    """Samples of two samplers must not be mixed: a run under "auto" that continues where vLLM is missing is another."""
+    noted = []
+    monkeypatch.setattr(prepare, "choose_sampler", lambda knob: f"what {knob} is here")
+    monkeypatch.setattr(prepare, "settings_of", lambda *a, sampler, **k: noted.append(sampler) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(*reanswer("new.parquet", "--sampler=auto"))
+    assert noted == ["what auto is here"]
+
+
 def test_new_traces_are_the_verified_samples(tmp_path, reanswer, tokenizer, capsys):
     call(*reanswer("new.parquet"))
     assert sorted(f for f in os.listdir(tmp_path) if f.startswith("new")) == [
