@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Where torch comes from: the address of a package index, for instance PyTorch's own with CPU builds. Empty is
 # pip's default, whose Linux build of torch brings CUDA's libraries along (several GB, and it works as well).
 TORCH_FROM ?=
+# Tests that run at once. Each worker holds torch, and two of them are enough for two cores.
+WORKERS ?= 2
 # Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
 SEEDS ?= 1
 
@@ -15,10 +17,10 @@ table: .venv/ready
 	.venv/bin/python toy/table.py
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist=loadgroup
 
 test-slow: .venv/ready
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -n $(WORKERS) --dist=loadgroup -m slow
 
 # The links and the file map of README and docs/, and every command in them, in a copy of this checkout.
 docs-check: .venv/ready

@@ -123,18 +123,18 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
 
 class Phases:
     """Measures the phases of a step. `record` gets time/NAME in seconds, memory/NAME, the phase's peak in GiB, and
-    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). When a phase begins,
-    guard.phase(step, NAME) and hook(step, NAME, record) are called."""
+    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). Before a phase begins,
+    guard.phase(step, NAME) and hook(step, NAME, record) are called; their time counts in no phase."""
 
     def __init__(self, step, guard, hook):
         self.step, self.guard, self.hook, self.record, self.name = step, guard, hook, {}, None
 
     def begin(self, name):
         self.end()
-        self.name, self.start = name, time.time()
-        measured_memory()
         self.guard.phase(self.step, name)
         self.hook(self.step, name, self.record)
+        self.name, self.start = name, time.time()
+        measured_memory()
 
     def end(self):
         if self.name:

@@ -15,6 +15,13 @@ from model import load_policy
 from rollout import TorchSampler, VLLMSampler
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share the engine run in one worker of pytest-xdist, or each worker would start its own."""
+    for item in items:
+        if "engine" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(BASE)

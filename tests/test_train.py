@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import build
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import eval
 from configurator import ROOT, UserError
 from data import Rollout, load_problems, load_tokenizer, set_aside
-from runtime.metrics import batch_warnings, step_line
+from runtime.metrics import Phases, batch_warnings, step_line
 from runtime.torch_sampler import TorchSampler
 
 
@@ -58,6 +59,16 @@ def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
         assert len({r["problem"] for r in group}) == 1 and group[7]["teacher_tokens"] == len(group[7]["response_ids"])
         mean = sum(r["reward"] for r in group) / 8
         assert all(abs(r["advantage"] - (r["reward"] - mean)) < 1e-6 for r in group)
+
+
+def test_what_a_hook_does_counts_in_no_phase():
+    """A tool may wait for its turn there: bench.py peers does."""
+    guard = SimpleNamespace(phase=lambda step, name: None)
+    phases = Phases(1, guard, hook=lambda step, name, record: time.sleep(0.5))
+    phases.begin("sync")
+    phases.begin("update")
+    phases.end()
+    assert phases.record["time/sync"] < 0.25 and phases.record["time/update"] < 0.25
 
 
 def test_a_held_out_selection_set(script, tmp_path):
