@@ -46,8 +46,12 @@ class UserError(Exception):
 
 
 def repo_path(path):
-    """Make a path absolute. A relative path starts at the repository, not at the current directory."""
-    return os.path.normpath(os.path.join(ROOT, os.path.expanduser(path)))
+    """Make a path absolute. A relative path starts at the repository; one that begins with ./ or ../ at the current folder."""
+    path = os.path.expanduser(path)
+    if path[:1] == "~":
+        raise UserError(f"{path!r}: there is no such user's home folder; write ./{path} for a file of this name")
+    here = path.split("/")[0] in (".", "..")
+    return os.path.normpath(os.path.join(os.getcwd() if here else ROOT, path))
 
 
 def run(main):

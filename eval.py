@@ -6,10 +6,12 @@ Evaluate a model as the papers do: avg@k with its interval, pass@k, maj@k, lengt
     python eval.py compare out/a/eval.json out/b/eval.json            paired bootstrap, source by source
     python eval.py --sweep=0.1,0.4,0.7,1.0 --k=8 --sources=aime,amc   pass@k against temperature
 
-Writes out_dir/{eval.json, averages.json, settings.json, samples/}. The same command continues a killed evaluation.
-Results of other settings in out_dir are moved to out_dir/before_1.
+Writes out_dir/{eval.json, averages.json, settings.json, samples/, .lock}. A path starts at the repository, or at the current
+folder if it begins with ./ or ../. The same command continues a killed evaluation. Results of other settings in out_dir are
+moved to out_dir/before_1.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -63,6 +65,7 @@ from model import pick_device
 from reward import Verifier, graded_text
 from rollout import Sample, choose_sampler, open_sampler, request_seed
 from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
 from runtime.stats import AVERAGES, averages, summarize
@@ -207,6 +210,7 @@ def evaluate_modes(problems, sampler, verifier, tokenizer, guard, *, stamp, mode
 def main():
     if WORLD % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
+    output = OutputFolder(out_dir, "eval.py", inputs=[*words(data), model, grader])
     engine_kind = choose_sampler(sampler)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
@@ -233,11 +237,14 @@ def main():
         return evaluate(part, engine, verifier, tokenizer, stamp=name, k=k_of[part[0].source], temperature=t,
                         max_tokens=max_tokens, seed=seed)  # fmt: skip
 
-    with verifier:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(output)
+        stack.enter_context(verifier)
         for t in temperatures:
-            folder = repo_path(os.path.join(out_dir, f"temperature_{t:g}") if sweep else out_dir)
+            folder = output.path
             if sweep:
                 print0(f"temperature {t:g}")
+                folder = stack.enter_context(OutputFolder(os.path.join(folder, f"temperature_{t:g}"), "eval.py")).path
             open_work(folder, {**settings, "temperature": t}, config)
             if engine is None and not all(map(os.path.exists, chunk_files(folder, chunks))):
                 engine = open_sampler(
@@ -247,14 +254,14 @@ def main():
             work_through(folder, chunks, partial(work, t=t), tensor_parallel)
             if RANK == 0:
                 tables[f"{t:g}"] = report(folder, chunk_files(folder, chunks))
+        if sweep and RANK == 0:
+            from plot import draw_sweep  # here, because matplotlib takes a second to load
+
+            write_json(os.path.join(output.path, "sweep.json"), tables)
+            draw_sweep(tables, os.path.join(output.path, "sweep.png"))
     barrier()  # no rank leaves while another still needs it
     if engine:
         engine.close()
-    if sweep and RANK == 0:
-        from plot import draw_sweep  # here, because matplotlib takes a second to load
-
-        write_json(os.path.join(repo_path(out_dir), "sweep.json"), tables)
-        draw_sweep(tables, os.path.join(repo_path(out_dir), "sweep.png"))
 
 
 def read_temperatures(text):

@@ -104,7 +104,8 @@ from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
-from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, write_json
+from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
 from runtime.tensors import tensor_files
 from runtime.work import chunk_files, open_work, settings_of, work_through
@@ -182,11 +183,13 @@ def prepare_openr1(args):
             raise Unusable("too long")
         return n
 
-    os.makedirs(os.path.dirname(out), exist_ok=True)
+    for path in paths:
+        remove_partials(glob.escape(path))
+    partial = {path: partial_name(path) for path in paths}
     try:
         with contextlib.ExitStack() as stack:
-            writers = {name: stack.enter_context(pq.ParquetWriter(f"{path}.partial", SCHEMA)) for name, path in tables.items()}
-            lines = stack.enter_context(open(f"{sft}.partial", "w", encoding="utf-8"))
+            writers = {name: stack.enter_context(pq.ParquetWriter(partial[path], SCHEMA)) for name, path in tables.items()}
+            lines = stack.enter_context(open(partial[sft], "w", encoding="utf-8"))
             for batch in openr1_batches(sources):
                 found = {name: [] for name in tables}
                 for row in batch:
@@ -217,14 +220,14 @@ def prepare_openr1(args):
         print("\n".join(f"{what:<44}{n:>9,}" for what, n in counts.items()))
         if not counts["rows in out"]:
             raise UserError(f"no trace of {args.src} is usable, so nothing is written: see the counts above")
-        with open(f"{report}.partial", "w") as f:
+        with open(partial[report], "w") as f:
             json.dump({**vars(args), "counts": counts}, f, indent=2)
         for path in paths:  # out is the last
-            os.replace(f"{path}.partial", path)
+            os.replace(partial[path], path)
     finally:
-        for path in paths:
+        for path in partial.values():
             with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{path}.partial")
+                os.remove(path)
     print(f"wrote {', '.join(paths)}")
 
 
@@ -356,7 +359,9 @@ def prepare_reanswer(args):
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     source, name = repo_path(args.data), model_path(args.model)
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
-    with Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader) as verifier:
+    with contextlib.ExitStack() as stack:
+        verifier = Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader)
+        stack.enter_context(verifier)
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
@@ -366,6 +371,7 @@ def prepare_reanswer(args):
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
         knobs = {knob: getattr(args, knob) for knob in compared}
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)
+        stack.enter_context(OutputFolder(work, "prepare.py"))
         open_work(work, settings, vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
@@ -381,23 +387,21 @@ def prepare_reanswer(args):
                             max_tokens=args.max_tokens, seed=args.seed)  # fmt: skip
 
         work_through(work, chunks, answer, args.tensor_parallel)
-    if RANK == 0:
-        counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
-        print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
-        if not counts["samples kept"]:
-            for path in partial:
-                os.remove(path)
-            raise UserError(f"no sample was kept, so nothing is written: see the samples in {work}/samples")
-        open(ready, "w").close()
-        write_json(report, {**vars(args), "counts": counts})
-        for path in (complement, out):
-            os.replace(f"{path}.partial", path)
-        shutil.rmtree(os.path.join(work, "samples"))
-        os.remove(os.path.join(work, "settings.json"))
-        os.remove(ready)
-        with contextlib.suppress(OSError):  # it is not empty if it has samples of other settings
-            os.rmdir(work)
-        print(f"wrote {out}, {complement}, {report}")
+        if RANK == 0:
+            counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
+            print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
+            if not counts["samples kept"]:
+                for path in partial:
+                    os.remove(path)
+                raise UserError(f"no sample was kept, so nothing is written: see the samples in {work}/samples")
+            open(ready, "w").close()
+            write_json(report, {**vars(args), "counts": counts})
+            for path in (complement, out):
+                os.replace(f"{path}.partial", path)
+            shutil.rmtree(os.path.join(work, "samples"))
+            os.remove(os.path.join(work, "settings.json"))
+            os.remove(ready)
+            print(f"wrote {out}, {complement}, {report}")
     barrier()  # no rank leaves while another still needs it
     if engine:
         engine.close()
@@ -460,9 +464,9 @@ def prepare_model(args):
     if not weights:
         raise UserError(f"{source} has no *.safetensors, the only supported format of weights: load it with"
                         " AutoModelForCausalLM.from_pretrained and write it with save_pretrained")  # fmt: skip
-    partial = f"{out}.partial"
+    remove_partials(glob.escape(out))
+    partial = partial_name(out)
     copy = lambda names: [shutil.copyfile(os.path.join(source, name), os.path.join(partial, name)) for name in names]
-    shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     try:
         copy(set(files) - set(weights))
@@ -643,8 +647,13 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
 def main():
     if WORLD > 1 and args.command != "reanswer":
         raise UserError(f"{args.command} runs in one process: leave torchrun out")
+    if not args.out.strip():
+        raise UserError("--out is empty: name a file or folder")
+    out, command = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}
     try:
-        {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}[args.command](args)
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+        with Lock(f"{out}.lock", "prepare.py", what=out) if RANK == 0 else contextlib.nullcontext():
+            command[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written
         raise UserError(first_line(e)) from None
 

@@ -16,8 +16,9 @@ reference model. Unlike GRPO a group holds a teacher's trace, advantages are not
 losses are divided by a constant, not by lengths (loss.py has the equations). main() sets up; then its loop reads like the
 algorithm. The functions below it are in the order of their use. runtime/ keeps a run alive: checks, checkpoints, logs.
 
-Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest}. --resume=auto continues
-from the newest checkpoint there. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
+Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest, .lock}. A path starts at the
+repository, or at the current folder if it begins with ./ or ../. --resume=auto continues from the newest checkpoint in
+out_dir. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
 """
 
 import contextlib
@@ -148,7 +149,8 @@ from replay import open_memory
 from reward import Verifier
 from rollout import Grading, choose_sampler, open_sampler, roll_out
 from runtime import metrics, preflight
-from runtime.files import load_config, make_folder, model_path, write_json
+from runtime.files import load_config, model_path, write_json
+from runtime.folder import OutputFolder
 from runtime.guard import Guard, canary
 from runtime.process import heartbeat
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
@@ -173,15 +175,16 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     device, precision = pick_device(dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
     start_processes(device, shard)
-    checkpoint = find_checkpoint(out_dir, resume)
-    if checkpoint and checkpoint.run["step"] >= max_steps and not checkpoint.run["pending"]:
-        print0(f"nothing to do: {checkpoint.path} has {checkpoint.run['step']} steps, max_steps is {max_steps}")
-        return end_processes(shard)
-    base = checkpoint.path if checkpoint else model_path(model)
-    tokenizer, model_config = load_tokenizer(base), load_config(base)
-    teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
-    problems, held_out = load_data(tokenizer)
     with contextlib.ExitStack() as stack:
+        folder = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
+        checkpoint = find_checkpoint(stack.enter_context(folder), resume)
+        if checkpoint and checkpoint.run["step"] >= max_steps and not checkpoint.run["pending"]:
+            print0(f"nothing to do: {checkpoint.path} has {checkpoint.run['step']} steps, max_steps is {max_steps}")
+            return end_processes(shard)
+        base = checkpoint.path if checkpoint else model_path(model)
+        tokenizer, model_config = load_tokenizer(base), load_config(base)
+        teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
+        problems, held_out = load_data(tokenizer)
         verifier = stack.enter_context(Verifier(reward_workers, reward_timeout, require_think, grader))
         problems = preflight.check_traces(knobs, problems, tokenizer, verifier)
         preflight.check_problems(knobs, problems)
@@ -189,7 +192,6 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         if checkpoint:
             check_same_run(checkpoint, identity, configurator.free_knobs(__file__), resume)
         preflight.show_plan(knobs, model_config, teacher_config, problems, device)
-        make_folder(repo_path(out_dir))
         open_wandb(config, identity, checkpoint)
 
         # Load the policy, the engine and the teacher model; make the optimizers and the method's memory.
@@ -209,7 +211,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
         memory = open_memory(knobs, problems)
-        run = open_run(config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
+        run = open_run(folder, config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
         order = Order(len(problems), seed, **run.order)
         by_id = {p.id: p for p in problems}
         grading = Grading(verifier, tokenizer, answers={p.id: p.answer for p in problems})

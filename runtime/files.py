@@ -3,9 +3,13 @@ Files that are written whole or not at all, digests of their content, and the fo
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
+import shutil
+import uuid
 
 from transformers import AutoConfig
 
@@ -28,16 +32,29 @@ def make_folder(folder):
 def whole(path):
     """Open a text file to write. It appears at `path` when the block ends, whole or not at all, even if the machine
     dies."""
+    partial = partial_name(path)
     try:
-        with open(path + ".partial", "w") as f:
+        with open(partial, "w") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".partial", path)
+        os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
-            os.remove(path + ".partial")
+            os.remove(partial)
         raise
+
+
+def partial_name(path):
+    """A name beside `path`, which no other program uses, for what becomes `path` when it is whole."""
+    return f"{path}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def remove_partials(path):
+    """Remove what killed programs left under partial_name(path); path is a glob. Only for who holds the lock of the place."""
+    for left in glob.glob(f"{path}.????????.partial"):
+        if re.search(r"\.[0-9a-f]{8}\.partial$", left):
+            shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
 
 
 def write_lines(path, rows):

@@ -123,11 +123,11 @@ class Checkpoint:
     run: dict  # its run.json
 
 
-def find_checkpoint(out_dir, resume):
-    """The newest checkpoint in out_dir that verifies, or None if there is none or resume is "no"."""
-    path, run = find(repo_path(out_dir), print0) if resume != "no" else (None, None)
+def find_checkpoint(folder, resume):
+    """The newest checkpoint in an OutputFolder that verifies, or None if there is none or resume is "no"."""
+    path, run = find(folder.path, print0) if resume != "no" else (None, None)
     if not path:
-        return None
+        return folder.check_movable()  # now, not after the models are loaded
     if missing := [name for name in PROGRESS if name not in run]:
         commit = run.get("written_by", {}).get("git") or "an unknown commit"
         raise UserError(
@@ -162,37 +162,24 @@ def check_same_run(checkpoint, identity, free, resume):
     check_same(checkpoint.path, before=checkpoint.run, now=identity, free=free, force=resume == "force", log=print0)
 
 
-def open_run(config, identity, checkpoint, policy, optimizers, memory):
-    """Make out_dir and write config.json. An earlier run found there is moved aside, unless its checkpoint is resumed. Returns
-    a Run, and fills optimizers and memory from the checkpoint."""
-    folder = repo_path(config["out_dir"])
+def open_run(folder, config, identity, checkpoint, policy, optimizers, memory):
+    """Prepare an OutputFolder and write config.json. An earlier run found there is moved aside, unless its checkpoint is
+    resumed. Returns a Run, and fills optimizers and memory from the checkpoint."""
     if RANK == 0:
-        if not checkpoint and os.path.isdir(folder) and os.listdir(folder):
-            move_aside(folder)
-        make_folder(os.path.join(folder, "rollouts"))
+        if not checkpoint:
+            folder.move_aside()
+        make_folder(os.path.join(folder.path, "rollouts"))
         try:
             if checkpoint:
-                put_aside(folder, checkpoint.run["step"])
-            write_json(os.path.join(folder, "config.json"), {**config, "world_size": WORLD, **provenance()})
+                put_aside(folder.path, checkpoint.run["step"])
+            write_json(os.path.join(folder.path, "config.json"), {**config, "world_size": WORLD, **provenance()})
         except OSError as e:
-            raise UserError(f"out_dir {folder} cannot be written: {e.strerror}") from None
+            raise UserError(f"out_dir {folder.path} cannot be written: {e.strerror}") from None
     barrier()
-    run = Run(folder, identity, config["log"])
+    run = Run(folder.path, identity, config["log"])
     if checkpoint:
         run.resume(checkpoint, policy, optimizers, memory)
     return run
-
-
-def move_aside(folder):
-    """Rename a folder to the first free NAME.N."""
-    n = 1
-    while os.path.exists(f"{folder}.{n}"):
-        n += 1
-    try:
-        os.rename(folder, f"{folder}.{n}")
-    except OSError as e:
-        raise UserError(f"{folder} is not empty and cannot be moved aside ({e.strerror}): take another out_dir") from None
-    print0(f"{folder} is not empty: moved to {folder}.{n}")
 
 
 def open_wandb(config, identity, checkpoint):

@@ -33,11 +33,11 @@ def settings_of(knobs, problems, model, sampler, dtype, grader):
 
 
 def open_work(folder, settings, knobs):
-    """Prepare the folder of the work. Samples made with the same settings are kept, those of other settings are moved
-    aside. All ranks return together, so they agree on which chunks are missing: all of them or none must start vLLM."""
+    """Prepare the folder of the work, an OutputFolder's path. Samples made with the same settings are kept, those of other
+    settings are moved aside. All ranks return together, so they agree on which chunks are missing: all of them or none must
+    start vLLM."""
     path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
     if RANK == 0:
-        make_folder(folder)
         try:
             with open(path) as f:
                 before = json.load(f)

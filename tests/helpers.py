@@ -168,7 +168,7 @@ def run(script, tmp_path, name, *argv):
 
 def launch(tmp_path, name, n_ranks, *argv):
     """train.py under torchrun with n_ranks processes, or plainly with one. Returns its metrics."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", f"--master_port={29520 + n_ranks}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--standalone"]
     command = [sys.executable, *(torchrun if n_ranks > 1 else []), os.path.join(ROOT, "train.py")]
     argv = [*argv, "--reward_workers=1", f"--out_dir={tmp_path / name}"]
     done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)

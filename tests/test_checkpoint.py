@@ -420,7 +420,7 @@ def test_killed_at_named_points_and_at_random(tmp_path):
 
 
 def ranks(n, out, *argv, script="train.py"):
-    front = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=29552"] if n > 1 else []
+    front = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone"] if n > 1 else []
     done = subprocess.run(
         [sys.executable, *front, script, *BASIC, "--eval_data=", f"--out_dir={out}", *argv],
         capture_output=True, text=True, timeout=300, cwd=ROOT,

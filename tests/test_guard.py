@@ -175,7 +175,7 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def torchrun(out, *argv, script="train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29562", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     return subprocess.Popen(
         [*command, *ARGV, f"--out_dir={out}", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

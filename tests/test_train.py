@@ -40,6 +40,7 @@ def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
 
     out = tmp_path / "luffy"
     assert sorted(os.listdir(out)) == [
+        ".lock",
         "ckpt_22",
         "config.json",
         "eval_0.json",
@@ -295,7 +296,7 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, dr
 @pytest.mark.slow
 def test_ranks_die_with_their_torchrun(tmp_path):
     """Killed outright, torchrun cannot end its ranks: they must not go on, holding GPUs and writing files."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29542", "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     argv = ["--sampler=torch", "--reward_workers=1", "--max_steps=100000", f"--out_dir={tmp_path / 'x'}"]
     process = subprocess.Popen([*command, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert any(line.startswith("step ") for line in process.stdout)  # it is at work
@@ -342,7 +343,7 @@ def test_one_ranks_nan_skips_the_update_on_all(tmp_path, shard):
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=29541",
+        "--standalone",
         tmp_path / "spoilt.py",
     ]
     argv = ["--sampler=torch", "--eval_data=", "--reward_workers=1", "--max_steps=3", f"--shard={shard}"]

@@ -1,0 +1,158 @@
+"""
+Output folders: which of them a program may write into, and that only one does.
+
+A program locks the file .lock of its folder before it looks at anything there, and holds the lock as long as it lives. The
+operating system takes the lock back when the process ends, however it ends, so a killed run blocks nobody. The file stays, and
+tells that the folder is ours: another folder is neither moved nor written into unless it is empty.
+"""
+
+import contextlib
+import fcntl
+import glob
+import os
+import platform
+import time
+
+from configurator import ROOT, UserError, repo_path
+from runtime.files import remove_partials
+from runtime.ranks import RANK, barrier, print0
+
+MARK = ".lock"  # the file's name
+TITLE = "nano-luffy"  # its first word
+
+
+class Lock:
+    """A locked file, as a context manager, which removes the file at its end unless `keep` is set."""
+
+    def __init__(self, path, program, what):
+        """program: who locks it, such as "train.py". what: what is locked, for the error that another program gets."""
+        self.path, self.program, self.what, self.keep = path, program, what, False
+
+    def __enter__(self):
+        self.take()
+        self.sign()
+        return self
+
+    def take(self):
+        """Lock the file; make it if it is not there. Raises UserError if another process holds it, and OSError."""
+        while True:
+            self.file = open(self.path, "a+")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a forked child does not inherit it
+            except (BlockingIOError, PermissionError):
+                holder = self.first_line().removeprefix(TITLE).strip() or "another program"
+                self.file.close()
+                raise UserError(f"{self.what} is in use by {holder}: wait for its end, or choose another name") from None
+            except OSError as e:  # some network file systems have no locks
+                print0(f"warning: {self.path} cannot be locked ({e.strerror}): nothing stops a second program here")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+                    return
+            self.file.close()  # its last holder removed or moved the file in between: try again
+
+    def first_line(self):
+        self.file.seek(0)
+        return self.file.readline(1000)
+
+    def sign(self):
+        """Write into the file who holds it."""
+        self.file.truncate(0)
+        self.file.write(f"{TITLE} {self.program}, process {os.getpid()} on {platform.node()}, since {time.ctime()}\n")
+        self.file.flush()
+
+    def __exit__(self, *_):
+        if not self.keep:
+            os.remove(self.path)  # before it is unlocked, so that it is still ours
+        self.file.close()
+
+
+class OutputFolder:
+    """The folder that a program writes into, as a context manager; all ranks enter it, rank 0 holds its lock. If it is empty at
+    the end, it is removed, unless the user made it.
+
+    out_dir: the knob. program: the one that alone may use this folder again, such as "train.py". inputs: knobs that name
+    files and folders to read, which must not lie in it. Raises UserError if the folder must not be written into, or is in use.
+    """
+
+    def __init__(self, out_dir, program, inputs=()):
+        self.path = os.path.realpath(repo_path(out_dir))  # a link's target is what is locked, and what is moved
+        self.program, self.lock = program, None
+        if not out_dir.strip():
+            raise UserError("out_dir is empty: name a folder")
+        for what, path in (("this checkout", ROOT), ("your home folder", os.path.expanduser("~"))):
+            if contains(self.path, path):
+                raise UserError(f"out_dir={out_dir!r} is or holds {what}, {path}: choose another, such as out/my_run")
+        for name in inputs:
+            if name and os.path.exists(repo_path(name)) and contains(self.path, repo_path(name)):
+                raise UserError(f"out_dir={out_dir!r} holds {name}, which is read: choose another out_dir")
+
+    def __enter__(self):
+        if RANK == 0:
+            self.ours = not os.path.isdir(self.path) or os.path.exists(os.path.join(self.path, MARK))
+            self.take()
+        barrier()
+        return self
+
+    def take(self):
+        """Make the folder if necessary, lock it, and check that it is ours."""
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            if not os.path.exists(os.path.join(self.path, MARK)):
+                self.check_empty()
+            self.lock = Lock(os.path.join(self.path, MARK), self.program, what=self.path)
+            self.lock.take()
+            self.lock.keep = True
+            owner = self.lock.first_line().split(",")[0].split()
+            if owner[:1] != [TITLE]:  # not our file, or we were killed before its first line was written
+                self.check_empty()
+            elif owner[1:] != [self.program]:
+                raise UserError(f"{self.path} was written by {' '.join(owner[1:])}: choose another out_dir")
+            self.lock.sign()
+            for names in ("*", os.path.join("*", "*")):
+                remove_partials(os.path.join(glob.escape(self.path), names))
+        except OSError as e:
+            raise UserError(f"out_dir {self.path} cannot be written: {e.strerror}") from None
+
+    def check_empty(self):
+        """Raise UserError if the folder holds more than the lock, unless a checkpoint shows whose it is."""
+        names = sorted(set(os.listdir(self.path)) - {MARK})
+        if names and not any(os.path.isfile(os.path.join(self.path, name, "state", "run.json")) for name in names):
+            raise UserError(
+                f"{self.path} holds {names[0]!r} and has no file {MARK} of ours: choose another out_dir, or an empty one"
+            )
+
+    def check_movable(self):
+        """Raise UserError if the folder cannot be moved aside, because another run lies inside it."""
+        for folder, _, names in os.walk(self.path) if RANK == 0 else ():
+            if MARK in names and folder != self.path:
+                raise UserError(f"{self.path} cannot be moved aside, because {folder} lies in it: choose another out_dir")
+
+    def move_aside(self):
+        """On rank 0: if anything is in the folder, rename it to the first free NAME.N, and make it anew."""
+        if not set(os.listdir(self.path)) - {MARK}:
+            return
+        n = 1
+        while os.path.lexists(f"{self.path}.{n}"):
+            n += 1
+        try:
+            os.rename(self.path, f"{self.path}.{n}")
+        except OSError as e:
+            raise UserError(f"{self.path} is not empty and cannot be moved aside ({e.strerror}): choose another") from None
+        print0(f"{self.path} is not empty: moved to {self.path}.{n}")
+        with contextlib.ExitStack() as stack:
+            stack.push(self.lock)  # it moved along
+            self.take()
+
+    def __exit__(self, *_):
+        if not self.lock:
+            return
+        self.lock.keep = not (self.ours and os.listdir(self.path) == [MARK])
+        self.lock.__exit__()
+        if not self.lock.keep:
+            os.rmdir(self.path)
+
+
+def contains(folder, path):
+    """Whether a path is a folder or lies in it, with links resolved."""
+    path = os.path.realpath(path)
+    return os.path.commonpath([folder, path]) == folder

@@ -1,0 +1,190 @@
+"""Output folders: what may be written into, and by one program at a time."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import BASE, TRAIN, metrics
+
+from configurator import ROOT, UserError, repo_path
+from runtime.folder import MARK, Lock, OutputFolder
+
+FILES = [TRAIN, BASE]
+
+
+def tree(folder):
+    return sorted(os.path.relpath(os.path.join(d, name), folder) for d, dirs, files in os.walk(folder) for name in dirs + files)
+
+
+def refused(out_dir, inputs=FILES, program="train.py"):
+    with pytest.raises(UserError) as e, OutputFolder(str(out_dir), program, inputs):
+        pass
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
+
+
+@pytest.mark.parametrize("name", ["", "  ", ROOT, "/", "~", os.path.dirname(ROOT), "toy", "config", "runtime/..", ".", "tests"])
+def test_what_is_not_ours_is_refused(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = os.listdir(ROOT), os.listdir(os.path.join(ROOT, "toy"))
+    assert "choose" in refused(name) or "name a folder" in refused(name)
+    assert before == (os.listdir(ROOT), os.listdir(os.path.join(ROOT, "toy")))
+
+
+def test_an_empty_home_folder_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "home folder" in refused("~")
+    assert "no such user" in refused("~nobody_of_this_name/x")
+    assert tree(tmp_path) == []
+
+
+def test_folders_that_hold_what_is_read(tmp_path):
+    """Even if they are ours: a model, data or a grader inside, also behind a link."""
+    with OutputFolder(str(tmp_path / "a"), "train.py"):
+        (tmp_path / "a" / "ckpt_2").mkdir()
+    os.symlink(tmp_path / "a", tmp_path / "link")
+    for name in ("a", "link"):
+        assert "holds" in refused(tmp_path / name, [str(tmp_path / "link" / "ckpt_2")])
+
+
+def test_a_foreign_folder_is_refused_and_a_new_or_empty_one_is_not(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "paper.tex").touch()
+    assert "paper.tex" in refused(tmp_path / "theirs")
+    (tmp_path / "theirs" / MARK).write_text("something else")
+    assert "paper.tex" in refused(tmp_path / "theirs")
+    assert tree(tmp_path / "theirs") == [MARK, "paper.tex"] and (tmp_path / "theirs" / MARK).read_text() == "something else"
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "deep/er"):
+        with OutputFolder(str(tmp_path / name), "train.py") as folder:
+            open(os.path.join(folder.path, "x"), "w").close()
+        assert tree(tmp_path / name) == [MARK, "x"]
+    assert "was written by train.py" in refused(tmp_path / "new", program="eval.py")
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(tmp_path / "file")
+    assert "cannot be written" in refused(tmp_path / ("long" * 100))
+
+
+def test_nothing_is_left_of_a_start_that_failed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(UserError, match="no model"), OutputFolder(str(tmp_path / name), "train.py"):
+            raise UserError("no model")
+    assert tree(tmp_path) == ["mine", f"mine/{MARK}"]
+
+
+def test_moved_aside(tmp_path):
+    path = tmp_path / "run"
+    for i in range(3):
+        with OutputFolder(str(path), "train.py") as folder:
+            folder.check_movable()
+            folder.move_aside()
+            assert "in use by train.py, process" in busy(path)  # the new one is locked too
+            (path / f"of_run_{i}").touch()
+    assert tree(tmp_path / "run.1") == [MARK, "of_run_0"] and tree(tmp_path / "run.2") == [MARK, "of_run_1"]
+    with OutputFolder(str(path / "inner"), "train.py") as inner:
+        open(os.path.join(inner.path, "x"), "w").close()
+    with OutputFolder(str(path), "train.py") as folder, pytest.raises(UserError, match=r"inner lies in it"):
+        folder.check_movable()
+
+
+def forked(work):
+    """Call work in a forked process, to which this process's locks do not belong. Returns (its process, a pipe with what it
+    wrote)."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reader)
+        with contextlib.suppress(BaseException):
+            work(lambda text: os.write(writer, text.encode()))
+        os._exit(0)
+    os.close(writer)
+    return child, os.fdopen(reader)
+
+
+def busy(path):
+    """What another program is told that wants the folder; "" if it gets it."""
+
+    def want(tell):
+        try:
+            OutputFolder(str(path), "train.py").__enter__()
+        except UserError as e:
+            tell(str(e))
+
+    child, told = forked(want)
+    with told:
+        os.waitpid(child, 0)
+        return told.read()
+
+
+def test_one_program_at_a_time(tmp_path):
+    """The second is refused; a killed holder blocks nobody, nor does a child that it forked and that lives on."""
+    path = tmp_path / "run"
+
+    def hold(tell):
+        with OutputFolder(str(path), "train.py") as folder:
+            open(os.path.join(folder.path, "x"), "w").close()
+            grandchild = os.fork()
+            if grandchild:
+                tell(f"{grandchild}\n")
+            time.sleep(60)
+
+    for _ in range(2):
+        holder, told = forked(hold)
+        grandchild = int(told.readline())
+        assert f"in use by train.py, process {holder} on " in busy(path)
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        assert busy(path) == ""
+        os.kill(grandchild, signal.SIGKILL)
+        told.close()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile(tmp_path):
+    """Who waited for the file that its holder removes must not lock a file without a name."""
+    path = str(tmp_path / "x.lock")
+    with Lock(path, "prepare.py", what="x") as lock:
+        assert "prepare.py" in lock.first_line()
+        os.remove(path)
+        open(path, "w").close()  # another program's
+        lock.keep = True
+    with Lock(path, "prepare.py", what="x"):
+        pass
+    assert not os.path.exists(path)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with OutputFolder(str(tmp_path / "run"), "train.py"):
+        assert "No locks available" in capsys.readouterr().out
+
+
+def test_paths_that_start_with_a_dot_are_the_current_folders(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert repo_path("./x") == str(tmp_path / "sub" / "x") and repo_path("../x") == str(tmp_path / "x")
+    assert repo_path(".") == str(tmp_path / "sub") and repo_path("x") == os.path.join(ROOT, "x")
+    assert repo_path(".hidden/x") == os.path.join(ROOT, ".hidden/x")
+
+
+def test_a_second_start_harms_no_live_run(script, tmp_path):
+    """While a run is in a step, a second start of its folder is refused, and the run ends as ever."""
+    out = tmp_path / "out"
+    argv = ["--sampler=torch", "--eval_data=", "--max_steps=3", "--prompts_per_step=2", "--save_interval=1"]
+    second = [sys.executable, os.path.join(ROOT, "train.py"), *argv, f"--out_dir={out}", "--resume=auto"]
+    tries = []
+
+    def hook(step, phase, record):
+        if (step, phase) == (2, "rollout"):
+            tries.append(subprocess.run(second, capture_output=True, text=True))
+
+    module = script("train", [*argv, f"--out_dir={out}"])
+    assert module.main(hook=hook) == 0
+    assert tries[0].returncode == 2 and f"in use by train.py, process {os.getpid()}" in tries[0].stderr
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3] and os.listdir(tmp_path) == ["out"]
