@@ -644,7 +644,7 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
 # ---------------------------------------------------------------- main
 
 
-def main():
+def main(args):
     if WORLD > 1 and args.command != "reanswer":
         raise UserError(f"{args.command} runs in one process: leave torchrun out")
     if not args.out.strip():
@@ -659,7 +659,7 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(args))
     if WORLD > 1 and args.tensor_parallel == 1:  # gloo's threads may abort an orderly exit, see ranks.leave
         sys.stdout.flush()
         os._exit(0)

@@ -32,8 +32,7 @@ def command(*argv, code=0):
 
 def call(*argv):
     """The same in this process, for speed."""
-    args = prepare.parse([str(a) for a in argv])
-    getattr(prepare, f"prepare_{args.command}")(args)
+    prepare.main(prepare.parse([str(a) for a in argv]))
 
 
 # ---------------------------------------------------------------- openr1
