@@ -47,6 +47,11 @@ class Rollout:
     reason: str = ""  # the verifier's
     advantage: float = 0.0
 
+    @property
+    def solved(self):
+        """Is it right? The verifier says so (Verifier's solved_at); a reward above zero may be for format alone."""
+        return self.reason == "correct"
+
 
 @dataclass
 class Packed:

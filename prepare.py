@@ -49,6 +49,7 @@ def parse(argv):
     p.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
     p.add_argument("--require_think", default="True", choices=["True", "False"], help="a thought must close (%(default)s)")
     p.add_argument("--grader", default="math_verify", help="or oat, or a file that defines grade(text, answer) (%(default)s)")
+    p.add_argument("--solved_at", type=float, default=1.0, help="a reward from here on counts as solved (%(default)s)")
     p.add_argument("--reward_workers", type=int, default=2, help="verifier processes per rank (%(default)s)")
     p.add_argument("--reward_timeout", type=float, default=2.0, help="seconds of grading per answer (%(default)s)")
     p.add_argument("--sampler", default="auto", choices=["auto", "vllm", "torch"], help="auto: vllm where it is installed")
@@ -341,7 +342,7 @@ def prepare_reanswer(args):
     Under torchrun the ranks share the work. Samples are kept in the folder *.work until out is written. The same command
     continues a killed run, and ends with the same files.
     """
-    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel reward_workers reward_timeout", "[> 0]")
+    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at reward_workers reward_timeout", "[> 0]")
     check_range(args, "temperature", "")  # zero or more
     check_range(args, "seed", "[0, 4294967295]")
     out = repo_path(args.out)
@@ -359,8 +360,9 @@ def prepare_reanswer(args):
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     source, name = repo_path(args.data), model_path(args.model)
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
+    verifier = Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader,
+                        solved_at=args.solved_at)  # fmt: skip
     with contextlib.ExitStack() as stack:
-        verifier = Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader)
         stack.enter_context(verifier)
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
@@ -368,7 +370,7 @@ def prepare_reanswer(args):
         device, dtype = pick_device(args.dtype)
         sampler = choose_sampler(args.sampler)  # what "auto" is here: samples of two samplers must not be mixed
         start_processes(device, "none")
-        compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
+        compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think", "solved_at")
         knobs = {knob: getattr(args, knob) for knob in compared}
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)
         stack.enter_context(OutputFolder(work, "prepare.py"))
@@ -418,10 +420,8 @@ def write_answers(source, paths, out, complement, opening):
             if answer is None or index != answer["id"]:  # a row that load_problems dropped
                 continue
             traces = []
-            for text, reward, reason, finish in zip(
-                *(answer[n] for n in ("response", "reward", "reason", "finish")), strict=True
-            ):
-                if reward > 0 and finish == "stop":
+            for text, reason, finish in zip(*(answer[n] for n in ("response", "reason", "finish")), strict=True):
+                if reason == "correct" and finish == "stop":
                     traces.append({"role": "assistant", "content": opening + text})
                 else:
                     fault = f"sample dropped: {'cut off' if finish == 'length' else reason}"

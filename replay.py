@@ -90,7 +90,7 @@ class FailedQuestions:
 
     def observe(self, rollouts):
         for question, samples in own_samples(rollouts).items():
-            failed = not any(r.reward for r in samples)
+            failed = not any(r.solved for r in samples)
             if failed and question in self.traced and question not in self.queue:
                 self.queue.append(question)
             elif not failed and question in self.queue:
@@ -146,9 +146,9 @@ class Successes:
 
     def observe(self, rollouts):
         groups = own_samples(rollouts)
-        rewards = [r.reward for samples in groups.values() for r in samples]
+        right = [r.solved for samples in groups.values() for r in samples]
         for question, samples in groups.items():
-            solved = [r for r in samples if r.reward]
+            solved = [r for r in samples if r.solved]
             if len(solved) == len(samples):
                 self.retired.add(question)
                 self.samples.pop(question, None)
@@ -162,7 +162,7 @@ class Successes:
                     ids = np.array(r.response_ids, np.int32)
                     kept.setdefault(ids.tobytes(), (ids, np.array(r.sampler_logps, np.float32)))
                 self.samples[question] = list(kept.values())[-self.limit :]
-        self.active = self.active or sum(rewards) / max(1, len(rewards)) > self.start
+        self.active = self.active or sum(right) / max(1, len(right)) > self.start
 
     def sft_due(self):
         return []

@@ -45,7 +45,7 @@ ANSWER_LINE = re.compile(r"(?i:\banswer)[*_ ]*:[*_ $(]*([A-J1-9])[*_ $).]*$", re
 
 class Verdict(NamedTuple):
     reward: float  # 0.0 or 1.0, or what your own grader returned
-    reason: str  # correct (above 0), wrong, no_think, no_answer, timeout; error: grader or worker failed
+    reason: str  # correct (see solved_at), wrong, no_think, no_answer, timeout; error: grader or worker failed
     answer: str = ""  # the answer that was read, normalised, for majority votes; "" if none
 
 
@@ -74,23 +74,28 @@ class Verifier:
     starts at the repository. require_think=False grades the whole response. grade_unclosed grades a
     response without "</think>" as a whole, as LUFFY's evaluation does and its training does not.
     answer_line: where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last
-    line "ANSWER: C" counts as \\boxed{C}; the released code rejects it.
+    line "ANSWER: C" counts as \\boxed{C}; the released code rejects it. solved_at: the reason is
+    "correct" if the reward is at least this. All that asks whether an answer is right asks for the
+    reason, so a reward for format alone does not count as a right answer.
 
     score(responses, answers) keeps the order, and never raises for what a response contains.
     submit() and collect() are its halves, for a caller with other work in between. A worker starts
     with the first answer that needs it, and takes a second or two to import math-verify.
 
-    Raises UserError at once for a grader that does not exist, on entering the context if your own
-    file fails, and in submit, score or collect if a worker cannot start.
+    Raises UserError at once for a grader that does not exist or never gives solved_at, on entering the
+    context if your own file fails, and in submit, score or collect if a worker cannot start.
     """
 
     def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
-                 grade_unclosed=False, answer_line=False):  # fmt: skip
+                 grade_unclosed=False, answer_line=False, solved_at=1.0):  # fmt: skip
+        self.solved_at = solved_at
         self.require_think, self.grade_unclosed, self.answer_line = require_think, grade_unclosed, answer_line
         self.grader = grader if grader in GRADERS else repo_path(grader)
         if grader not in GRADERS and not os.path.isfile(self.grader):
             words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
             raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
+        if grader in GRADERS and solved_at > 1:
+            raise UserError(f"solved_at={solved_at:g}: {grader}'s rewards are 0 and 1, so nothing would be solved; set 1")
         self.tick = lambda: None  # to be set: called after each answer; what it raises ends collect()
         self.broken = None  # the error, if a worker did not start
         self.threads = ThreadPoolExecutor(workers)
@@ -141,12 +146,15 @@ class Verifier:
             return fast
         worker = self.idle.get()
         try:
-            return worker.grade(text, answer)
+            verdict = worker.grade(text, answer)
         except UserError as e:
             self.broken = e
             raise
         finally:
             self.idle.put(worker)
+        if verdict.reason == "graded":
+            verdict = verdict._replace(reason="correct" if verdict.reward >= self.solved_at else "wrong")
+        return verdict
 
 
 class Worker:
@@ -249,7 +257,8 @@ class SoftTimeout(BaseException):
 
 
 def grade(grader, text, answer, timeout):
-    """Call a grader with the soft time limit (seconds). Returns the fields of a Verdict."""
+    """Call a grader with the soft time limit (seconds). Returns the fields of a Verdict; the reason is "graded" where the
+    Verifier is to say whether the reward is enough."""
 
     def alarm(*_):
         raise SoftTimeout
@@ -266,7 +275,7 @@ def grade(grader, text, answer, timeout):
         return 0.0, "error", ""
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    reason = "no_answer" if read is None else "correct" if reward > 0 else "wrong"
+    reason = "no_answer" if read is None else "graded"
     vote = integer(rewrite((read or "")[:1000], MATHD))[:200]  # cut first, because the timer is off
     return float(reward), reason, vote
 

@@ -57,7 +57,7 @@ def accepted(verifier, pairs, what):
         if time.time() - printed > 5:
             printed = time.time()
             print(f"  {what}: {len(verdicts)} of {len(pairs)}, {printed - start:.0f} s", flush=True)
-    return [v.reward > 0 for v in verdicts]
+    return [v.reason == "correct" for v in verdicts]
 
 
 def main():

@@ -93,7 +93,7 @@ def under_fire(grader):
         taken, verdicts = seconds(verifier, pairs)
         stop.set()
         thread.join()
-    right = [p for p, v in zip(pairs, verdicts, strict=True) if v.reward]
+    right = [p for p, v in zip(pairs, verdicts, strict=True) if v.reason == "correct"]
     reasons = {r: sum(v.reason == r for v in verdicts) for r in sorted({v.reason for v in verdicts})}
     print(f"{grader}: {len(pairs)} malformed answers in {taken:.0f} s: {len(right)} called right, {reasons}")
     print(f"largest worker {max(peaks) / 2**30:.2f} GiB, limit {MEMORY / 2**30:.0f} GiB", flush=True)

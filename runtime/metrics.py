@@ -68,13 +68,13 @@ def rollout_metrics(rollouts, n_trained):
     own, replayed, teacher = ([r for r in rollouts if r.source == who] for who in ("own", "replay", "teacher"))
     groups = {}
     for r in own:
-        groups.setdefault(r.problem, []).append(r.reward)
+        groups.setdefault(r.problem, []).append(r.solved)
     columns = {
         "reward/own": [r.reward for r in own],
         "reward/teacher": [r.reward for r in teacher],
         "reward/replayed": [r.reward for r in replayed],
-        "groups/none_solved": [max(g) == 0 for g in groups.values()],
-        "groups/all_solved": [min(g) == 1 for g in groups.values()],
+        "groups/none_solved": [not any(g) for g in groups.values()],
+        "groups/all_solved": [all(g) for g in groups.values()],
         "length/own": [len(r.response_ids) for r in own],
         "length/teacher": [len(r.response_ids) for r in teacher],
         "own/truncated": [r.finish_reason == "length" for r in own],

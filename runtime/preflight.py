@@ -114,12 +114,13 @@ def check_traces(k, problems, tokenizer, verifier):
     verdicts = verifier.score([text for _, _, text in rows], [p.answer for p, _, _ in rows])
     graded = [(p.id, i, p.answer, v, text[-60:]) for (p, i, text), v in zip(rows, verdicts, strict=True)]
     graded = gather_engines(graded, k.tensor_parallel)
-    failed = sorted(g for g in graded if not g[3].reward)
+    failed = sorted(g for g in graded if g[3].reason != "correct")
     share = 1 - len(failed) / len(graded)
     print0(f"teacher traces: {len(graded)} graded, {share:.1%} verified (min_teacher_pass {k.min_teacher_pass:.0%})")
     if share < k.min_teacher_pass:
         shown = "; ".join(
-            f"row {id}: {v.reason}, answer {answer!r}, trace ends {tail!r}" for id, _, answer, v, tail in failed[:3]
+            f"row {id}: {v.reason}, reward {v.reward:g}, answer {answer!r}, trace ends {tail!r}"
+            for id, _, answer, v, tail in failed[:3]
         )
         raise UserError(f"only {share:.1%} of the teacher traces in {k.data} verify, min_teacher_pass is"
                         f" {k.min_teacher_pass:.0%}: check template and answers.\n{shown}")  # fmt: skip

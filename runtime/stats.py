@@ -17,19 +17,21 @@ AVERAGES = {  # the papers' averages: unweighted means over these sources
 }
 # Knobs of eval.py that should be the same when two models are compared.
 PROTOCOL = set(
-    "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line".split()
+    "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line solved_at".split()
 )
 
 
 def summarize(rows):
     """{source: {n, k, avg@k and its 95 % interval, pass@k, pass (unbiased, for powers of two), maj@k, length, truncated,
-    format}} of evaluate's rows; length is in tokens, the last two are shares of the samples."""
+    format}} of evaluate's rows; length is in tokens, the last two are shares of the samples. avg@k is the mean reward;
+    pass@k and maj@k count what the verifier calls correct (Verifier's solved_at)."""
     table = {}
     for source in sorted({r["source"] for r in rows}):
         own = [r for r in rows if r["source"] == source]
         n, k = len(own), len(own[0]["reward"])
         mean = {name: float(np.mean([r[name] for r in own])) for name in ("reward", "length", "format")}
-        counts = [sum(x > 0 for x in r["reward"]) for r in own]
+        right = [[reason == "correct" for reason in r["reason"]] for r in own]
+        counts = [sum(x) for x in right]
         tries = sorted({k, *(2**i for i in range(k.bit_length()))})
         passed = {str(j): sum(pass_at(j, k, c) for c in counts) / n for j in tries if j <= k}
         table[source] = {
@@ -39,7 +41,7 @@ def summarize(rows):
             "avg@k_ci": interval(resample([np.mean([r["reward"] for r in own], 1)])),
             "pass@k": passed[str(k)],
             "pass": passed,
-            "maj@k": sum(majority(r["prediction"], r["reward"]) for r in own) / n,
+            "maj@k": sum(majority(r["prediction"], x) for r, x in zip(own, right, strict=True)) / n,
             "length": mean["length"],
             "truncated": sum(f == "length" for r in own for f in r["finish"]) / (n * k),
             "format": mean["format"],
@@ -53,13 +55,13 @@ def pass_at(j, k, c):
     return 1.0 - float(np.prod([1 - j / i for i in range(k - c + 1, k + 1)])) if k - c >= j else 1.0
 
 
-def majority(predictions, rewards):
-    """The reward of the most frequent prediction; ties are averaged. Samples without a prediction have no vote. Without
-    any vote the reward is 0."""
+def majority(predictions, right):
+    """Is the most frequent prediction right? From 0 to 1: ties are averaged. Samples without a prediction have no vote.
+    Without any vote it is 0."""
     votes = {}
-    for prediction, reward in zip(predictions, rewards, strict=True):
+    for prediction, is_right in zip(predictions, right, strict=True):
         if prediction:
-            votes.setdefault(prediction, []).append(reward)
+            votes.setdefault(prediction, []).append(is_right)
     most = max(map(len, votes.values()), default=0)
     winners = [sum(r) / len(r) for r in votes.values() if len(r) == most]
     return sum(winners) / len(winners) if winners else 0.0

@@ -221,13 +221,13 @@ GRADER = """
 import re
 
 def grade(text, answer):
-    return int(re.findall(r"\\d+", text)[-1]) % 2 == 0
+    return 1.0 if int(re.findall(r"\\d+", text)[-1]) % 2 == 0 else 0.1
 """
 
 
 @pytest.fixture
 def reanswer(tmp_path):
-    """Arguments for a teacher that is the toy's base, and a verifier that accepts even numbers."""
+    """Arguments for a teacher that is the toy's base, and a verifier that accepts even numbers; others get 0.1."""
     (tmp_path / "even.py").write_text(GRADER)
     rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).slice(0, 60)
     pq.write_table(rows, tmp_path / "old.parquet")

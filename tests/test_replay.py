@@ -17,8 +17,12 @@ def problems(n, traces=()):
     return [Problem(i, [2, i], str(i), [[i, 9]] if i in traces else [], "toy") for i in range(n)]
 
 
+def graded(*fields, reward, **more):
+    return Rollout(*fields, reward=reward, reason="correct" if reward >= 1 else "wrong", **more)
+
+
 def group(question, *rewards):
-    return [Rollout(question, [2, question], [i], sampler_logps=[0.0], reward=r) for i, r in enumerate(rewards)]
+    return [graded(question, [2, question], [i], sampler_logps=[0.0], reward=r) for i, r in enumerate(rewards)]
 
 
 # ---------------------------------------------------------------- what all have in common
@@ -120,11 +124,25 @@ def test_failed_questions_wait_in_turn():
 def test_a_replay_or_a_trace_is_no_attempt():
     """Only the step's own samples say whether a question was failed."""
     memory = FailedQuestions(problems(10, traces=range(10)), 3)
-    trace = Rollout(7, [2, 7], [7, 9], source="teacher", n_teacher_tokens=2, reward=1.0)
+    trace = graded(7, [2, 7], [7, 9], source="teacher", n_teacher_tokens=2, reward=1.0)
     memory.observe([*group(7, 0, 0), trace])
     assert memory.queue == [7]
     memory.observe([trace])
     assert memory.queue == [7]
+
+
+def test_a_reward_below_solved_at_is_no_success():
+    """0.1 for format: the question stays failed, and no memory keeps the answer as a right one."""
+    memory = FailedQuestions(problems(10, traces=range(10)), 3)
+    memory.observe(group(7, 0.1, 0.1, 0.9) + group(8, 0.1, 1.0))
+    assert memory.queue == [7]
+    memory = pool()
+    memory.observe(group(1, *[0.9] * 8))
+    assert not memory.active and not memory.retired
+    memory = active(q3=1)
+    memory.observe(group(1, *[0.1] * 8) + group(2, 0.1, 1.0, 0.1))
+    assert memory.retired == set() and sorted(memory.samples) == [2, 3]
+    assert [ids.tolist() for ids, _ in memory.samples[2]] == [[1]] and memory.bucket[2] == round(8 / 3)
 
 
 def test_failed_questions_state():
@@ -144,7 +162,7 @@ def test_failed_questions_state():
 
 def rows(solved, of=8, q=0):
     """A group's own samples, each with a text of its own. The first `solved` are right."""
-    return [Rollout(q, [2, q], [q, i, 9], sampler_logps=[-0.1 * q, -1.0, -i / 8], reward=float(i < solved)) for i in range(of)]
+    return [graded(q, [2, q], [q, i, 9], sampler_logps=[-0.1 * q, -1.0, -i / 8], reward=float(i < solved)) for i in range(of)]
 
 
 def pool(n=100, share=0.5):
@@ -185,7 +203,7 @@ def test_buckets_and_retirement():
 
 def test_a_replay_is_not_counted_as_a_sample():
     """It was chosen because it is right: neither a start, nor a bucket, nor a retirement may follow from it."""
-    replayed = lambda q: Rollout(q, [2, q], [q, 77, 9], source="replay", sampler_logps=[-1.0] * 3, reward=1.0)
+    replayed = lambda q: graded(q, [2, q], [q, 77, 9], source="replay", sampler_logps=[-1.0] * 3, reward=1.0)
     memory = pool()
     memory.observe([replayed(q) for q in range(10)])
     assert not memory.active and not memory.retired
@@ -198,7 +216,7 @@ def test_the_same_answer_is_stored_once():
     memory = active(q1=2)
     memory.observe(rows(3, q=1))
     assert [ids.tolist() for ids, _ in memory.samples[1]] == [[1, 0, 9], [1, 1, 9], [1, 2, 9]]
-    more = [Rollout(1, [2, 1], [1, 40 + i, 9], sampler_logps=[0.0] * 3, reward=1.0) for i in range(3)]
+    more = [graded(1, [2, 1], [1, 40 + i, 9], sampler_logps=[0.0] * 3, reward=1.0) for i in range(3)]
     memory.observe(more + rows(0, q=1))
     assert [ids[1] for ids, _ in memory.samples[1]] == [2, 40, 41, 42]  # the newest four
 

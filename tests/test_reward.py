@@ -172,7 +172,7 @@ def test_what_was_read_for_votes():
             (("", "\\boxed{"), ""),
         ):
             assert [grade(grader, way, "5", 20.0)[2] for way in ways] == [vote] * len(ways), (grader, ways)
-    assert grade(by_math_verify, "the answer is 7", "5", 20.0) == (0.0, "wrong", "7")
+    assert grade(by_math_verify, "the answer is 7", "5", 20.0) == (0.0, "graded", "7")
     assert len(grade(by_oat, f"\\boxed{{{'x+' * 5000}y}}", "5", 20.0)[2]) == 200
 
 
@@ -240,9 +240,22 @@ def test_your_own_grader(tmp_path):
     with Verifier(workers=2, timeout=0.5, grader=str(tmp_path / "own.py")) as v:
         verdicts = v.score([f"</think>{t}" for t in texts], ["2"] * len(texts))
     assert verdicts[:2] == [(1.0, "correct", "\\frac{1}{2}"), (0.0, "wrong", "")]
-    assert [v[:2] for v in verdicts[2:4]] == [(0.5, "correct"), (-1.0, "wrong")]
+    assert [v[:2] for v in verdicts[2:4]] == [(0.5, "wrong"), (-1.0, "wrong")]
     assert [v.reason for v in verdicts[4:]] == ["error", "error", "error", "timeout", "timeout", "correct", "correct"]
     assert verdicts[-1] == (1.0, "correct", "7")  # normalised, so that x = 7 and 7 are the same vote
+
+
+def test_what_counts_as_solved(tmp_path):
+    """The knob solved_at alone says it: neither 0.1 for format nor any other reward below it is a right answer."""
+    (tmp_path / "own.py").write_text("def grade(text, answer):\n    return float(text)")
+    rewards = ["-1", "0", "0.1", "0.5", "0.999", "1", "2"]
+    for knobs, n_solved in (({}, 2), ({"solved_at": 0.5}, 4), ({"solved_at": 2.0}, 1)):
+        with Verifier(workers=1, grader=str(tmp_path / "own.py"), **knobs) as v:
+            verdicts = v.score([f"</think>{r}" for r in rewards], ["2"] * 7)
+        assert [x.reward for x in verdicts] == [float(r) for r in rewards]
+        assert [x.reason for x in verdicts] == ["wrong"] * (7 - n_solved) + ["correct"] * n_solved
+    with pytest.raises(UserError, match="solved_at=1.5: oat's rewards are 0 and 1"):
+        Verifier(grader="oat", solved_at=1.5)
 
 
 def test_a_grader_that_cannot_be_used(tmp_path):
@@ -275,7 +288,9 @@ def test_fast_path_is_the_graders_verdict(grader):
         for b in rng.sample(numbers, 6) + [a]:
             for text in (f"\\boxed{{{a}}}", f" \n\\boxed{{{a}}} "):
                 fast = fast_verdict(text, b)
-                assert fast is not None and tuple(fast) == grade(grader, text, b, 10.0), (text, b)
+                reward, reason, vote = grade(grader, text, b, 10.0)
+                wanted = (reward, "correct" if reward else "wrong", vote)
+                assert fast == wanted and reason == "graded", (text, b)
     for text, answer in (("\\boxed{1+1}", "2"), ("\\boxed{2}.", "2"), ("\\boxed{2}", "2.0"), ("\\boxed{-2}", "2"), ("2", "2")):
         assert fast_verdict(text, answer) is None
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -14,8 +14,9 @@ from runtime.stats import averages, compare, interval, majority, paired_bootstra
 
 def a_row(rewards, source="a", key=0, **changes):
     k = len(rewards)
-    return {"source": source, "key": key, "reward": rewards, "prediction": [str(r) for r in rewards], "length": [10] * k,
-            "finish": ["stop"] * k, "format": [True] * k, **changes}  # fmt: skip
+    reasons = ["correct" if r >= 1 else "wrong" for r in rewards]
+    return {"source": source, "key": key, "reward": rewards, "reason": reasons, "prediction": [str(r) for r in rewards],
+            "length": [10] * k, "finish": ["stop"] * k, "format": [True] * k, **changes}  # fmt: skip
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
@@ -104,6 +105,14 @@ def test_summary():
     assert (a["length"], a["truncated"], a["format"]) == (17.5, 0.125, 0.75)
     assert a["pass"] == {"1": 0.125, "2": 0.25, "4": 0.5} and a["avg@k_ci"] == [0.0, 0.25]
     assert (b["avg@k"], b["pass@k"], b["maj@k"], b["avg@k_ci"]) == (1.0, 1.0, 1.0, [1.0, 1.0])
+
+
+def test_a_reward_below_solved_at_is_not_passed():
+    """0.1 for format counts in the mean reward alone."""
+    a = summarize([a_row([0.1] * 4), a_row([0.1, 0.1, 0.1, 1.0]), a_row([2.0] * 4)])["a"]
+    assert a["avg@k"] == pytest.approx((0.1 + 0.325 + 2) / 3)
+    assert a["pass"] == {"1": pytest.approx(1.25 / 3), "2": pytest.approx(1.5 / 3), "4": pytest.approx(2 / 3)}
+    assert a["maj@k"] == pytest.approx(1 / 3)
 
 
 def test_averages_are_unweighted_and_whole():

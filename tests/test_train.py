@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import eval
 from configurator import ROOT, UserError
 from data import Rollout, load_problems, load_tokenizer, set_aside
-from runtime.metrics import Phases, batch_warnings, step_line
+from reward import Verifier
+from runtime.metrics import Phases, batch_warnings, rollout_metrics, step_line
+from runtime.preflight import check_traces
 from runtime.torch_sampler import TorchSampler
 
 
@@ -534,3 +536,25 @@ def test_the_demo_runs(tmp_path):
     assert done.returncode == 1, done.stderr  # four steps solve nothing, and it says so
     for words in ("sft_verified", "MISSED LUFFY solves it", "holds  GRPO stays at chance", "built on purpose", "picture:"):
         assert words in done.stdout, done.stdout
+
+
+def test_a_reward_for_format_solves_nothing(tmp_path):
+    """Neither a group nor a trace is solved by a reward below solved_at."""
+    rows = [Rollout(q, [2], [1], reward=r, reason="correct" if r >= 1 else "wrong")
+            for q, rewards in enumerate([(0.1, 0.1), (0.1, 1.0), (1.0, 2.0)]) for r in rewards]  # fmt: skip
+    found = rollout_metrics(rows, len(rows))
+    assert found["groups/none_solved"] == found["groups/all_solved"] == pytest.approx(1 / 3)
+    assert found["reward/own"] == pytest.approx(4.3 / 6)
+
+    (tmp_path / "own.py").write_text("def grade(text, answer):\n    return 1.0 if f'{{{answer}}}' in text else 0.1")
+    tokenizer = load_tokenizer(BASE)
+    problems = load_problems(TRAIN, tokenizer, log=lambda *_: None)[:40]
+    knobs = SimpleNamespace(data=TRAIN, n_teacher=1, n_rollouts=8, verified_only=True, preflight_traces=0, seed=0,
+                            tensor_parallel=1, min_teacher_pass=0.5)  # fmt: skip
+    with Verifier(workers=1, grader=str(tmp_path / "own.py")) as verifier:
+        kept = [p for p in check_traces(knobs, problems, tokenizer, verifier) if p.teacher]
+        assert 20 <= len(kept) < 40  # 70 % of the toy's traces are right
+        for p in kept:
+            p.answer = "none"
+        with pytest.raises(UserError, match="only 0.0% of the teacher traces .*\n.*: wrong, reward 0.1, answer 'none'"):
+            check_traces(knobs, kept, tokenizer, verifier)
