@@ -18,6 +18,10 @@ import sys
 import tempfile
 import time
 
+from runtime.process import begin
+
+if __name__ == "__main__":
+    begin()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # ---------------------------------------------------------------- what to measure

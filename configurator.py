@@ -65,7 +65,8 @@ def run(main):
         time.sleep(2 * (rank > 0))
         print(printable(f"error: rank {rank}: {e}" if rank else f"error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:  # before training starts; then runtime/guard.py handles the signal
+    except KeyboardInterrupt:  # in a tool that did not call runtime.process.begin()
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -17,6 +17,10 @@ import re
 import sys
 from functools import partial
 
+from runtime.process import begin, lost_output
+
+if __name__ == "__main__":
+    begin()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # ---------------------------------------------------------------- what to evaluate
@@ -56,7 +60,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
     if sys.argv[1:2] == ["compare"]:
         from runtime.stats import compare
 
-        sys.exit(run(lambda: compare(sys.argv[2:])))
+        sys.exit(run(lambda: compare(sys.argv[2:])) or lost_output())
     config = run(lambda: configure(globals(), sys.argv[1:], __file__))
 
 import numpy as np

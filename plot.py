@@ -16,6 +16,11 @@ import os
 import re
 import sys
 
+from runtime.process import begin
+
+if __name__ == "__main__":
+    begin()
+
 import matplotlib
 
 matplotlib.use("Agg")

@@ -12,6 +12,11 @@ All commands write to *.partial and rename at the end, so a file with its final 
 import argparse
 import sys
 
+from runtime.process import begin, unwind_on_signals
+
+if __name__ == "__main__":
+    begin()
+
 from configurator import UserError, out_of_range, repo_path, run
 
 
@@ -107,7 +112,7 @@ from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
 from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, write_json
 from runtime.folder import Lock, OutputFolder
-from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
+from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.tensors import tensor_files
 from runtime.work import chunk_files, open_work, settings_of, work_through
 
@@ -659,7 +664,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(lambda: main(args))
-    if WORLD > 1 and args.tensor_parallel == 1:  # gloo's threads may abort an orderly exit, see ranks.leave
-        sys.stdout.flush()
-        os._exit(0)
+    if args.command != "reanswer":  # that one continues with what it finds
+        unwind_on_signals()
+    leave(run(lambda: main(args)), getattr(args, "tensor_parallel", 1))

@@ -339,6 +339,7 @@ class VLLMSampler:
             self.asleep -= set(tags)
 
     def close(self):
+        self.llm.llm_engine.engine_core.shutdown()  # at once: what this object holds would keep the engine alive
         del self.llm
 
     @contextlib.contextmanager

@@ -18,14 +18,13 @@ algorithm. The functions below it are in the order of their use. runtime/ keeps 
 
 Writes out_dir/{config.json, metrics.jsonl, rollouts/step_N.jsonl, eval_N.json, ckpt_N/, latest, .lock}. A path starts at the
 repository, or at the current folder if it begins with ./ or ../. --resume=auto continues from the newest checkpoint in
-out_dir. SIGTERM and SIGINT save and end, SIGUSR1 saves; docs/long_run.md has the rest.
+out_dir. SIGTERM, SIGINT and SIGHUP save and end, SIGUSR1 saves; docs/long_run.md has the rest.
 """
 
 import contextlib
 import inspect
 import math
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -33,6 +32,10 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from runtime.process import begin, heartbeat
+
+if __name__ == "__main__":
+    begin()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # The defaults are the embedded toy run (toy/build.py); every config is a small difference from them.
@@ -153,7 +156,6 @@ from runtime import metrics, preflight
 from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.guard import Guard, canary
-from runtime.process import heartbeat
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
 from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
 
@@ -172,7 +174,6 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     preflight.check_knobs(knobs, n_ranks=plan_gpus if dry_run else WORLD, shape=shape)
     if dry_run:
         return preflight.dry_run(knobs)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     device, precision = pick_device(dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
     start_processes(device, shard)
@@ -229,7 +230,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             print0(f"canary: engine and trainer agree to {gap:.1e} in mean |log-prob| (limit {canary_limit})")
             if not checkpoint:
                 run.pending["mismatch/canary"] = gap
-        print0(f"process {os.getpid()}: SIGUSR1 saves a checkpoint, SIGTERM and SIGINT save and end")
+        print0(f"process {os.getpid()}: SIGUSR1 saves a checkpoint, SIGTERM, SIGINT and SIGHUP save and end")
         if run.pending:  # step 0, or a step that was saved before its evaluation
             finish()
             if run.step == max_steps:
@@ -318,8 +319,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         print0(f"done in {time.time() - start:.0f} s: {run.folder}")
     if engine:
         engine.close()
-    if log == "wandb" and RANK == 0:
-        metrics.end_wandb(guard.agreed)
+    run.end_wandb(guard.agreed)
     end_processes(shard)
     return 128 + guard.agreed if guard.agreed else 0
 

@@ -1,9 +1,9 @@
 """
 What ends a run early: signals, and ranks that die or hang.
 
-SIGTERM and SIGINT ask the run to save and end, SIGUSR1 to save and continue; a second SIGTERM or SIGINT ends the
-process at once. A handler only sets a flag. The flag is read where all ranks can agree on it, so that no rank leaves
-while another waits for it. A thread follows the progress of all ranks, and ends the run when none makes any.
+The signals in ENDING ask the run to save and end, SIGUSR1 to save and continue; a second one in ENDING ends the process
+at once. A handler only sets a flag. The flag is read where all ranks can agree on it, so that no rank leaves while
+another waits for it. A thread follows the progress of all ranks, and ends the run when none makes any.
 """
 
 import contextlib
@@ -20,8 +20,11 @@ import torch.distributed as dist
 
 from configurator import UserError
 from data import Rollout, pack
+from runtime.process import tell
 from runtime.ranks import RANK, WORLD
 
+# What a scheduler, Ctrl-C, a closed terminal, or a batch system that warns sends.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
 EVERY = 1.0  # seconds between two checks of the ranks' progress
 
 
@@ -46,7 +49,10 @@ class Guard:
     # ------------------------------------------------------------ signals
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        ours = {signal.SIGUSR1, *ENDING}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup it stays so
+            ours.remove(signal.SIGHUP)
+        self.before = {s: signal.signal(s, self.handle) for s in ours}
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
         return self
@@ -77,7 +83,7 @@ class Guard:
             self.save_asked = True
         elif not self.received:
             self.received, self.received_at = number, time.monotonic()
-            os.write(2, f"rank {self.rank}: {signal.Signals(number).name}: saving; a second signal ends it at once\n".encode())
+            tell(f"rank {self.rank}: {signal.Signals(number).name}: saving; a second signal ends it at once")
         elif time.monotonic() - self.received_at > 1:  # within a second it is the same signal, sent twice
             os._exit(128 + number)
 
@@ -134,13 +140,13 @@ class Guard:
         its machine froze."""
         if self.world > 1:
             threading.Thread(target=self.exchange, daemon=True).start()
-        last, since = None, time.monotonic()
+        last, quiet = None, 0  # checks without progress: a clock would go on while the process is stopped (Ctrl-Z)
         while not self.ended.wait(EVERY):
             self.seen[self.rank] = f"{self.count} {self.where}"
             patience = self.hang_timeout + EVERY * self.rank  # so that one rank reports before torchrun ends them all
             if self.seen != last:
-                last, since = dict(self.seen), time.monotonic()
-            elif time.monotonic() - since > patience:
+                last, quiet = dict(self.seen), 0
+            elif (quiet := quiet + 1) * EVERY > patience:
                 words = f"error: no rank made progress for {self.hang_timeout:g} s (hang_timeout): {self.places()}"
                 print(words, file=sys.stderr)
                 faulthandler.dump_traceback(all_threads=True)

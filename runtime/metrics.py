@@ -10,10 +10,11 @@ import json
 import math
 import os
 import re
+import threading
 import time
 
 from configurator import UserError, printable
-from data import response_text, unpack
+from data import first_line, response_text, unpack
 from runtime.files import write_lines
 from runtime.plan import measured_memory
 from runtime.ranks import all_reduce, gather
@@ -217,10 +218,11 @@ def start_wandb(name, config, run_id):
     project, mode and server. Returns the run's id. Raises UserError if the package fails, for example without a login."""
     import wandb
 
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default it would wait for the network for ever
     try:
         project = os.environ.get("WANDB_PROJECT", "nano-luffy")
         return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow").id
-    except wandb.errors.Error as e:
+    except Exception as e:
         raise UserError(f"log='wandb': {e}: run 'wandb login', or set WANDB_MODE=offline") from None
 
 
@@ -232,10 +234,28 @@ def to_wandb(record):
 
 
 def end_wandb(exit_code):
-    """Wait until everything is sent."""
+    """Wait until everything is sent, but not for ever."""
     import wandb
 
     wandb.finish(exit_code)
+
+
+def fault_of(function, *arguments, limit=90.0):
+    """Call a function in a thread of its own. Returns what it raised, as text, or that it did not return within `limit`
+    seconds; "" if all went well."""
+    fault = [f"no answer for {limit:g} s"]
+
+    def work():
+        try:
+            function(*arguments)
+            fault[0] = ""
+        except BaseException as e:  # a package may call sys.exit
+            fault[0] = f"{type(e).__name__}: {first_line(e)}"
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit)
+    return fault[0]
 
 
 def rewind(folder, step, evaluated):

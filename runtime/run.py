@@ -6,12 +6,14 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from configurator import UserError, provenance, repo_path
+from configurator import UserError, printable, provenance, repo_path
 from runtime.checkpoint import NotSaved, check_same, find, prune, put_aside, restore, save, together
 from runtime.files import fingerprint, make_folder, model_path, weights_digest, write_json
 from runtime.metrics import (
     batch_warnings,
     collapse,
+    end_wandb,
+    fault_of,
     finite,
     memory_ledger,
     rewind,
@@ -80,8 +82,18 @@ class Run:
         self.unwritten.append(record)
         if self.try_to(write_metrics, self.folder, self.unwritten):
             self.unwritten.clear()
-        if self.log == "wandb" and RANK == 0:
-            to_wandb(record)
+        self.try_wandb(to_wandb, record)
+
+    def end_wandb(self, exit_code):
+        """Send to Weights & Biases what is not sent yet, and say with which code the run ends."""
+        self.try_wandb(end_wandb, exit_code)
+
+    def try_wandb(self, function, argument):
+        """Call a function that talks to Weights & Biases, on rank 0 and if it is asked for. If it fails or does not return,
+        it prints a warning, and the run continues without."""
+        if self.log == "wandb" and RANK == 0 and (fault := fault_of(function, argument)):
+            self.log = "jsonl"
+            print(printable(f"warning: wandb: {fault}: the run goes on without it; metrics.jsonl has all"), flush=True)
 
     def try_to(self, function, *arguments):
         """Call a function that writes files for people, on rank 0. If writing fails, it prints a warning and the run

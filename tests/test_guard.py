@@ -81,6 +81,32 @@ def test_a_second_signal_ends_at_once():
     process.communicate()
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR2", "SIGXCPU"])
+def test_what_else_ends_a_process_saves_first(name):
+    """A closed terminal, and what batch systems send. A full disk under stderr is no matter."""
+    number, calls, stderr = getattr(signal, name), [], os.dup(2)
+    try:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        with Guard(60) as guard:
+            guard.on_stop = lambda: calls.append(1)
+            os.kill(os.getpid(), number)
+            guard.agree()
+    finally:
+        os.dup2(stderr, 2)
+    assert calls == [1] and guard.agreed == number
+
+
+def test_under_nohup_a_hang_up_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Guard(60) as guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            guard.agree()
+        assert not guard.agreed and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_hang_ends_with_the_place_and_a_traceback():
     process = child(
         "import time; from runtime.guard import Guard\ndef stuck():\n    time.sleep(1000)\n"
@@ -90,6 +116,20 @@ def test_a_hang_ends_with_the_place_and_a_traceback():
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.time() - start < 30
     assert "no rank made progress for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
+
+
+def test_a_process_that_was_stopped_is_not_a_hang():
+    """Ctrl-Z and fg, or a scheduler that suspends a job: the time in between does not count."""
+    process = child(
+        "import time; from runtime.guard import Guard\nwith Guard(3):\n    print('in', flush=True)\n"
+        "    for _ in range(15): time.sleep(0.1)"
+    )
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_a_store_that_never_answers_stops_no_clock():

@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import metrics
 
 from configurator import ROOT, UserError
+from runtime.metrics import fault_of
+from runtime.run import Run
 
 # The package's own dependencies come behind ours, as pip would have it in one environment.
 START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -23,6 +27,28 @@ def test_its_package_is_asked_for_before_any_work(script, monkeypatch, tmp_path)
         with pytest.raises(UserError, match="pip install wandb"):
             module.main()
     assert not (tmp_path / "run").exists()
+
+
+def raises(*arguments, **keywords):
+    raise OSError("the network is gone\nand more")
+
+
+@pytest.mark.parametrize(("fails", "words"), [(raises, "OSError: the network is gone"), (sys.exit, "SystemExit"),
+                                              (lambda *a, **k: time.sleep(60), "no answer for 0.2 s")])  # fmt: skip
+def test_a_run_goes_on_without_it(tmp_path, monkeypatch, capsys, fails, words):
+    """wandb.log fails: one warning, and it is never asked again. (The package itself is played here; below it is real.)"""
+    calls = []
+    package = SimpleNamespace(log=lambda *a, **k: calls.append(a) or fails(), finish=lambda code: calls.append(code))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr(fault_of, "__kwdefaults__", {"limit": 0.2})
+    run = Run(str(tmp_path), {}, "wandb")
+    for step in (0, 1):
+        run.advance(step, {}, {"step": step})
+        run.write_line({})
+    run.end_wandb(0)
+    assert len(calls) == 1 and [row["step"] for row in metrics(tmp_path)] == [0, 1]
+    shown = capsys.readouterr().out
+    assert shown.count("warning: wandb:") == 1 and words in shown and "and more" not in shown
 
 
 @pytest.mark.slow
