@@ -172,7 +172,8 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     device, precision = pick_device(dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
-    start_processes(device, shard)
+    start_processes(device, shard, config)
+    preflight.check_common_folder(repo_path(out_dir))
     checkpoint = find_checkpoint(out_dir, resume)
     if checkpoint and checkpoint.run["step"] >= max_steps and not checkpoint.run["pending"]:
         print0(f"nothing to do: {checkpoint.path} has {checkpoint.run['step']} steps, max_steps is {max_steps}")

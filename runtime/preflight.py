@@ -4,14 +4,18 @@ which names the knob or the file, and the remedy. k: all knobs of train.py, as a
 """
 
 import importlib.util
+import os
+import secrets
+import socket
+import time
 
 import torch
 
 from configurator import UserError, repo_path
 from data import Order, check_same_tokens, count_rows, load_tokenizer, response_text
-from runtime.files import load_config, model_path
+from runtime.files import load_config, make_folder, model_path
 from runtime.plan import print_plan
-from runtime.ranks import WORLD, gather_engines, mine, print0
+from runtime.ranks import MACHINES, RANK, WORLD, all_ranks, gather_engines, mine, print0
 
 
 def check_knobs(k, n_ranks, shape):
@@ -71,6 +75,31 @@ def show_plan(k, model_config, teacher_config, problems, device):
     gpu_gib = torch.cuda.mem_get_info()[1] / 2**30 if device == "cuda" else 0
     print_plan(vars(k), model_config, len(problems), WORLD, on_gpu=device == "cuda", gpu_gib=gpu_gib, log=print0,
                teacher_config=teacher_config)  # fmt: skip
+
+
+def check_common_folder(folder):
+    """Raise UserError unless all machines see the same folder: each would write its share of a checkpoint into its own. A
+    collective. With several machines it makes the folder."""
+    if MACHINES == 1:
+        return
+    error, path = None, os.path.join(folder, all_ranks(f"common.{secrets.token_hex(8)}.partial")[0])
+    if RANK == 0:
+        try:
+            make_folder(folder)
+            open(path, "w").close()
+        except (OSError, UserError) as e:
+            error = str(e)
+    if error := all_ranks(error)[0]:
+        raise UserError(error)
+    end = time.monotonic() + 30  # a network file system may show a new file late
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.5)
+    hosts = all_ranks((socket.gethostname(), os.path.exists(path)))
+    if RANK == 0:
+        os.remove(path)
+    if others := [host for host, seen in hosts if not seen]:
+        raise UserError(f"{folder} on {others[0]} is not the folder of that name on {hosts[0][0]}: several machines need a"
+                        " common out_dir, for example on NFS")  # fmt: skip
 
 
 def check_models(k, base, tokenizer, model_config):
