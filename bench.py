@@ -206,7 +206,7 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     c = model_config()
     check_knobs()
-    start_processes(device, shard)
+    start_processes(device, shard, config)
     torch.manual_seed(0)
     with torch.device(device):
         hf = AutoModelForCausalLM.from_config(c, attn_implementation="packed_sdpa", dtype=torch.float32)

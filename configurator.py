@@ -57,12 +57,12 @@ def repo_path(path):
 def run(main):
     """Return main(). A UserError is printed to stderr and ends the process with exit code 2.
 
-    When all ranks fail in the same way, only rank 0 prints: torchrun ends the others while they wait."""
+    When all ranks fail in the same way, only the first on each machine prints: torchrun ends the others while they wait."""
     try:
         return main()
     except UserError as e:
         rank = int(os.environ.get("RANK", 0))
-        time.sleep(2 * (rank > 0))
+        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))
         print(printable(f"error: rank {rank}: {e}" if rank else f"error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:  # in a tool that did not call runtime.process.begin()

@@ -233,7 +233,7 @@ def main():
         full = sum(n >= context for n in lengths)
         print0(f"note: responses end at the context of {context} tokens; {full} prompts fill it and count as wrong")
     device, precision = pick_device(dtype)
-    start_processes(device, "none")
+    start_processes(device, "none", config)
     compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
     settings = settings_of(compared, problems, model=name, sampler=engine_kind, dtype=precision, grader=grader)
     engine, tables, chunks = None, {}, cut(problems, k_of)

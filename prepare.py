@@ -374,7 +374,7 @@ def prepare_reanswer(args):
         longest = max(len(p.prompt_ids) for p in problems)
         device, dtype = pick_device(args.dtype)
         sampler = choose_sampler(args.sampler)  # what "auto" is here: samples of two samplers must not be mixed
-        start_processes(device, "none")
+        start_processes(device, "none", vars(args))
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think", "solved_at")
         knobs = {knob: getattr(args, knob) for knob in compared}
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)

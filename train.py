@@ -176,7 +176,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         return preflight.dry_run(knobs)
     device, precision = pick_device(dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
-    start_processes(device, shard)
+    start_processes(device, shard, config)
     with contextlib.ExitStack() as stack:
         folder = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
         checkpoint = find_checkpoint(stack.enter_context(folder), resume)

@@ -42,6 +42,9 @@ COMMANDS = {
     "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
     "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
     "python measure/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
+    "python measure/two_hosts.py": "by hand: it needs root and half an hour",
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=1 train.py"
+    " config/luffy_7b.py --resume=auto": "by measure/two_hosts.py",
     # Two commands, and a look round.
     "make demo": [],
     "make demo SEEDS=3": [("make", "make --dry-run")],
@@ -169,7 +172,8 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout".split())
+    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help".split())
+    known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id"}
     for path in (
         "train.py",
         "eval.py",

@@ -7,7 +7,8 @@ Checkpoints: what a run needs to continue, written whole or not at all.
     out_dir/latest           a link to the newest checkpoint
 
 Tensors are written whole, in safetensors, and the ranks share the writing, so any number of ranks can read them, under
-any sharding. No file is a pickle, unlike those of torch.distributed.checkpoint. Several machines need a common folder.
+any sharding. No file is a pickle, unlike those of torch.distributed.checkpoint. Several machines need a common folder
+(OutputFolder checks that they have one).
 """
 
 import glob
@@ -224,7 +225,7 @@ def find(folder, log):
     """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is no
     checkpoint at all. All ranks call it. Raises UserError if there are checkpoints and none verifies."""
     faults = []
-    for step in sorted(steps_in(folder), reverse=True):
+    for step in sorted(all_ranks(steps_in(folder))[0], reverse=True):  # a network file system may show them late elsewhere
         path = os.path.join(folder, f"ckpt_{step}")
         run, fault = read_run(path)
         for name in sorted(run["files"])[RANK::WORLD] if run else ():

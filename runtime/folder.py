@@ -15,7 +15,7 @@ import time
 
 from configurator import ROOT, UserError, repo_path
 from runtime.files import remove_partials
-from runtime.ranks import RANK, barrier, print0
+from runtime.ranks import MACHINES, RANK, all_ranks, print0
 
 MARK = ".lock"  # the file's name
 TITLE = "nano-luffy"  # its first word
@@ -87,11 +87,32 @@ class OutputFolder:
                 raise UserError(f"out_dir={out_dir!r} holds {name}, which is read: choose another out_dir")
 
     def __enter__(self):
+        error = None
         if RANK == 0:
             self.ours = not os.path.isdir(self.path) or os.path.exists(os.path.join(self.path, MARK))
-            self.take()
-        barrier()
+            try:
+                self.take()
+            except UserError as e:
+                error = e
+        if error := all_ranks(error)[0]:
+            raise error
+        if MACHINES > 1:
+            self.check_common()
         return self
+
+    def check_common(self):
+        """Raise UserError unless all machines see the same folder: each would write its share of a checkpoint into its own.
+        A collective."""
+        line, seen = all_ranks(self.lock.first_line() if RANK == 0 else None)[0], RANK == 0
+        end = time.monotonic() + 30  # a network file system may show a new file late
+        while not seen and time.monotonic() < end:
+            with contextlib.suppress(OSError), open(os.path.join(self.path, MARK)) as f:
+                seen = f.readline() == line
+            time.sleep(0 if seen else 0.5)
+        hosts = all_ranks((platform.node(), seen))
+        if others := [host for host, seen in hosts if not seen]:
+            raise UserError(f"{self.path} on {others[0]} is not the folder of that name on {hosts[0][0]}: several machines"
+                            " need a common out_dir, for example on NFS")  # fmt: skip
 
     def take(self):
         """Make the folder if necessary, lock it, and check that it is ours."""

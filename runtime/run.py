@@ -23,7 +23,7 @@ from runtime.metrics import (
     write_metrics,
     write_rollouts,
 )
-from runtime.ranks import RANK, WORLD, barrier, gather, print0
+from runtime.ranks import LOCAL_RANK, RANK, WORLD, all_ranks, barrier, check_same_on_machines, print0
 
 PROGRESS = ("step", "order", "pending", "n_updates", "n_skipped")  # what a checkpoint's run.json holds of a Run
 
@@ -152,18 +152,21 @@ def find_checkpoint(folder, resume):
 def identify(config, problems, sampler, dtype, checkpoint):
     """What must stay the same when a run is resumed; also which code wrote it, and how many ranks. config: all knobs;
     sampler, dtype: as resolved. Files are compared by content, not by name. A model folder that is gone is not compared,
-    because resuming does not need it."""
-    grader, inputs = repo_path(config["grader"]), {}
-    if RANK == 0:  # only one rank, because every file is read whole
+    because resuming does not need it. Raises UserError if the files of another machine differ."""
+    grader, inputs, eval_data = repo_path(config["grader"]), {}, {}
+    if LOCAL_RANK == 0:  # only one rank of a machine, because every file is read whole
         inputs = {"data": fingerprint(repo_path(config["data"]))}
         inputs["grader"] = fingerprint(grader) if os.path.isfile(grader) else config["grader"]
         for name in ("model", "teacher_model"):
             if folder := config[name]:
                 there = not checkpoint or os.path.isdir(repo_path(folder))
                 inputs[name] = weights_digest(model_path(folder)) if there else checkpoint.run["inputs"].get(name)
+        if config["eval_data"]:  # a resumed run may have another one, but not some of its machines
+            eval_data = {"eval_data": fingerprint(repo_path(config["eval_data"]))}
+    check_same_on_machines(inputs | eval_data)
     return {
         "knobs": {**config, "sampler": sampler, "dtype": dtype},
-        "inputs": {**gather([inputs])[0], "problems": len(problems)},
+        "inputs": {**all_ranks(inputs)[0], "problems": len(problems)},
         "world_size": WORLD,
         "written_by": provenance(),
     }

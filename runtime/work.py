@@ -10,7 +10,7 @@ import time
 from configurator import ROOT, provenance, repo_path
 from data import digest
 from runtime.files import make_folder, weights_digest, write_json, write_lines
-from runtime.ranks import RANK, WORLD, barrier, print0
+from runtime.ranks import LOCAL_RANK, RANK, WORLD, barrier, check_same_on_machines, print0
 
 WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order
 
@@ -24,7 +24,7 @@ def settings_of(knobs, problems, model, sampler, dtype, grader):
     return {
         **knobs,
         "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),
-        "weights": weights_digest(model) if RANK == 0 else None,  # only rank 0 compares; it takes seconds per gigabyte
+        "weights": weights_digest(model) if LOCAL_RANK == 0 else None,  # once per machine: seconds per gigabyte
         "code": digest(own),
         "grader": open(repo_path(grader)).read() if os.path.isfile(repo_path(grader)) else grader,
         "sampler": sampler,
@@ -36,6 +36,7 @@ def open_work(folder, settings, knobs):
     """Prepare the folder of the work, an OutputFolder's path. Samples made with the same settings are kept, those of other
     settings are moved aside. All ranks return together, so they agree on which chunks are missing: all of them or none must
     start vLLM."""
+    check_same_on_machines(settings)
     path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
     if RANK == 0:
         try:

@@ -1,0 +1,69 @@
+"""What several machines check before they exchange anything. measure/two_hosts.py does it with two real ones."""
+
+import json
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from configurator import UserError
+from measure.two_hosts import C10D, STATIC, launch_line
+from runtime import ranks
+
+KNOBS = {"learning_rate": 1e-4, "model": "toy/base"}
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """A function that calls the roll on rank 0, against a real store where rank 1 of machine "other" has left its values."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "ROLL_CALL", 0.1)
+
+    def calling(other=None, reached=True, comes=True):
+        if comes:
+            packages = {k: v for k, v in ranks.provenance().items() if k not in ("git", "edited", "python")}
+            values = {**KNOBS, **ranks.source(), **packages, **(other or {})}
+            store.set("roll call 0/start/1", json.dumps(["other", reached, values]))
+        ranks.roll_call(KNOBS)
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    return calling
+
+
+def test_machines_that_are_alike_start(call):
+    call()
+
+
+@pytest.mark.parametrize("name,value", [("learning_rate", 2e-4), ("train.py", "sha256 0"), ("torch", "1.0"), ("extra", 1)])
+def test_a_machine_that_is_unlike_is_named(call, name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value!r} on other, but .* on {socket.gethostname()}: several machines"):
+        call({name: value})
+
+
+def test_a_machine_that_does_not_come(call):
+    with pytest.raises(UserError, match=r"rank 1 did not start within 0.1 s"):
+        call(comes=False)
+
+
+def test_a_machine_that_cannot_be_reached(call):
+    with pytest.raises(UserError, match=r"the name other is the loopback .*GLOO_SOCKET_IFNAME"):
+        call(reached=False)
+
+
+def test_what_can_be_reached(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name in ("localhost", "127.0.1.1", "no.such.name.invalid", "192.0.2.1"):  # the last is no address of this machine
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        assert not ranks.can_be_reached()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert ranks.can_be_reached()
+
+
+@pytest.mark.parametrize("page", [STATIC, C10D])
+def test_the_launch_lines_are_on_their_pages(page):
+    line = launch_line(page, node=1, n_processes=2)
+    assert line[0] == "--nnodes=2" and "--nproc_per_node=2" in line and line[-1] == "train.py"
+    assert "10.77.0.1" in " ".join(line)
