@@ -365,7 +365,7 @@ def prepare_reanswer(args):
         start_processes(device, "none")
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think")
         knobs = {knob: getattr(args, knob) for knob in compared}
-        settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)
+        settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, verifier=verifier)
         open_work(work, settings, vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]

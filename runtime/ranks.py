@@ -8,6 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
 from runtime.process import die_with_parent
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -71,6 +72,13 @@ def all_ranks(item):
     if WORLD > 1:
         dist.all_gather_object(found, item)
     return found
+
+
+def agreed(item, what):
+    """`item`, which must be the same on all ranks. Otherwise raises UserError, which names it by `what`."""
+    if any(other != item for other in all_ranks(item)):
+        raise UserError(f"{what} is not the same on all ranks: did it change while they started? Start again")
+    return item
 
 
 def gather(items):
