@@ -235,7 +235,7 @@ def main():
     device, precision = pick_device(dtype)
     start_processes(device, "none", config)
     compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
-    settings = settings_of(compared, problems, model=name, sampler=engine_kind, dtype=precision, grader=grader)
+    settings = settings_of(compared, problems, model=name, sampler=engine_kind, dtype=precision, verifier=verifier)
     engine, tables, chunks = None, {}, cut(problems, k_of)
 
     def work(part, t):

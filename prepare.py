@@ -377,7 +377,7 @@ def prepare_reanswer(args):
         start_processes(device, "none", vars(args))
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think", "solved_at")
         knobs = {knob: getattr(args, knob) for knob in compared}
-        settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, grader=args.grader)
+        settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, verifier=verifier)
         stack.enter_context(OutputFolder(work, "prepare.py"))
         open_work(work, settings, vars(args))
         size = max(1, args.chunk // args.k)

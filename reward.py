@@ -9,37 +9,44 @@ grader is one of
     oat           the rule of LUFFY's evaluation: the last \\boxed{} alone (runtime/oat.py)
     FILE.py       your own: it defines grade(text, answer), which returns the reward, a bool or a
                   number; or a tuple of the reward and the answer it read, a string, for majority
-                  votes (otherwise the vote is what is boxed)
+                  votes (otherwise the vote is what is boxed). It is read once, when the Verifier is made
 
 Some inputs (9^{9^{9^9}}, or 100000000! under gmpy2) never return, and some ignore signals. So a
 worker has a soft time limit inside, and a hard one outside: then it is killed and replaced, and
 only that one answer is lost.
+
+A grader may run programs that the model wrote. They do not get the channel between verifier and
+worker, and they end with the worker. They run as the same user, so they are not shut in.
 """
 
-import contextlib
 import json
 import math
 import os
 import queue
 import re
 import resource
-import runpy
-import select
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from configurator import UserError, repo_path
+from configurator import UserError, printable, repo_path
 from runtime.latex import parse_in_two_stages
 from runtime.oat import MATHD, by_oat, integer, last_boxed, rewrite
-from runtime.process import die_with_parent, heartbeat
+from runtime.process import die_with_parent, end_group_at_death, end_tree, heartbeat
 
 START = 120.0  # seconds a worker may take to import math-verify
 GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one outside
 MEMORY = 4 << 30  # bytes of a worker's address space
+LONGEST = 10_000  # bytes of a worker's reply, which names at most 200 characters of an answer and 300 of an error
+LARGEST = 1e6  # a reward's largest magnitude: float32 holds its square, summed over any batch
+SHOWN = 3  # errors of your own grader that are shown
 ANSWER_LINE = re.compile(r"(?i:\banswer)[*_ ]*:[*_ $(]*([A-J1-9])[*_ $).]*$", re.MULTILINE)
 
 
@@ -90,22 +97,23 @@ class Verifier:
                  grade_unclosed=False, answer_line=False, solved_at=1.0):  # fmt: skip
         self.solved_at = solved_at
         self.require_think, self.grade_unclosed, self.answer_line = require_think, grade_unclosed, answer_line
-        self.grader = grader if grader in GRADERS else repo_path(grader)
-        if grader not in GRADERS and not os.path.isfile(self.grader):
-            words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
-            raise UserError(f"grader={grader!r}: there is no file {self.grader}; {words}")
-        if grader in GRADERS and solved_at > 1:
+        self.grader, self.source = grader, None  # source: the bytes of your own file
+        if grader not in GRADERS:
+            self.grader = repo_path(grader)
+            self.source = read_grader(grader, self.grader)
+        if self.source is None and solved_at > 1:
             raise UserError(f"solved_at={solved_at:g}: {grader}'s rewards are 0 and 1, so nothing would be solved; set 1")
         self.tick = lambda: None  # to be set: called after each answer; what it raises ends collect()
         self.broken = None  # the error, if a worker did not start
+        self.faults, self.n_shown = [], 0  # the first errors of your own grader, in words
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
-        self.workers = [Worker(timeout, self.grader) for _ in range(workers)]
+        self.workers = [Worker(timeout, self.grader, self.source) for _ in range(workers)]
         for worker in self.workers:
             self.idle.put(worker)
 
     def __enter__(self):
-        if self.grader not in GRADERS:  # a mistake in your file shows now, not after hours of sampling
+        if self.source is not None:  # a mistake in your file shows now, not after hours of sampling
             self.workers[0].start()
         return self
 
@@ -132,6 +140,10 @@ class Verifier:
                 verdicts.append(handle.result())
                 show(len(verdicts))
                 self.tick()
+        new = self.faults[self.n_shown :]
+        self.n_shown += len(new)
+        for words in new:  # not from the threads, which would print into the bar
+            print(printable(f"warning: {words}"), flush=True)
         return verdicts
 
     def verdict(self, response, answer):
@@ -142,11 +154,11 @@ class Verifier:
         if self.answer_line and re.fullmatch("[A-J1-9]", answer) and "\\boxed" not in text:
             letters = ANSWER_LINE.findall(text)
             text = f"\\boxed{{{letters[-1]}}}" if letters else text
-        if self.grader in GRADERS and (fast := fast_verdict(text, answer)):
+        if self.source is None and (fast := fast_verdict(text, answer)):
             return fast
         worker = self.idle.get()
         try:
-            verdict = worker.grade(text, answer)
+            verdict, fault = worker.grade(text, answer)
         except UserError as e:
             self.broken = e
             raise
@@ -154,65 +166,102 @@ class Verifier:
             self.idle.put(worker)
         if verdict.reason == "graded":
             verdict = verdict._replace(reason="correct" if verdict.reward >= self.solved_at else "wrong")
+        if fault and self.source is not None and len(self.faults) < SHOWN:
+            what = f"ground truth {answer[:40]!r}, answer ending in {text[-80:]!r}"
+            more = "; further errors are not shown" if len(self.faults) == SHOWN - 1 else ""
+            self.faults.append(f"{self.grader}: {fault}; reward 0 for {what}{more}")
         return verdict
 
 
-class Worker:
-    """One child process, `python reward.py TIMEOUT GRADER`, that reads and writes JSON lines. It is
-    started when it is needed, and replaced if it died."""
+def read_grader(knob, path):
+    """The bytes of your own grader's file. Raises UserError if they cannot be read."""
+    if not os.path.isfile(path):
+        words = f"write {', '.join(GRADERS)} or the path of a file that defines grade(text, answer)"
+        raise UserError(f"grader={knob!r}: there is no file {path}; {words}")
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise UserError(f"grader={knob!r}: {path} cannot be read: {e.strerror}") from None
 
-    def __init__(self, timeout, grader):
-        self.timeout, self.grader, self.process = timeout, grader, None
+
+class Worker:
+    """One child process, `python reward.py DESCRIPTOR`. It is started when it is needed, and replaced if it died or
+    cannot be trusted any more.
+
+    Requests and replies are lines "NUMBER JSON" on a socket that only these two processes hold. The first request names
+    the grader. Each has a random number, which its reply repeats: a line that something else wrote is no verdict.
+    """
+
+    def __init__(self, timeout, grader, source):
+        self.timeout, self.grader, self.source, self.process = timeout, grader, source, None
 
     def grade(self, text, answer):
+        """-> the Verdict, and what went wrong, "" if nothing did"""
         for _ in range(2):  # one that was killed from outside shows only now: try a new one once
-            if self.process is None or self.process.poll() is not None:
+            if self.process is None:
                 self.start()
-            reply = self.ask({"text": text, "answer": answer})
-            if reply == "timeout":
+            try:
+                *fields, fault = self.ask([text, answer], self.timeout + GRACE)
+            except TimeoutError:
                 self.kill()
-                return Verdict(0.0, "timeout")
-            if reply is not None:
-                return Verdict(*reply)
-            self.kill()
-        return Verdict(0.0, "error")
+                return Verdict(0.0, "timeout"), ""
+            except (OSError, ValueError):
+                self.kill()
+                continue
+            verdict = Verdict(*fields)
+            if verdict.reason == "timeout" and self.source is not None:
+                self.kill()  # a program of that answer may still run, or talk to the grader out of turn
+            return verdict, fault
+        return Verdict(0.0, "error"), "its worker died twice, or something else wrote to the channel"
 
-    def ask(self, request):
-        """The worker's [reward, reason, answer]; "timeout" after the hard limit; None if it died."""
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-            if not select.select([self.process.stdout], [], [], self.timeout + GRACE)[0]:
-                return "timeout"
-            line = self.process.stdout.readline()
-            return json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError):
-            return None
+    def ask(self, request, seconds):
+        """The reply to a request. Raises TimeoutError after `seconds` in all, for writing and reading; OSError or
+        ValueError if the worker died or its reply is none."""
+        number, end = secrets.token_hex(8).encode(), time.monotonic() + seconds
+        self.channel.settimeout(seconds)
+        self.channel.sendall(b"%s %s\n" % (number, json.dumps(request).encode()))
+        line = b""
+        while b"\n" not in line:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.channel.settimeout(left)
+            part = self.channel.recv(LONGEST)
+            line += part
+            if not part or len(line) > LONGEST:
+                raise ConnectionError
+        if not line.startswith(number + b" "):
+            raise ConnectionError
+        return json.loads(line[len(number) :])
 
     def start(self):
-        self.kill()
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(self.timeout), self.grader],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
-        # It says "ready", or why not. Its imports do not count against the first answer's time.
-        spoke = select.select([self.process.stdout], [], [], START)[0]
-        line = self.process.stdout.readline() if spoke else b"no answer"
-        if line != b"ready\n":
+        self.channel, theirs = socket.socketpair()  # not pipes, which any process of this user can open through /proc
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+        source = self.source if self.source is None else self.source.decode("latin-1")
+        try:  # It says "ready", or why not. Its imports do not count against the first answer's time.
+            reply = self.ask([self.timeout, self.grader, source], START)
+        except TimeoutError:
+            reply = f"no answer for {START:g} s"
+        except (OSError, ValueError):
+            reply = "it died"
+        if reply != "ready":
             self.kill()
-            why = line.decode(errors="replace").strip() or "it died"
-            if self.grader not in GRADERS:
-                why += f"; {self.grader} must run and define grade(text, answer)"
-            raise UserError(f"the verifier's worker does not start: {why}")
+            if self.source is not None:
+                reply += f"; {self.grader} must run and define grade(text, answer)"
+            raise UserError(f"the verifier's worker does not start: {reply}")
 
     def kill(self):
+        """End the worker, and the programs that its grader started."""
         if self.process:
-            self.process.kill()
+            end_tree(self.process.pid)
             self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):  # close() flushes, and the pipe may be broken
-                    pipe.close()
+            self.channel.close()
             self.process = None
 
 
@@ -234,14 +283,26 @@ def by_math_verify(text, answer):
     return verify(gold, found, timeout_seconds=None), read
 
 
-def by_file(path):
+def by_file(path, source):
     """The grader that your own file defines. Raises what the file raises."""
-    function = runpy.run_path(path, run_name="grader")["grade"]
+    module = sys.modules["grader"] = types.ModuleType("grader")
+    module.__file__ = path
+    exec(compile(source, path, "exec"), vars(module))
+    function = vars(module)["grade"]
 
     def grade_by(text, answer):
         found = function(text, answer)
-        reward, read = found if isinstance(found, tuple) else (found, last_boxed(text))
-        return float(reward), str(read or "")
+        reward, read = found if isinstance(found, tuple) and len(found) == 2 else (found, last_boxed(text))
+        try:
+            value = math.nan if isinstance(reward, (str, bytes)) else float(reward)  # also of numpy, or of a tensor
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            value = math.nan
+        if not abs(value) <= LARGEST or not isinstance(read, (str, type(None))):
+            raise ValueError(
+                f"grade() returned {found!r:.100}, not a number between {-LARGEST:g} and {LARGEST:g}, or a pair of one and a"
+                " string"
+            )
+        return value, read or ""
 
     return grade_by
 
@@ -256,9 +317,9 @@ class SoftTimeout(BaseException):
     """Not an Exception, because math-verify and sympy catch those."""
 
 
-def grade(grader, text, answer, timeout):
+def grade(grader, text, answer, timeout, errors=None):
     """Call a grader with the soft time limit (seconds). Returns the fields of a Verdict; the reason is "graded" where the
-    Verifier is to say whether the reward is enough."""
+    Verifier is to say whether the reward is enough. What the grader raises is appended to the list `errors`."""
 
     def alarm(*_):
         raise SoftTimeout
@@ -267,11 +328,11 @@ def grade(grader, text, answer, timeout):
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         reward, read = grader(text, answer)
-        if not math.isfinite(reward):
-            raise ValueError(reward)
     except SoftTimeout:
         return 0.0, "timeout", ""
-    except BaseException:  # a user's file may call sys.exit
+    except BaseException as e:  # a user's file may call sys.exit
+        if errors is not None:
+            errors.append(e)
         return 0.0, "error", ""
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -280,29 +341,50 @@ def grade(grader, text, answer, timeout):
     return float(reward), reason, vote
 
 
-def work(timeout, name):
-    """The worker's loop: a line {"text", "answer"} in, a line [reward, reason, answer] out."""
-    die_with_parent()  # the trainer may be killed during an answer that never returns
-    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the protocol
-    try:  # imports come before the memory limit
-        if name in GRADERS:
-            import math_verify  # noqa: F401
+def in_words(error):
+    """An exception in one line, even if it cannot be printed."""
+    return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
 
-            parse_in_two_stages()
-        grader = GRADERS.get(name) or by_file(name)
-    except BaseException as e:
-        print(f"{type(e).__name__}: {e}".splitlines()[0], file=replies, flush=True)
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        # Above it the kernel kills the worker, even if it ignores signals and its parent is busy.
-        cpu_seconds = math.ceil(time.process_time() + timeout + GRACE) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
-        verdict = grade(grader, request["text"], request["answer"], timeout)
-        print(json.dumps(verdict), file=replies, flush=True)
+
+def load_grader(name, source):
+    """The grader of this name, or the one that your file's source defines."""
+    if source is not None:
+        return by_file(name, source.encode("latin-1"))
+    import math_verify  # noqa: F401
+
+    parse_in_two_stages()
+    return GRADERS[name]
+
+
+def work(descriptor):
+    """The worker's loop, see Worker: first [timeout, grader, source] in, "ready" or an error out; then [text, answer]
+    in, [reward, reason, answer, error] out."""
+    os.set_inheritable(descriptor, False)  # a program that the grader runs does not get the channel,
+    null = os.open(os.devnull, os.O_RDWR)
+    os.register_at_fork(after_in_child=lambda: os.dup2(null, descriptor, inheritable=False))  # nor does a fork of it
+    die_with_parent()  # the trainer may be killed during an answer that never returns
+    end_group_at_death()
+    replies, grader = os.fdopen(descriptor, "wb", closefd=False), None
+    for line in os.fdopen(descriptor, "rb"):
+        number, request = line.split(b" ", 1)
+        request = json.loads(request)
+        if grader is None:
+            timeout, name, source = request
+            try:  # imports come before the memory limit
+                grader, reply = load_grader(name, source), "ready"
+            except BaseException as e:
+                reply = in_words(e)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        else:
+            # Above it the kernel kills the worker, even if it ignores signals and its parent is busy.
+            cpu_seconds = math.ceil(time.process_time() + timeout + GRACE) + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
+            errors = []
+            fields = grade(grader, *request, timeout, errors)
+            reply = [*fields, in_words(errors[0]) if errors else ""]
+        replies.write(b"%s %s\n" % (number, json.dumps(reply).encode()))
+        replies.flush()
 
 
 if __name__ == "__main__":
-    work(float(sys.argv[1]), sys.argv[2])
+    work(int(sys.argv[1]))

@@ -190,7 +190,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         verifier = stack.enter_context(Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at))
         problems = preflight.check_traces(knobs, problems, tokenizer, verifier)
         preflight.check_problems(knobs, problems)
-        identity = identify(config, problems, engine_kind, precision, checkpoint)
+        identity = identify(config, problems, engine_kind, precision, verifier, checkpoint)
         if checkpoint:
             check_same_run(checkpoint, identity, configurator.free_knobs(__file__), resume)
         preflight.show_plan(knobs, model_config, teacher_config, problems, device)

@@ -161,7 +161,7 @@ def batch_warnings(rollouts):
         ),
         "ran into reward_timeout: see the answers in rollouts/, or raise it": every(lambda r: r.reason == "timeout"),
         "lacks </think>: do template and require_think fit the model?": every(lambda r: r.reason == "no_think"),
-        "killed its verifier: is there memory left?": every(lambda r: r.reason == "error"),
+        "failed in the grader or killed its worker: is there memory left?": every(lambda r: r.reason == "error"),
     }
     return [f"every sample of this batch {words}" for words, holds in found.items() if holds]
 

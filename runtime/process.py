@@ -1,11 +1,13 @@
 """
-A process that no lost output and no stray signal ends, that shows its progress, and that dies when its parent dies. It
-imports only the standard library, so that a command can call it first of all and a verifier's worker starts quickly.
+A process that no lost output and no stray signal ends, that shows its progress, that dies when its parent dies, and that
+leaves nothing behind. It imports only the standard library, so that a command can call it first of all and a verifier's
+worker starts quickly.
 """
 
 import atexit
 import contextlib
 import ctypes
+import glob
 import io
 import os
 import signal
@@ -139,8 +141,42 @@ def heartbeat(what, total, every=30.0):
             thread.join()  # so that it prints nothing into the output that follows
 
 
-def die_with_parent():
-    """Let the kernel kill this process when its parent dies: a parent that is killed by SIGKILL cannot do it. Linux
-    only."""
+def die_with_parent(number=signal.SIGKILL):
+    """Let the kernel send this process a signal when its parent dies: a parent that is killed by SIGKILL cannot do it.
+    Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def end_group_at_death():
+    """Fork a process that waits for the death of this one, which leads its group, and then kills the group. Linux only."""
+    parent = os.getpid()
+    if sys.platform == "linux" and os.fork() == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        die_with_parent(signal.SIGTERM)
+        if os.getppid() == parent:
+            signal.sigwait([signal.SIGTERM])
+        os.killpg(0, signal.SIGKILL)
+
+
+def end_tree(pid):
+    """Kill a process that leads its group, the group, and what it or its descendants started in other groups. Of one that
+    is dead already only the group is found."""
+    if_possible = contextlib.suppress(ProcessLookupError, PermissionError)
+    with if_possible:
+        os.kill(pid, signal.SIGSTOP)  # it starts nothing more
+    for child in descendants(pid):
+        with if_possible:
+            os.kill(child, signal.SIGKILL)
+    with if_possible:
+        os.killpg(pid, signal.SIGKILL)
+
+
+def descendants(pid):
+    """The processes that a process started, and those that these started. Linux only: elsewhere []."""
+    found = []
+    for path in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as f:  # it has ended
+            for child in map(int, f.read().split()):
+                found += [child, *descendants(child)]
+    return found

@@ -155,6 +155,13 @@ def all_ranks(item):
     return found
 
 
+def agreed(item, what):
+    """`item`, which must be the same on all ranks. Otherwise raises UserError, which names it by `what`."""
+    if any(other != item for other in all_ranks(item)):
+        raise UserError(f"{what} is not the same on all ranks: did it change while they started? Start again")
+    return item
+
+
 def gather(items):
     """The lists of all ranks as one list, the same on every rank."""
     return [x for part in all_ranks(items) for x in part]

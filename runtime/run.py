@@ -2,6 +2,7 @@
 One run: its folder, its progress, its identity (what must stay the same when it is resumed), and its checkpoints.
 """
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from runtime.metrics import (
     write_metrics,
     write_rollouts,
 )
-from runtime.ranks import LOCAL_RANK, RANK, WORLD, all_ranks, barrier, check_same_on_machines, print0
+from runtime.ranks import LOCAL_RANK, RANK, WORLD, agreed, all_ranks, barrier, check_same_on_machines, print0
 
 PROGRESS = ("step", "order", "pending", "n_updates", "n_skipped")  # what a checkpoint's run.json holds of a Run
 
@@ -149,14 +150,15 @@ def find_checkpoint(folder, resume):
     return Checkpoint(path, run)
 
 
-def identify(config, problems, sampler, dtype, checkpoint):
+def identify(config, problems, sampler, dtype, verifier, checkpoint):
     """What must stay the same when a run is resumed; also which code wrote it, and how many ranks. config: all knobs;
-    sampler, dtype: as resolved. Files are compared by content, not by name. A model folder that is gone is not compared,
-    because resuming does not need it. Raises UserError if the files of another machine differ."""
-    grader, inputs, eval_data = repo_path(config["grader"]), {}, {}
+    sampler, dtype: as resolved. Files are compared by content, not by name; the grader's is what the verifier runs. A
+    model folder that is gone is not compared, because resuming does not need it. Raises UserError if the files of another
+    machine differ."""
+    source, inputs, eval_data = agreed(verifier.source, config["grader"]), {}, {}
     if LOCAL_RANK == 0:  # only one rank of a machine, because every file is read whole
         inputs = {"data": fingerprint(repo_path(config["data"]))}
-        inputs["grader"] = fingerprint(grader) if os.path.isfile(grader) else config["grader"]
+        inputs["grader"] = config["grader"] if source is None else [len(source), hashlib.sha256(source).hexdigest()]
         for name in ("model", "teacher_model"):
             if folder := config[name]:
                 there = not checkpoint or os.path.isdir(repo_path(folder))

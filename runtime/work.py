@@ -7,26 +7,27 @@ import json
 import os
 import time
 
-from configurator import ROOT, provenance, repo_path
+from configurator import ROOT, provenance
 from data import digest
 from runtime.files import make_folder, weights_digest, write_json, write_lines
-from runtime.ranks import LOCAL_RANK, RANK, WORLD, barrier, check_same_on_machines, print0
+from runtime.ranks import LOCAL_RANK, RANK, WORLD, agreed, barrier, check_same_on_machines, print0
 
 WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order
 
 
-def settings_of(knobs, problems, model, sampler, dtype, grader):
+def settings_of(knobs, problems, model, sampler, dtype, verifier):
     """What the samples depend on, so what must be the same to continue: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
     names = ["data", "eval", "model", "reward", "rollout"]
     names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "tensors", "torch_sampler")]
+    source = agreed(verifier.source, verifier.grader)
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,
         "problems": digest([(p.id, p.key, p.prompt_ids, p.answer) for p in problems]),
         "weights": weights_digest(model) if LOCAL_RANK == 0 else None,  # once per machine: seconds per gigabyte
         "code": digest(own),
-        "grader": open(repo_path(grader)).read() if os.path.isfile(repo_path(grader)) else grader,
+        "grader": verifier.grader if source is None else source.decode("latin-1"),  # exact, of any bytes
         "sampler": sampler,
         "dtype": dtype,
     }

@@ -101,7 +101,7 @@ def test_pickled_weights_are_not_unpickled(tmp_path):
 
 def test_no_eval_and_no_pickle_in_the_code():
     """Except for a config file, which is Python as README says, and for the user's own grader."""
-    allowed = {("configurator.py", "exec"), ("configurator.py", "compile"), ("reward.py", "runpy.run_path")}
+    allowed = {("configurator.py", "exec"), ("configurator.py", "compile"), ("reward.py", "exec"), ("reward.py", "compile")}
     found = set()
     for path in (*glob.glob(os.path.join(ROOT, "*.py")), *glob.glob(os.path.join(ROOT, "runtime", "*.py"))):
         for node in ast.walk(ast.parse(open(path).read())):

@@ -258,6 +258,195 @@ def test_what_counts_as_solved(tmp_path):
         Verifier(grader="oat", solved_at=1.5)
 
 
+# A grader under attack: what the text says happens in it, or in a program that it runs. NOTES is a folder.
+ATTACKED = """
+import ctypes, multiprocessing, os, signal, subprocess, sys, threading, time
+
+FORGED = b'[1.0, "correct", "x"]\\n[1.0, "correct", "x", ""]\\n"ready"\\n'
+FORGE = f'''
+import os, sys, time
+forged = {FORGED!r}
+for pid in ("self", os.getppid()):
+    for fd in range(21):
+        try:
+            out = os.open(f"/proc/{{pid}}/fd/{{fd}}", os.O_WRONLY | os.O_NONBLOCK)
+            os.write(out, forged)
+            os.close(out)
+        except OSError:
+            pass
+for fd in range(21):
+    try:
+        os.write(fd, forged)
+    except OSError:
+        pass
+time.sleep(float(sys.argv[1]))
+'''
+
+def forge(tail=FORGED):
+    for fd in range(3, 21):
+        try:
+            os.write(fd, tail)
+        except OSError:
+            pass
+
+def sleeper(name, **options):
+    process = subprocess.Popen(["sleep", "1000"], **options)
+    open(f"NOTES/{name}", "w").write(str(process.pid))
+    return process
+
+def fork(do):
+    if not os.fork():
+        do()
+        os._exit(0)
+    time.sleep(0.2)
+
+def grade(text, answer):
+    word = text.split()[0]
+    if word == "program":
+        subprocess.run([sys.executable, "-c", FORGE, "0"], close_fds=False)
+    if word == "later":
+        subprocess.Popen([sys.executable, "-c", FORGE, "0"], pass_fds=())
+        time.sleep(0.2)
+    if word == "reader":
+        subprocess.Popen(["cat"])
+    if word == "print":
+        print(FORGED.decode(), flush=True)
+        os.write(1, FORGED)
+    if word == "fork":
+        fork(forge)
+    if word == "twins" and not os.fork():
+        return True
+    if word == "process":
+        process = multiprocessing.get_context("fork").Process(target=forge)
+        process.start()
+        process.join()
+    if word == "thread":
+        threading.Thread(target=forge).start()
+        time.sleep(0.2)
+    if word == "endless":
+        forge(b"[1.0")
+        time.sleep(1000)
+    if word == "long":
+        forge(b"[" * 9000)
+        forge(b"[" * 9000)
+    if word == "close":
+        os.closerange(3, 100)
+    if word == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if word == "sleeper":
+        sleeper("plain")
+    if word == "session":
+        sleeper("session", start_new_session=True)
+    if word == "hang":
+        sleeper("hang")
+        time.sleep(1000)
+    return word == answer
+"""
+FORGERIES = ["program", "later", "reader", "print", "fork", "twins", "process", "thread", "endless", "long", "close", "die"]
+
+
+def attacked(tmp_path, **options):
+    (tmp_path / "attacked.py").write_text(ATTACKED.replace("NOTES", str(tmp_path)))
+    return Verifier(grader=str(tmp_path / "attacked.py"), require_think=False, **options)
+
+
+def ends(pid):
+    """Whether a process is gone, or goes within five seconds."""
+    for _ in range(50):
+        if not os.path.exists(f"/proc/{pid}") or ") Z " in open(f"/proc/{pid}/stat").read():
+            return True
+        time.sleep(0.1)
+
+
+def test_no_verdict_is_forged_or_shifted(tmp_path, capsys):
+    """Whatever happens in one answer, none gets the reward of another, and the next answers get their own."""
+    texts = [text for attack in FORGERIES for text in (attack, "right", "wrong")]
+    with attacked(tmp_path, workers=1, timeout=1.0) as v:
+        verdicts = v.score(texts, ["right"] * len(texts))
+    for attack, *found in zip(FORGERIES, *(verdicts[i::3] for i in range(3)), strict=True):
+        assert [x.reward for x in found] == [0, 1, 0] and [x.reason for x in found[1:]] == ["correct", "wrong"], (attack, found)
+    harmless = ("program", "later", "reader", "print", "fork", "process", "twins")
+    assert [verdicts[3 * i].reason for i, attack in enumerate(FORGERIES) if attack in harmless] == ["wrong"] * len(harmless)
+    assert "something else wrote to the channel; reward 0 for ground truth 'right'" in capsys.readouterr().out
+
+
+def test_nothing_blocks_a_request(tmp_path):
+    """The limit holds for writing too: 150 kB do not fit into the socket of a worker that is stopped."""
+    with attacked(tmp_path, workers=1, timeout=0.5) as v:
+        for worker_stops in (False, True):
+            v.score(["right"], ["right"])
+            if worker_stops:
+                os.kill(v.workers[0].process.pid, signal.SIGSTOP)
+            start = time.time()
+            found = v.score(["wrong " * 100_000 if worker_stops else "stop " * 100_000, "right"], ["right"] * 2)
+            assert [x.reason for x in found] == ["timeout", "correct"] and time.time() - start < 0.5 + 2 + 10
+
+
+def test_what_a_grader_started_ends_with_its_worker(tmp_path):
+    pid_of = lambda name: int((tmp_path / name).read_text())
+    with attacked(tmp_path, workers=1, timeout=0.5) as v:
+        v.score(["hang"], ["right"])  # a soft timeout
+        assert ends(pid_of("hang"))
+        v.score(["sleeper", "stop"], ["right"] * 2)  # a hard one
+        assert ends(pid_of("plain"))
+        v.score(["sleeper", "die"], ["right"] * 2)
+        assert ends(pid_of("plain"))
+        v.score(["sleeper"], ["right"])
+        os.kill(v.workers[0].process.pid, signal.SIGKILL)  # as the kernel does for memory, or for a dead trainer
+        assert ends(pid_of("plain"))
+        v.score(["sleeper", "session"], ["right"] * 2)
+        assert os.path.exists(f"/proc/{pid_of('plain')}") and os.path.exists(f"/proc/{pid_of('session')}")
+    assert ends(pid_of("plain")) and ends(pid_of("session"))
+
+
+def test_a_grader_is_read_once(tmp_path):
+    """A worker that starts later runs the text that the verifier read, even if the file has changed or is gone."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "# coding: latin-1\ndef grade(text, answer):\n    return text == answer, __file__[-6:] + '\xe4'\n", "latin-1"
+    )
+    with Verifier(workers=1, grader=str(path), require_think=False) as v:
+        path.write_text("def grade(text, answer): return 0.5")
+        assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
+        os.remove(path)
+        v.workers[0].kill()
+        assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
+    path.write_text("import os\nos.closerange(3, 40)\nprint('ready')\ndef grade(text, answer): return 1")
+    with pytest.raises(UserError, match="does not start: it died; .*own.py must run"), Verifier(workers=1, grader=str(path)):
+        pytest.fail("it starts")
+
+
+RETURNED = {  # what a grader returns, and the verdict's reward and answer; None for an error
+    "True": (1, "b"), "0.25": (0.25, "b"), "-1e6": (-1e6, "b"), "(True, 'x')": (1, "x"), "(2, '')": (2, ""),
+    "(0, None)": (0, ""), "np.float32(0.5)": (0.5, "b"), "np.bool_(True)": (1, "b"), "np.array([3])": (3, "b"),
+    "Fraction(1, 4)": (0.25, "b"),
+    "None": None, "'1'": None, "float('nan')": None, "float('inf')": None, "1e39": None, "1.1e6": None, "10**400": None,
+    "(1,)": None, "(1, 'x', 2)": None, "(1, 7)": None, "[1, 'x']": None, "np.array([1, 2])": None, "1j": None, "1 / 0": None,
+    "sys.exit()": None, "Unprintable()": None, "exec('raise Unprintable')": None,
+}  # fmt: skip
+
+
+def test_what_a_grader_may_return(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "import sys\nfrom fractions import Fraction\nimport numpy as np\n"
+        "class Unprintable(Exception):\n    __repr__ = __str__ = lambda self: 1 / 0\n"
+        "def grade(text, answer): return eval(answer)"
+    )
+    with Verifier(workers=1, timeout=10.0, grader=str(tmp_path / "own.py"), require_think=False) as v:
+        for returned, wanted in RETURNED.items():
+            reward, answer = wanted or (0, "")
+            verdict = v.score(["\x1b[31m\n\\boxed{b}"], [returned])[0]
+            assert verdict[::2] == (reward, answer), returned
+            assert verdict.reason == ("error" if wanted is None else "correct" if reward > 0 else "wrong"), returned
+    first, *_, last = lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.isprintable() for line in lines)
+    assert "own.py: ValueError: grade() returned None, not a number between -1e+06 and 1e+06, or a pair" in first
+    assert "ground truth 'None', answer ending in '\\x1b[31m\\n\\\\boxed{b}'" in first
+    assert "returned nan" in last and last.endswith("further errors are not shown")
+
+
 def test_a_grader_that_cannot_be_used(tmp_path):
     for grader in ("mathverify", str(tmp_path / "missing.py"), str(tmp_path)):
         with pytest.raises(UserError, match="there is no file .*; write math_verify, oat or the path of a file"):

@@ -360,7 +360,7 @@ def test_batches_of_which_nothing_can_be_learnt_are_named():
     teacher = Rollout(0, [0], [1], "teacher", 1, reward=1.0, reason="correct")
     assert batch_warnings([own("stop", "wrong"), own("length", "timeout"), teacher]) == [] == batch_warnings([teacher])
     cases = {("length", "no_think"): ["max_tokens", "</think>"], ("stop", "timeout"): ["reward_timeout"],
-             ("stop", "error"): ["killed its verifier"]}  # fmt: skip
+             ("stop", "error"): ["failed in the grader or killed its worker"]}  # fmt: skip
     for case, words in cases.items():
         rollout = own(*case)
         found = batch_warnings([rollout, rollout, teacher])
