@@ -104,6 +104,7 @@ def test_left_to_right(knobs, tmp_path, capsys):
         ("--rate=nan", "must be float, not str"),
         ("--rate=1e999", "must be float and finite, not float inf"),
         ("--steps=" + "9" * 5000, "must be int"),
+        (f"--steps={2**53}", "'steps' must be below 2**53"),
     ],
 )
 def test_mistakes_on_the_command_line(knobs, argument, words):
