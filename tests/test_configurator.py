@@ -351,3 +351,11 @@ def test_readme_names_every_overlay():
     text = open(os.path.join(ROOT, "README.md")).read()
     for path in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
         assert f"`{os.path.basename(path)[:-3]}`" in text, path
+
+
+def test_an_error_of_the_system_that_names_a_file_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        configurator.run(lambda: open(tmp_path))
+    assert e.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    with pytest.raises(OSError, match="no file"):  # not the user's: its traceback is needed
+        configurator.run(lambda: (_ for _ in ()).throw(OSError("no file")))
