@@ -57,9 +57,15 @@ def repo_path(path):
 def run(main):
     """Return main(). A UserError is printed to stderr and ends the process with exit code 2.
 
-    When all ranks fail in the same way, only the first on each machine prints: torchrun ends the others while they wait."""
+    When all ranks fail in the same way, only the first on each machine prints: torchrun ends the others while they wait. An
+    error of the system that names a file is the user's to fix, too."""
     try:
-        return main()
+        try:
+            return main()
+        except OSError as e:
+            if not e.strerror or not isinstance(e.filename, (str, bytes)):
+                raise
+            raise UserError(f"{os.fsdecode(e.filename)}: {e.strerror}") from None
     except UserError as e:
         rank = int(os.environ.get("RANK", 0))
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))
@@ -129,7 +135,7 @@ def parse(text, default):
 
 def check_type(key, value, default, origin):
     """Return `value` in the default's type. An int becomes a float if the default is one; nothing else is converted.
-    Raises UserError for any other type, and for a float that is not finite."""
+    Raises UserError for any other type, for a float that is not finite, and for an int from 2**53 on."""
     if type(default) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
@@ -137,6 +143,8 @@ def check_type(key, value, default, origin):
         shown = f"{type(value).__name__} {shown if len(shown) < 60 else shown[:60] + '...'}"
         finite = " and finite" if type(default) is float and type(value) is float else ""
         raise UserError(f"{origin}: '{key}' must be {want}{finite}, not {shown}; the default is {default!r}")
+    if type(value) is int and abs(value) >= 2**53:
+        raise UserError(f"{origin}: '{key}' must be below 2**53; the default is {default!r}")
     return value
 
 

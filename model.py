@@ -8,6 +8,7 @@ cases the weights are fp32 and matrix products run in `dtype`.
 
 import contextlib
 import inspect
+import os
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from configurator import UserError
 from data import first_line, spread, unpack
 from runtime.plan import HEAD_CHUNK
 from runtime.ranks import RANK, WORLD, gather
-from runtime.tensors import read_rows_of, tensor_files
+from runtime.tensors import load_whole, read_rows_of, tensor_files
 
 disable_progress_bar()  # the bars of loading and saving would break up the log
 
@@ -270,11 +271,7 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
                 model, temperature, dtype=dtype, device=device, backend=backend, weight_dtype=weight_dtype, offload=offload
             )
         else:
-            hf, found = AutoModelForCausalLM.from_pretrained(
-                model, dtype=weight_dtype, attn_implementation=backend, output_loading_info=True, trust_remote_code=False
-            )
-            if missing := sorted(found["missing_keys"]):  # transformers would make them up
-                raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
+            hf = load_whole(model, dtype=weight_dtype, attn_implementation=backend)
             policy = Policy(hf, temperature, dtype).to("cpu" if offload else device)
         policy.hf.lm_head, policy.hf.get_decoder().layers
     except Exception as e:
@@ -310,9 +307,9 @@ def load_sharded(model, temperature, dtype, device, backend, weight_dtype, offlo
     hf.tie_weights()
     decoder = hf.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
-    files = tensor_files(model)
+    files = tensor_files(model) if os.path.isdir(model) else {}
     if not files:
-        raise OSError("sharded loading needs *.safetensors in a local folder")
+        raise OSError("sharded loading needs model.safetensors, or its index, in a local folder")
     for name, p in hf.named_parameters():
         if name not in files:
             raise OSError(f"its weights lack {name}")

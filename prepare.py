@@ -110,7 +110,7 @@ from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
-from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, write_json
+from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.tensors import tensor_files
@@ -456,7 +456,7 @@ SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 
 
 def prepare_model(args):
-    """Copy a model, without subfolders and other formats of its weights; edit config.json and the chat template. Raises
+    """Copy a model, without subfolders and other files of weights than its own; edit config.json and the chat template. Raises
     UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
     out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
@@ -464,11 +464,16 @@ def prepare_model(args):
         raise UserError(f"{out} exists and is not empty: remove it, or name another --out")
     if not os.path.isdir(source):
         source = from_hub(source, ignore_patterns=list(SKIPPED))
-    files = [e.name for e in os.scandir(source) if e.is_file() and not any(fnmatch(e.name, p) for p in SKIPPED)]
-    weights = [name for name in files if name.endswith(".safetensors")]
+    try:
+        named = weight_files(source)
+    except OSError as e:
+        raise UserError(f"{source} is no causal LM in safetensors: {first_line(e)}") from None
+    weights = [name for name in named if name.endswith(".safetensors")]
     if not weights:
         raise UserError(f"{source} has no *.safetensors, the only supported format of weights: load it with"
                         " AutoModelForCausalLM.from_pretrained and write it with save_pretrained")  # fmt: skip
+    skipped = lambda name: any(fnmatch(name, p) for p in SKIPPED) or (fnmatch(name, "*.safetensors*") and name not in named)
+    files = [e.name for e in os.scandir(source) if e.is_file() and not skipped(e.name)]
     remove_partials(glob.escape(out))
     partial = partial_name(out)
     copy = lambda names: [shutil.copyfile(os.path.join(source, name), os.path.join(partial, name)) for name in names]

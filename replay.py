@@ -109,7 +109,7 @@ class FailedQuestions:
         return {"queue": torch.tensor(self.queue, dtype=torch.int64)}
 
     def load_state_dict(self, state):
-        self.queue = state["queue"].tolist()
+        self.queue = [q for q in state["queue"].tolist() if q in self.traced]  # by force its trace may be gone
 
 
 class Successes:

@@ -46,17 +46,19 @@ import importlib.util
 import logging
 import os
 import random
+import tempfile
 import warnings
 
 import numpy as np
 import torch
 
 from configurator import UserError
-from data import Rollout, digest, response_text
+from data import Rollout, digest, first_line, response_text
+from runtime.files import model_files
 from runtime.process import heartbeat
 from runtime.ranks import RANK
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
-from runtime.tensors import whole_tensors
+from runtime.tensors import tensor_files, whole_tensors
 from runtime.torch_sampler import TorchSampler
 
 # ---------------------------------------------------------------- the group
@@ -214,7 +216,7 @@ class VLLMSampler:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        with kept_rng(), warnings.catch_warnings():
+        with kept_rng(), warnings.catch_warnings(), as_named(model) as folder:
             warnings.simplefilter("ignore")
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM
@@ -229,7 +231,7 @@ class VLLMSampler:
                     " PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
                 )
             self.llm = LLM(
-                model=model,
+                model=folder,
                 skip_tokenizer_init=True,
                 dtype=dtype,
                 seed=seed,
@@ -353,6 +355,25 @@ class VLLMSampler:
         except BaseException as e:
             self.broken = f"{type(e).__name__}: {e}"
             raise
+
+
+@contextlib.contextmanager
+def as_named(model):
+    """A folder in which vLLM reads the same weights as transformers: the model's own; or, if that has
+    further files of weights, one with links to the model's. Where no index names them, vLLM takes all
+    *.safetensors. Raises UserError if the weights are not whole."""
+    try:
+        names = model_files(model) if os.path.isdir(model) and tensor_files(model) else ()
+    except OSError as e:
+        raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
+    ends = (".safetensors", ".safetensors.index.json")
+    if not names or {n for n in os.listdir(model) if n.endswith(ends)} <= set(names):
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            os.symlink(os.path.abspath(os.path.join(model, name)), os.path.join(folder, name))
+        yield folder
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ any sharding. No file is a pickle, unlike those of torch.distributed.checkpoint.
 (OutputFolder checks that they have one).
 """
 
-import glob
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError
-from data import partition
-from runtime.files import fingerprint
+from data import first_line, partition
+from runtime.files import fingerprint, model_files, read_run
 from runtime.plan import show
-from runtime.ranks import RANK, WORLD, all_ranks
-from runtime.tensors import read_rows_of, tensor_files, whole_tensors
+from runtime.ranks import RANK, WORLD, all_ranks, print0
+from runtime.tensors import read_rows_of, tensors_in, whole_tensors
 
+FORMAT = 2  # of run.json; older ones name no format
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 FILE = 2 << 30  # about as many bytes of tensors per file; the ranks take turns in writing files
 
@@ -81,6 +83,8 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
         hashes = {path: found for part in all_ranks(together(flush_and_hash, partial, tick)) for path, found in part.items()}
         on_rank_0(write_run, partial, {**run, "optimizer_steps": optimizer_steps, "files": hashes})
         on_rank_0(publish, folder, partial, final)
+        if RANK == 0:
+            point_latest(folder, os.path.basename(final))
     except NotSaved as e:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -96,10 +100,10 @@ def moments_of(optimizer, parameters):
 
 def make_room(folder, partial, n_bytes):
     """Remove what a kill left of earlier tries, check that n_bytes are free, and make the folder `partial`."""
-    for pattern in ("ckpt_*.partial", "latest.partial"):
-        for left in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            shutil.rmtree(left) if os.path.isdir(left) and not os.path.islink(left) else os.remove(left)
-    if n_bytes > (free := shutil.disk_usage(folder).free):
+    for left in [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d+(\.old)?\.partial", name)]:
+        shutil.rmtree(os.path.join(folder, left), ignore_errors=True)  # what cannot be removed is not in the way
+    usage = shutil.disk_usage(folder)
+    if usage.total and n_bytes > (free := usage.free):  # some network file systems do not know
         raise OSError(f"it needs {show(n_bytes)}, {show(free)} are free, {show(n_bytes - free)} are missing")
     os.makedirs(os.path.join(partial, "state"))
 
@@ -110,19 +114,27 @@ def write_small_files(partial, hf, tokenizer, memory):
     hf.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if memory:
-        save_file(memory, os.path.join(partial, "state", "memory.safetensors"))
+        write_tensors(partial, os.path.join("state", "memory.safetensors"), memory)
+
+
+def write_tensors(partial, path, tensors):
+    """Write a safetensors file. The library makes it readable for its owner only; it gets the mode of the other files."""
+    save_file(tensors, os.path.join(partial, path), {"format": "pt"})
+    with contextlib.suppress(OSError):  # a file system may have no modes
+        shutil.copymode(os.path.join(partial, "config.json"), os.path.join(partial, path))
 
 
 def write_shares(partial, shares, tick):
     """Write this rank's files: {path: {name: tensor}}."""
     for path, share in shares.items():
-        save_file(share, os.path.join(partial, path), {"format": "pt"})
+        write_tensors(partial, path, share)
         tick()
 
 
 def write_index(partial):
     """Write what transformers and vLLM read if the model has several files."""
-    weight_map = {name: os.path.basename(path) for name, path in tensor_files(partial).items()}
+    paths = [os.path.join(partial, name) for name in os.listdir(partial) if name.endswith(".safetensors")]
+    weight_map = {name: os.path.basename(path) for name, path in sorted(tensors_in(paths).items())}
     if len(set(weight_map.values())) > 1:
         with open(os.path.join(partial, "model.safetensors.index.json"), "w") as f:
             json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
@@ -141,7 +153,7 @@ def flush_and_hash(partial, tick):
 def write_run(partial, run):
     """Write state/run.json: its SHA-256 in the first line, then the JSON."""
     path = os.path.join(partial, "state", "run.json")
-    body = json.dumps(run, indent=1, allow_nan=False)
+    body = json.dumps({"format": FORMAT, **run}, indent=1, allow_nan=False)
     with open(path, "w") as f:
         f.write(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
     for name in (path, os.path.dirname(path), partial):
@@ -149,14 +161,32 @@ def write_run(partial, run):
 
 
 def publish(folder, partial, final):
-    """Give the whole checkpoint its name, and point folder/latest to it."""
-    if os.path.isdir(final):  # it did not verify, otherwise the run would have continued from it
-        discard(final)
+    """Give the whole checkpoint its name."""
+    old = None
+    if is_own(final):  # of this step, but saved before its evaluation
+        old = final + ".old.partial"
+        os.rename(final, old)
+    elif os.path.lexists(final):
+        set_aside(final)
     os.rename(partial, final)
-    link = os.path.join(folder, "latest.partial")
-    os.symlink(os.path.basename(final), link)
-    os.replace(link, os.path.join(folder, "latest"))
     to_disk(folder)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def point_latest(folder, name):
+    """Point folder/latest to a checkpoint. The link is for people: the run needs none. If it cannot be made, a warning."""
+    link, latest = os.path.join(folder, "latest.partial"), os.path.join(folder, "latest")
+    try:
+        if os.path.lexists(latest) and not os.path.islink(latest):
+            raise FileExistsError(errno.EEXIST, "it is there and no link")
+        if os.path.islink(link):  # a kill left it
+            os.remove(link)
+        os.symlink(name, link)
+        os.replace(link, latest)
+        to_disk(folder)
+    except OSError as e:
+        print0(f"warning: {latest} does not point to {name} ({e.strerror}); the checkpoint itself is saved")
 
 
 def gather_shares(stem, tensors, tick):
@@ -181,35 +211,51 @@ def files_below(folder):
 
 
 def to_disk(path):
-    """Flush a file, or a folder's entries, so that they survive a crash of the machine."""
+    """Flush a file, or a folder's entries, so that they survive a crash of the machine; where the file system can. Some
+    cannot for folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(handle)
 
 
+def is_own(path):
+    """Whether it is a checkpoint that a run wrote, and not a link, a file, or a plain model."""
+    return os.path.isfile(os.path.join(path, "state", "run.json")) and not os.path.islink(path)
+
+
 def discard(path):
     """Remove a checkpoint. It is renamed first, so that what a kill leaves of it is not taken for a checkpoint."""
-    shutil.rmtree(path + ".old.partial", ignore_errors=True)
     os.rename(path, path + ".old.partial")
     shutil.rmtree(path + ".old.partial")
 
 
 def prune(folder, step, keep_last, keep_every):
     """Remove old checkpoints among those up to `step`: keep the newest keep_last (0 keeps all), and those whose step is a
-    multiple of keep_every (0: none)."""
-    for old in sorted(n for n in steps_in(folder) if n <= step)[:-keep_last] if keep_last else ():
-        path = os.path.join(folder, f"ckpt_{old}")
-        if (not keep_every or old % keep_every) and not os.path.islink(path):
-            discard(path)
+    multiple of keep_every (0: none). What no run wrote is not touched."""
+    path_of = lambda n: os.path.join(folder, f"ckpt_{n}")
+    for old in sorted(n for n in steps_in(folder) if n <= step and is_own(path_of(n)))[:-keep_last] if keep_last else ():
+        if not keep_every or old % keep_every:
+            discard(path_of(old))
 
 
 def put_aside(folder, step):
     """Rename the checkpoints after `step`, the one that the run continues from, to ckpt_N.damaged."""
-    for path in [os.path.join(folder, f"ckpt_{n}") for n in steps_in(folder) if n > step]:
-        shutil.rmtree(path + ".damaged", ignore_errors=True)
-        os.rename(path, path + ".damaged")
+    for n in steps_in(folder):
+        if n > step:
+            set_aside(os.path.join(folder, f"ckpt_{n}"))
+
+
+def set_aside(path):
+    """Rename it to PATH.damaged, or to the first free PATH.damaged.N."""
+    aside, n = path + ".damaged", 1
+    while os.path.lexists(aside):
+        aside, n = f"{path}.damaged.{n}", n + 1
+    os.rename(path, aside)
 
 
 # ---------------------------------------------------------------- reading
@@ -223,16 +269,19 @@ def steps_in(folder):
 
 def find(folder, log):
     """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is no
-    checkpoint at all. All ranks call it. Raises UserError if there are checkpoints and none verifies."""
+    checkpoint at all. All ranks call it. Raises UserError if there are checkpoints and none verifies, or if the newest that
+    is whole is of another format or another step."""
     faults = []
     for step in sorted(all_ranks(steps_in(folder))[0], reverse=True):  # a network file system may show them late elsewhere
         path = os.path.join(folder, f"ckpt_{step}")
         run, fault = read_run(path)
-        for name in sorted(run["files"])[RANK::WORLD] if run else ():
-            if not os.path.isfile(file := os.path.join(path, name)):
-                fault = f"{name} is missing"
-            elif fingerprint(file) != run["files"][name]:
-                fault = f"{name} is damaged"
+        if run:
+            check_format(path, run)
+            if (real := run.get("step")) != step:
+                raise UserError(
+                    f"{path} is the checkpoint of step {real}, says its run.json: name it ckpt_{real} or move it away"
+                )
+            fault = fault_in(path, run.get("files", {}))
         if not (found := [f for f in all_ranks(fault) if f]):
             return path, run
         log(f"warning: {path} does not verify ({found[0]}): skipped")
@@ -242,16 +291,34 @@ def find(folder, log):
     return None, None
 
 
-def read_run(path):
-    """Read and check state/run.json: (its content, None), or (None, what is wrong with it)."""
-    try:
-        with open(os.path.join(path, "state", "run.json")) as f:
-            digest, _, body = f.read().partition("\n")
-    except (OSError, UnicodeDecodeError):
-        return None, "state/run.json is missing"
-    if hashlib.sha256(body.encode()).hexdigest() != digest:
-        return None, "state/run.json is damaged"
-    return json.loads(body), None
+def check_format(path, run):
+    """Raise UserError if another version of this code wrote the checkpoint."""
+    if (found := run.get("format", "none")) != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of this code (run.json has format {found}, this code reads {FORMAT}):"
+            f" resume it under {writer(run)}, or take another out_dir"
+        )
+
+
+def writer(run):
+    """The commit that wrote a checkpoint."""
+    return run.get("written_by", {}).get("git") or "an unknown commit"
+
+
+def fault_in(path, files):
+    """Compare this rank's share of a checkpoint's files with {name: [bytes, SHA-256]}. Returns what is wrong, or None."""
+    for name in sorted(files)[RANK::WORLD]:
+        try:
+            if not os.path.isfile(file := os.path.join(path, name)):
+                return f"{name} is missing"
+            if fingerprint(file) != files[name]:
+                return f"{name} is damaged"
+        except OSError as e:
+            return f"{name}: {e.strerror}"
+    try:  # with a file that transformers prefers to those that were written, they would not be read
+        return next((f"{name} was put beside it" for name in model_files(path) if name not in files), None)
+    except OSError as e:
+        return str(e)
 
 
 def check_same(path, before, now, free, force, log):
@@ -276,11 +343,19 @@ def check_same(path, before, now, free, force, log):
 
 def restore(path, run, policy, optimizers):
     """Fill the optimizers' moments from a checkpoint; each rank reads its own rows. The policy was loaded from path
-    already. Returns the memory, {name: tensor}; {} if there is none."""
-    for name, optimizer in optimizers.items():
-        files = tensor_files(os.path.join(path, "state"), f"{name}*")
-        for n, p in policy.hf.named_parameters() if files else ():
-            moments = {m: read_rows_of(files[f"{m}.{n}"], f"{m}.{n}", torch.zeros_like(p)) for m in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(run["optimizer_steps"][name]), device=p.device), **moments}
-    memory = os.path.join(path, "state", "memory.safetensors")
-    return load_file(memory) if os.path.isfile(memory) else {}
+    already. Only files that run.json names are opened. Returns the memory, {name: tensor}; {} if there is none. Raises
+    UserError for what is missing."""
+    try:
+        for name, optimizer in optimizers.items():
+            own = rf"state/{name}(-\d+-of-\d+)?\.safetensors"
+            files = tensors_in([os.path.join(path, file) for file in run["files"] if re.fullmatch(own, file)])
+            steps = run["optimizer_steps"][name]
+            for n, p in policy.hf.named_parameters() if steps else ():
+                if lacking := [m for m in MOMENTS if f"{m}.{n}" not in files]:
+                    raise OSError(f"the moment {lacking[0]}.{n} of the optimizer {name} is missing")
+                moments = {m: read_rows_of(files[f"{m}.{n}"], f"{m}.{n}", torch.zeros_like(p)) for m in MOMENTS}
+                optimizer.state[p] = {"step": torch.tensor(float(steps), device=p.device), **moments}
+        memory = "state/memory.safetensors"
+        return load_file(os.path.join(path, memory)) if memory in run["files"] else {}
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} cannot be resumed: {first_line(e)}: copy it again, or take another out_dir") from None

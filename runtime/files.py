@@ -39,9 +39,10 @@ def whole(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as e:
         with contextlib.suppress(OSError):
             os.remove(partial)
+        e.filename = e.filename or path  # an error of write() or fsync(), such as a full disk, names no file
         raise
 
 
@@ -85,18 +86,87 @@ def fingerprint(path):
         return [os.path.getsize(path), hashlib.file_digest(f, "sha256").hexdigest()]
 
 
+def read_run(path):
+    """Read and check a checkpoint's state/run.json: (its content, None), or (None, what is wrong with it)."""
+    file = os.path.join(path, "state", "run.json")
+    if not os.path.isfile(file):  # a pipe in its place would block
+        return None, "state/run.json is missing"
+    try:
+        with open(file) as f:
+            sha256, _, body = f.read().partition("\n")
+        if hashlib.sha256(body.encode()).hexdigest() == sha256 and type(run := json.loads(body)) is dict:
+            return run, None
+    except OSError as e:
+        return None, f"state/run.json: {e.strerror}"
+    except ValueError:
+        pass
+    return None, "state/run.json is damaged"
+
+
 def weights_digest(name):
-    """A number that changes if any file in a model's folder changes; for a hub model, if its name or commit does."""
+    """A number that changes if a model's weights, config or tokenizer change; for a hub model, if its name or commit does.
+    The files of a checkpoint are compared with its state/run.json. Raises UserError if they differ, or one is missing."""
     if not os.path.isdir(name):
         return digest(name, load_config(name)._commit_hash)
-    seen = []
-    for file in sorted(f for f in os.listdir(name) if os.path.isfile(os.path.join(name, f))):
-        with open(os.path.join(name, file), "rb") as f:
-            seen.append((file, hashlib.file_digest(f, "sha256").digest()))
-    return digest(seen)
+    try:
+        found = {file: fingerprint(os.path.join(name, file)) for file in model_files(name)}
+    except OSError as e:
+        raise UserError(f"model {name}: {first_line(e)}") from None
+    if os.path.lexists(os.path.join(name, "state", "run.json")):
+        run, fault = read_run(name)
+        written = {file: h for file, h in run.get("files", {}).items() if not file.startswith("state/")} if run else found
+        for file in written.keys() | found.keys():
+            if file not in written:
+                fault = f"{file} was put beside it"
+            elif not os.path.isfile(os.path.join(name, file)):
+                fault = f"{file} is missing"
+            elif found.get(file, written[file]) != written[file]:
+                fault = f"{file} is not the one that was written"
+        if fault:
+            raise UserError(f"checkpoint {name}: {fault}: copy it again, or remove its state/ if you changed it on purpose")
+    return digest(sorted(found.items()))
 
 
 # ---------------------------------------------------------------- model folders
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHERS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def model_files(folder):
+    """The names of the files that make up a model: config, tokenizer and weight_files(). No other file counts."""
+    return [name for name in OTHERS if os.path.isfile(os.path.join(folder, name))] + weight_files(folder)
+
+
+def weight_files(folder):
+    """The names of the files with a model's weights, as transformers chooses: the one that config.json names, else the
+    first of WEIGHTS; behind an index, the files in it. Empty if there are none. Raises OSError if one is missing."""
+    first = next((name for name in WEIGHTS if os.path.isfile(os.path.join(folder, name))), None)
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.path.join(folder, "config.json")) as f:
+        first = json.load(f).get("transformers_weights") or first
+    names = [first] if first else []
+    if first and first.endswith(".index.json"):
+        names += sorted(set(read_index(folder, first).values()))
+    for name in names:
+        if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
+            by = first if name != first else "config.json"
+            raise OSError(f"{by} names {name}, which is no file in the folder: copy the model again")
+    return names
+
+
+def read_index(folder, name):
+    """{tensor name: file name} of an index of weights. Raises OSError if it is none."""
+    try:
+        with open(os.path.join(folder, name)) as f:
+            found = dict(json.load(f)["weight_map"])
+        if all(type(file) is str for file in found.values()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise OSError(f"{name} is no index of weights: copy the model again")
 
 
 def model_path(model):

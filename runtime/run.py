@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from configurator import UserError, printable, provenance, repo_path
-from runtime.checkpoint import NotSaved, check_same, find, prune, put_aside, restore, save, together
+from runtime.checkpoint import NotSaved, check_same, find, prune, put_aside, restore, save, together, writer
 from runtime.files import fingerprint, make_folder, model_path, weights_digest, write_json
 from runtime.metrics import (
     batch_warnings,
@@ -53,10 +53,24 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, checkpoint.run[name])
         self.saved = self.step
-        if tensors := restore(checkpoint.path, checkpoint.run, policy, optimizers):
-            memory.load_state_dict(tensors)
+        tensors = restore(checkpoint.path, checkpoint.run, policy, optimizers)
+        self.fill(memory, tensors, checkpoint)
         rows = rewind(self.folder, self.step, evaluated=not self.pending) if RANK == 0 else []
         self.own_rewards = [row["reward/own"] for row in rows if "reward/own" in row]
+
+    def fill(self, memory, tensors, checkpoint):
+        """Fill the memory with a checkpoint's. Raises UserError if that is of another method, or of other problems."""
+        wanted, (before, now) = memory.state_dict().keys(), (checkpoint.run["inputs"], self.identity["inputs"])
+        other = tensors.keys() != wanted or any(before.get(name) != now[name] for name in ("data", "problems"))
+        if tensors and wanted and other:
+            raise UserError(
+                f"{checkpoint.path} holds the memory of another method or of other data: resume with those, or start a new run"
+                f" from its weights (--resume=no --model={checkpoint.path}, another out_dir)"
+            )
+        if tensors and wanted:
+            memory.load_state_dict(tensors)
+        elif tensors or wanted:
+            print0("note: the memory starts empty" if wanted else "note: the checkpoint's memory is not used")
 
     def report(self, record, rollouts, max_steps):
         """What the terminal shows of a step: warnings, its line, and once, after the first step, the memory of each phase."""
@@ -141,11 +155,11 @@ def find_checkpoint(folder, resume):
     path, run = find(folder.path, print0) if resume != "no" else (None, None)
     if not path:
         return folder.check_movable()  # now, not after the models are loaded
-    if missing := [name for name in PROGRESS if name not in run]:
-        commit = run.get("written_by", {}).get("git") or "an unknown commit"
+    wanted = (*PROGRESS, "files", "optimizer_steps", "knobs", "inputs", "world_size", "written_by")
+    if missing := [name for name in wanted if name not in run]:
         raise UserError(
-            f"{path} was written by another version of this code (run.json lacks {missing[0]!r}): resume it under {commit}, or"
-            " take another out_dir"
+            f"{path} was written by another version of this code (run.json lacks {missing[0]!r}): resume it under"
+            f" {writer(run)}, or take another out_dir"
         )
     return Checkpoint(path, run)
 

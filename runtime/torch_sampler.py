@@ -18,7 +18,7 @@ from data import first_line
 from runtime.files import load_config
 from runtime.process import heartbeat
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
-from runtime.tensors import whole_tensors
+from runtime.tensors import load_whole, whole_tensors
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -49,16 +49,11 @@ class TorchSampler:
 
     def load_folder(self):
         """Load the weights of the model that the sampler was made with."""
-        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         try:
-            hf, found = AutoModelForCausalLM.from_pretrained(
-                self.model, dtype=self.dtype, output_loading_info=True, trust_remote_code=False
-            )
-            if missing := sorted(found["missing_keys"]):  # transformers would make them up
-                raise OSError(f"its weights lack {len(missing)} tensor(s), {missing[0]} among them")
+            hf = load_whole(self.model, dtype=self.dtype)
         except Exception as e:
             raise UserError(f"no causal LM loads from model {self.model}: {first_line(e)}") from None
         self.load(hf.to("cuda" if torch.cuda.is_available() else "cpu"), self.model)

@@ -1,5 +1,6 @@
 """A run that was interrupted, in any way, ends as one that was not."""
 
+import errno
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import sys
 import pytest
 import torch
 from helpers import load_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import eval
@@ -21,7 +22,7 @@ from configurator import ROOT, UserError
 from measure.kill import POINTS, at_points, at_random, check, outcome
 from model import load_policy
 from runtime import checkpoint
-from runtime.checkpoint import NotSaved, files_below, find
+from runtime.checkpoint import NotSaved, files_below, find, restore
 from runtime.metrics import write_metrics
 
 BASIC = ["--sampler=torch", "--reward_workers=1", "--eval_max_problems=16", "--eval_k=0", "--eval_interval=1"]
@@ -227,6 +228,146 @@ def test_an_export_that_others_load(peace):
         assert torch.equal(p, q)
     config, base = (json.load(open(os.path.join(folder, "config.json"))) for folder in (peace / "ckpt_4", "toy/base"))
     assert config["architectures"] == base["architectures"] and config["dtype"] == "float32"
+
+
+# ---------------------------------------------------------------- files that nobody wrote, and odd file systems
+
+
+def forge(folder, **changes):
+    """Change run.json, with a right digest."""
+    path = folder / "state" / "run.json"
+    run = {**json.loads(path.read_text().partition("\n")[2]), **changes}
+    body = json.dumps({k: v for k, v in run.items() if v is not None})
+    path.write_text(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+
+
+def resume(path, policy):
+    """Find and restore. Returns AdamW's state and the memory."""
+    optimizer = torch.optim.AdamW(policy.parameters())
+    path, run = find(str(path), print)
+    return optimizer.state, restore(path, run, policy, {"adamw": optimizer})
+
+
+def test_only_files_that_run_json_names_are_opened(peace, tmp_path, policy, capsys):
+    out = copy_of(peace, tmp_path)
+    names = dict(policy.hf.named_parameters())
+    wrong = {f"{m}.{n}": torch.full_like(p, 7.0) for m in checkpoint.MOMENTS for n, p in names.items()}
+    for name in ("adamw-2", "adamw-00001-of-00002", "adamw_", "memory"):
+        save_file(wrong, out / "ckpt_4" / "state" / f"{name}.safetensors")
+    save_file(names, out / "ckpt_4" / "extra.safetensors")
+    (out / "ckpt_4" / "state" / "sft.safetensors").mkdir()
+    (state, memory), (true, _) = resume(out, policy), resume(peace, policy)
+    assert memory == {} and not any((s["exp_avg"] == 7).any() for s in state.values())
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(state.values(), true.values(), strict=True))
+    # Beside the checkpoint's files: what transformers would read instead of them.
+    (out / "ckpt_4" / "special_tokens_map.json").write_text("{}")
+    assert find(str(out), print)[0] == str(out / "ckpt_3")
+    assert "special_tokens_map.json was put beside it" in capsys.readouterr().out
+
+
+def test_moments_that_are_missing_are_an_error(peace, tmp_path, policy):
+    out = copy_of(peace, tmp_path)
+    files = json.loads((out / "ckpt_4" / "state" / "run.json").read_text().partition("\n")[2])["files"]
+    forge(out / "ckpt_4", files={name: f for name, f in files.items() if "adamw" not in name})
+    with pytest.raises(UserError, match="ckpt_4 cannot be resumed: the moment exp_avg.* of the optimizer adamw is missing"):
+        resume(out, policy)
+
+
+def test_a_number_that_disagrees_with_run_json_is_an_error(script, peace, tmp_path):
+    out = copy_of(peace, tmp_path)
+    shutil.copytree(out / "ckpt_4", out / "ckpt_9")
+    before = files_below(out)
+    with pytest.raises(UserError, match="ckpt_9 is the checkpoint of step 4.*name it ckpt_4 or move it away"):
+        train(script, out, "--max_steps=6", "--resume=auto")
+    assert files_below(out) == before
+
+
+def test_the_format_of_run_json(peace, tmp_path):
+    out = copy_of(peace, tmp_path)
+    for found in (None, 1, 99):
+        forge(out / "ckpt_4", format=found, written_by={"git": "abc123"})
+        with pytest.raises(UserError, match=f"format {found or 'none'}, this code reads .*resume it under abc123"):
+            find(str(out), print)
+    (out / "ckpt_4" / "state" / "run.json").unlink()
+    os.mkfifo(out / "ckpt_4" / "state" / "run.json")  # must not block
+    assert find(str(out), print)[0] == str(out / "ckpt_3")
+
+
+def test_the_memory_of_another_method(script, tmp_path):
+    """Not even by force: what it holds would be lost without a word."""
+    argv = ["--eval_data=", "--replay_share=0.5", "--replay_start=0.9", "--n_teacher=0", "--resume=force", "--max_steps=3"]
+    train(script, tmp_path / "x", "--sft_buffer=20", "--max_steps=1", "--eval_data=")
+    with pytest.raises(UserError, match="ckpt_1 holds the memory of another method .*start a new run from its weights"):
+        train(script, tmp_path / "x", *argv)
+    assert train(script, tmp_path / "x", "--eval_data=", "--max_steps=2", "--resume=force") == 0
+
+
+def write(out, policy, tokenizer, step):
+    out.mkdir(exist_ok=True)
+    checkpoint.save(str(out), step, policy, tokenizer, {}, {"queue": torch.ones(2)}, {"step": step})
+
+
+def test_the_modes_are_the_umasks(tmp_path, policy, tokenizer):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "x", policy, tokenizer, 1)
+    finally:
+        os.umask(before)
+    files = files_below(tmp_path / "x" / "ckpt_1")
+    assert {os.stat(tmp_path / "x" / "ckpt_1" / f).st_mode & 0o777 for f in files} == {0o640} and len(files) > 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "no links", "dangling"])
+def test_latest_is_a_convenience(tmp_path, policy, tokenizer, capsys, monkeypatch, kind):
+    out, latest = tmp_path / "x", tmp_path / "x" / "latest"
+    out.mkdir()
+    if kind == "folder":
+        latest.mkdir()
+        (latest / "mine").write_text("mine")
+    elif kind == "file":
+        latest.write_text("mine")
+    elif kind == "dangling":
+        os.symlink("nowhere", latest)
+        os.symlink("nowhere", out / "latest.partial")
+    else:
+        monkeypatch.setattr(os, "symlink", lambda *a: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    write(out, policy, tokenizer, 1)
+    assert find(str(out), print)[0] == str(out / "ckpt_1")
+    warned = f"warning: {latest} does not point to ckpt_1" in capsys.readouterr().out
+    assert warned == (kind != "dangling")
+    assert kind != "dangling" or os.readlink(latest) == "ckpt_1"
+    assert kind != "folder" or (latest / "mine").read_text() == "mine"
+    assert kind != "file" or latest.read_text() == "mine"
+
+
+def test_what_is_in_the_way_of_a_checkpoint_is_moved_aside(tmp_path, policy, tokenizer):
+    out = tmp_path / "x"
+    (out / "mine").mkdir(parents=True)
+    (out / "ckpt_1").write_text("mine")
+    os.symlink("mine", out / "ckpt_2")
+    (out / "ckpt_3").mkdir()
+    (out / "ckpt_3.damaged").write_text("older")
+    for step in (1, 2, 3, 3):
+        write(out, policy, tokenizer, step)
+    assert (out / "ckpt_1.damaged").read_text() == "mine" and os.readlink(out / "ckpt_2.damaged") == "mine"
+    assert (out / "ckpt_3.damaged.1").is_dir() and (out / "ckpt_3.damaged").read_text() == "older"
+    assert find(str(out), print)[0] == str(out / "ckpt_3")
+    (out / "ckpt_0").mkdir()  # a plain model
+    checkpoint.prune(str(out), 3, keep_last=1, keep_every=0)
+    assert sorted(n for n in os.listdir(out) if re.fullmatch(r"ckpt_\d", n)) == ["ckpt_0", "ckpt_3"]
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path, policy, tokenizer, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "x", policy, tokenizer, 1)
+    assert find(str(tmp_path / "x"), print)[0].endswith("ckpt_1")
 
 
 # ---------------------------------------------------------------- signals

@@ -104,6 +104,7 @@ def test_left_to_right(knobs, tmp_path, capsys):
         ("--rate=nan", "must be float, not str"),
         ("--rate=1e999", "must be float and finite, not float inf"),
         ("--steps=" + "9" * 5000, "must be int"),
+        (f"--steps={2**53}", "'steps' must be below 2**53"),
     ],
 )
 def test_mistakes_on_the_command_line(knobs, argument, words):
@@ -350,3 +351,11 @@ def test_readme_names_every_overlay():
     text = open(os.path.join(ROOT, "README.md")).read()
     for path in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
         assert f"`{os.path.basename(path)[:-3]}`" in text, path
+
+
+def test_an_error_of_the_system_that_names_a_file_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        configurator.run(lambda: open(tmp_path))
+    assert e.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    with pytest.raises(OSError, match="no file"):  # not the user's: its traceback is needed
+        configurator.run(lambda: (_ for _ in ()).throw(OSError("no file")))

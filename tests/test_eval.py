@@ -14,7 +14,7 @@ from tokenizers import processors
 from configurator import ROOT, UserError
 from data import load_templates, load_tokenizer
 from eval import renderer, samples_per_source, shuffled
-from runtime.files import weights_digest
+from runtime.files import fingerprint, model_files, weights_digest
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
 
@@ -262,8 +262,29 @@ def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
     changed = weights_digest(str(folder))
     (folder / "chat_template.jinja").write_text("other")
     other = weights_digest(str(folder))
-    (folder / "pytorch_model.bin").write_bytes(b"0")
-    assert len({before, changed, other, weights_digest(str(folder))}) == 4
+    assert len({before, changed, other}) == 3
+    for name in ("pytorch_model.bin", "README.md", "extra.safetensors", "out.log"):  # no reader opens them
+        (folder / name).write_bytes(b"0")
+    assert weights_digest(str(folder)) == other
+
+
+def test_a_checkpoint_is_compared_with_its_run_json(byte_model, tmp_path):
+    folder = tmp_path / "ckpt_1"
+    shutil.copytree(byte_model, folder)
+    (folder / "state").mkdir()
+    body = json.dumps({"files": {name: fingerprint(folder / name) for name in model_files(folder)}})
+    (folder / "state" / "run.json").write_text(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    assert weights_digest(str(folder)) == weights_digest(byte_model)
+    (folder / "merges.txt").write_text("")
+    with pytest.raises(UserError, match="merges.txt was put beside it: copy it again, or remove its state/"):
+        weights_digest(str(folder))
+    (folder / "merges.txt").unlink()
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match="config.json is not the one that was written"):
+        weights_digest(str(folder))
+    (folder / "state" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="run.json is damaged"):
+        weights_digest(str(folder))
 
 
 def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import sys
@@ -13,6 +14,8 @@ import model
 from configurator import UserError
 from data import Rollout, pack
 from model import ask_teacher, load_policy, mean_entropies
+from rollout import as_named
+from runtime.tensors import tensor_files
 
 
 def traces(problems, n=6):
@@ -257,3 +260,68 @@ def test_bad_models(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no causal LM"):
         load_policy(str(tmp_path))
+
+
+def rewrite(folder, *parts, index=None):
+    """Write weights in several files, with an index; by default a right one."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for i, part in enumerate(parts):
+        save_file(part, folder / f"{i}.safetensors", {"format": "pt"})
+    index = index or {name: f"{i}.safetensors" for i, part in enumerate(parts) for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda f, t: rewrite(f, t, index=dict.fromkeys(t, "gone.safetensors")),
+            "index.json names gone.safetensors, which is no",
+        ),
+        (
+            lambda f, t: rewrite(f, t, index=dict.fromkeys(t, "../x.safetensors")),
+            "index.json names ../x.safetensors, which is no",
+        ),
+        (lambda f, t: rewrite(f, t, index=dict.fromkeys([*t, "more"], "0.safetensors")), "more is in no file"),
+        (lambda f, t: rewrite(f, t, index=dict.fromkeys([*t][1:], "0.safetensors")), "is in 0.safetensors, and in no file by"),
+        (lambda f, t: rewrite(f, t, dict([*t.items()][:1])), "is in 0.safetensors and in 1.safetensors"),
+        (lambda f, t: rewrite(f, t, index={"a": 5}), "index.json is no index of weights"),
+        (lambda f, t: os.truncate(f / "model.safetensors", 5000), "model.safetensors is no whole safetensors file"),
+        (
+            lambda f, t: save_file({**t, "model.norm.weight": torch.ones(1)}, f / "model.safetensors"),
+            r"norm.weight is \[1\] in",
+        ),
+        (
+            lambda f, t: save_file({**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1}, f / "model.safetensors"),
+            "head of",
+        ),
+    ],
+)
+def test_weights_that_contradict_themselves(byte_model, tmp_path, change, words):
+    """DDP, FSDP and vLLM would each read them in another way. All three ask tensor_files; FSDP also read_rows_of."""
+    shutil.copytree(byte_model, tmp_path / "m")
+    change(tmp_path / "m", load_file(tmp_path / "m" / "model.safetensors"))
+    with pytest.raises(UserError, match=f"no causal LM loads from model .*{words}"):
+        load_policy(str(tmp_path / "m"))
+
+
+def test_only_named_weights_are_read(byte_model, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(byte_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: torch.zeros_like(t) for n, t in tensors.items()}, folder / "zzz.safetensors")
+    assert set(tensor_files(str(folder)).values()) == {str(folder / "model.safetensors")}
+    with as_named(str(folder)) as seen:  # what vLLM gets
+        assert "model.safetensors" in os.listdir(seen) and "zzz.safetensors" not in os.listdir(seen)
+    halves = [dict([*tensors.items()][i::2]) for i in (0, 1)]
+    rewrite(folder, *halves)
+    assert {os.path.basename(f) for f in tensor_files(str(folder)).values()} == {"0.safetensors", "1.safetensors"}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})  # transformers prefers it to the index, vLLM does not
+    assert set(tensor_files(str(folder)).values()) == {str(folder / "model.safetensors")}
+    with as_named(str(folder)) as seen:
+        assert not [name for name in os.listdir(seen) if "index" in name or name[0].isdigit()]
+    (folder / "model.safetensors").rename(folder / "named.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "named.safetensors"}))
+    assert set(tensor_files(str(folder)).values()) == {str(folder / "named.safetensors")}
+    load_policy(str(folder))
