@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError
 from data import first_line, partition
-from runtime.files import fingerprint, model_files, read_run
+from runtime.files import fingerprint, model_files, partial_name, read_run
 from runtime.plan import show
 from runtime.ranks import RANK, WORLD, all_ranks, print0
 from runtime.tensors import read_rows_of, tensors_in, whole_tensors
@@ -66,7 +66,7 @@ def save(folder, step, policy, tokenizer, optimizers, memory, run, tick=lambda: 
     run.json shall hold, in JSON's types. tick() is called after each tensor and file. Raises NotSaved.
     """
     final = os.path.join(folder, f"ckpt_{step}")
-    partial = final + ".partial"
+    partial = all_ranks(partial_name(final))[0]
     parameters = dict(policy.hf.named_parameters())
     tensors, optimizer_steps = {"model": parameters}, {}
     for name, optimizer in optimizers.items():
@@ -100,7 +100,7 @@ def moments_of(optimizer, parameters):
 
 def make_room(folder, partial, n_bytes):
     """Remove what a kill left of earlier tries, check that n_bytes are free, and make the folder `partial`."""
-    for left in [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d+(\.old)?\.partial", name)]:
+    for left in [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d+(\.old|\.[0-9a-f]{8})?\.partial", name)]:
         shutil.rmtree(os.path.join(folder, left), ignore_errors=True)  # what cannot be removed is not in the way
     usage = shutil.disk_usage(folder)
     if usage.total and n_bytes > (free := usage.free):  # some network file systems do not know

@@ -439,7 +439,7 @@ def test_what_a_grader_may_return(tmp_path, capsys):
             reward, answer = wanted or (0, "")
             verdict = v.score(["\x1b[31m\n\\boxed{b}"], [returned])[0]
             assert verdict[::2] == (reward, answer), returned
-            assert verdict.reason == ("error" if wanted is None else "correct" if reward > 0 else "wrong"), returned
+            assert verdict.reason == ("error" if wanted is None else "correct" if reward >= 1 else "wrong"), returned
     first, *_, last = lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.isprintable() for line in lines)
     assert "own.py: ValueError: grade() returned None, not a number between -1e+06 and 1e+06, or a pair" in first
