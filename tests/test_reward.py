@@ -1,3 +1,4 @@
+import hashlib
 import os
 import random
 import re
@@ -14,6 +15,8 @@ from measure import grading_speed
 from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text
 from runtime.latex import parse_in_two_stages
 from runtime.oat import by_oat, expression
+from runtime.run import identify
+from runtime.work import settings_of
 
 
 def started(grader):
@@ -294,6 +297,13 @@ def sleeper(name, **options):
     open(f"NOTES/{name}", "w").write(str(process.pid))
     return process
 
+def deaf():
+    while True:
+        try:
+            time.sleep(1000)
+        except BaseException:
+            pass
+
 def fork(do):
     if not os.fork():
         do()
@@ -325,7 +335,7 @@ def grade(text, answer):
         time.sleep(0.2)
     if word == "endless":
         forge(b"[1.0")
-        time.sleep(1000)
+        deaf()
     if word == "long":
         forge(b"[" * 9000)
         forge(b"[" * 9000)
@@ -344,7 +354,7 @@ def grade(text, answer):
         time.sleep(1000)
     return word == answer
 """
-FORGERIES = ["program", "later", "reader", "print", "fork", "twins", "process", "thread", "endless", "long", "close", "die"]
+FORGERIES = ["program", "later", "reader", "print", "fork", "twins", "process", "thread", "long", "close", "die"]
 
 
 def attacked(tmp_path, **options):
@@ -363,7 +373,7 @@ def ends(pid):
 def test_no_verdict_is_forged_or_shifted(tmp_path, capsys):
     """Whatever happens in one answer, none gets the reward of another, and the next answers get their own."""
     texts = [text for attack in FORGERIES for text in (attack, "right", "wrong")]
-    with attacked(tmp_path, workers=1, timeout=1.0) as v:
+    with attacked(tmp_path, workers=1, timeout=20.0) as v:
         verdicts = v.score(texts, ["right"] * len(texts))
     for attack, *found in zip(FORGERIES, *(verdicts[i::3] for i in range(3)), strict=True):
         assert [x.reward for x in found] == [0, 1, 0] and [x.reason for x in found[1:]] == ["correct", "wrong"], (attack, found)
@@ -373,14 +383,14 @@ def test_no_verdict_is_forged_or_shifted(tmp_path, capsys):
 
 
 def test_nothing_blocks_a_request(tmp_path):
-    """The limit holds for writing too: 150 kB do not fit into the socket of a worker that is stopped."""
+    """Not a line without an end, and not 600 kB, which do not fit into the socket of a worker that is stopped."""
     with attacked(tmp_path, workers=1, timeout=0.5) as v:
-        for worker_stops in (False, True):
+        for text in ("endless", "stop", "wrong " * 100_000):
             v.score(["right"], ["right"])
-            if worker_stops:
+            if len(text) > 100:
                 os.kill(v.workers[0].process.pid, signal.SIGSTOP)
             start = time.time()
-            found = v.score(["wrong " * 100_000 if worker_stops else "stop " * 100_000, "right"], ["right"] * 2)
+            found = v.score([text, "right"], ["right"] * 2)
             assert [x.reason for x in found] == ["timeout", "correct"] and time.time() - start < 0.5 + 2 + 10
 
 
@@ -401,15 +411,25 @@ def test_what_a_grader_started_ends_with_its_worker(tmp_path):
     assert ends(pid_of("plain")) and ends(pid_of("session"))
 
 
-def test_a_grader_is_read_once(tmp_path):
-    """A worker that starts later runs the text that the verifier read, even if the file has changed or is gone."""
+OWN_BYTES = b"# coding: latin-1\ndef grade(text, answer):\n    return text == answer, __file__[-6:] + '\xe4'\n"
+
+
+def test_a_grader_is_read_once(tmp_path, monkeypatch):
+    """A worker that starts later runs the text that the verifier read, even if the file has changed or is gone. So a run's
+    identity and the settings of samples name that text."""
     path = tmp_path / "own.py"
-    path.write_text(
-        "# coding: latin-1\ndef grade(text, answer):\n    return text == answer, __file__[-6:] + '\xe4'\n", "latin-1"
-    )
+    path.write_bytes(OWN_BYTES)
     with Verifier(workers=1, grader=str(path), require_think=False) as v:
         path.write_text("def grade(text, answer): return 0.5")
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
+        config = {"grader": str(path), "data": str(path), "model": "", "teacher_model": ""}
+        inputs = identify(config, [], "torch", "float32", v, None)["inputs"]
+        assert inputs["grader"] == [len(OWN_BYTES), hashlib.sha256(OWN_BYTES).hexdigest()] != inputs["data"]
+        settings = settings_of({}, [], os.path.join(ROOT, "toy", "base"), "torch", "float32", v)
+        assert settings["grader"].encode("latin-1") == OWN_BYTES
+        monkeypatch.setattr("runtime.ranks.all_ranks", lambda item: [item, path.read_bytes()])  # what another rank read
+        with pytest.raises(UserError, match="own.py is not the same on all ranks"):
+            identify(config, [], "torch", "float32", v, None)
         os.remove(path)
         v.workers[0].kill()
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
