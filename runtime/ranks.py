@@ -4,7 +4,6 @@ The processes that torchrun started, and what they exchange. Without torchrun th
 
 import os
 import sys
-import threading
 
 import torch
 import torch.distributed as dist
@@ -42,9 +41,6 @@ def leave(code, tensor_parallel):
     if WORLD > 1 and tensor_parallel == 1:
         sys.stdout.flush()
         os._exit(code or 0)
-    hurry = threading.Timer(60, os._exit, [code or 0])  # if a package's clean-up hangs; all is written by now
-    hurry.daemon = True
-    hurry.start()
     sys.exit(code)
 
 
