@@ -173,7 +173,7 @@ def unreadable():
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
     known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help".split())
-    known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+    known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
     for path in (
         "train.py",
         "eval.py",

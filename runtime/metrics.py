@@ -240,6 +240,13 @@ def end_wandb(exit_code):
     wandb.finish(exit_code)
 
 
+def drop_wandb():
+    """Have nothing more to do with it: its own clean-up when the process ends would fail, or wait, once more."""
+    import wandb
+
+    wandb.teardown(1)
+
+
 def fault_of(function, *arguments, limit=90.0):
     """Call a function in a thread of its own. Returns what it raised, as text, or that it did not return within `limit`
     seconds; "" if all went well."""

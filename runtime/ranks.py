@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 
 import torch
@@ -120,9 +119,6 @@ def leave(code, tensor_parallel):
     if WORLD > 1 and tensor_parallel == 1:
         sys.stdout.flush()
         os._exit(code or 0)
-    hurry = threading.Timer(60, os._exit, [code or 0])  # if a package's clean-up hangs; all is written by now
-    hurry.daemon = True
-    hurry.start()
     sys.exit(code)
 
 

@@ -13,6 +13,7 @@ from runtime.files import fingerprint, make_folder, model_path, weights_digest, 
 from runtime.metrics import (
     batch_warnings,
     collapse,
+    drop_wandb,
     end_wandb,
     fault_of,
     finite,
@@ -108,6 +109,7 @@ class Run:
         it prints a warning, and the run continues without."""
         if self.log == "wandb" and RANK == 0 and (fault := fault_of(function, argument)):
             self.log = "jsonl"
+            fault_of(drop_wandb, limit=5.0)
             print(printable(f"warning: wandb: {fault}: the run goes on without it; metrics.jsonl has all"), flush=True)
 
     def try_to(self, function, *arguments):

@@ -291,7 +291,7 @@ def test_one_ranks_end_is_the_runs(tmp_path, peace, fault, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_torchrun_passes_signals_on(tmp_path, peace, name):
     """Both ranks save the same boundary and leave within the grace time; torchrun's exit code is its own."""
     process = torchrun(tmp_path / "x", "--save_interval=0")

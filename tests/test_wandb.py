@@ -38,7 +38,7 @@ def raises(*arguments, **keywords):
 def test_a_run_goes_on_without_it(tmp_path, monkeypatch, capsys, fails, words):
     """wandb.log fails: one warning, and it is never asked again. (The package itself is played here; below it is real.)"""
     calls = []
-    package = SimpleNamespace(log=lambda *a, **k: calls.append(a) or fails(), finish=lambda code: calls.append(code))
+    package = SimpleNamespace(log=lambda *a, **k: calls.append(a) or fails(), finish=calls.append, teardown=lambda code: None)
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setattr(fault_of, "__kwdefaults__", {"limit": 0.2})
     run = Run(str(tmp_path), {}, "wandb")

@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+from runtime.process import protect_output
+
 METHODS = ["luffy", "grpo", "sft", "sft_verified"]  # the longest first
 NOTES = """
 What this shows, and what it does not:
@@ -102,4 +105,5 @@ def main():
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

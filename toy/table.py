@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "toy")]
 
+from runtime.process import protect_output
+
 FOUR = ["grpo", "sft", "mixed", "luffy"]
 ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft_verified", "rl_sft_loss", "sft_then_rl",
        "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo"]  # fmt: skip
@@ -217,4 +219,5 @@ def main():
 
 
 if __name__ == "__main__":
+    protect_output()
     main()
