@@ -169,9 +169,8 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set(
-        "nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout signals_to_handle".split()
-    )
+    known = set("nproc_per_node nnodes node_rank master_addr master_port no-deps signal help shutdown-timeout".split())
+    known.add("signals_to_handle")
     for path in (
         "train.py",
         "eval.py",
