@@ -44,6 +44,7 @@ grader = "math_verify"  # training's rule; oat: the last \boxed{} counts; or a P
 require_think = True  # the prompt must end in "<think>\n" and the response must close its thought
 grade_unclosed = False  # a response that never closes its thought is graded as a whole, instead of counted as wrong
 answer_line = False  # read "ANSWER: C" as \boxed{C} if the ground truth is a letter or digit and nothing is boxed
+refuse_unevaluated = False  # where the ground truth is a plain number, \binom{10}{3} for 120 is wrong
 solved_at = 1.0  # a reward from here on counts as solved, in pass@k and maj@k; of interest for your own grader [> 0]
 reward_workers = 2  # verifier processes per rank [> 0]
 reward_timeout = 2.0  # seconds of grading per answer [> 0]
@@ -224,6 +225,7 @@ def main():
     verifier = Verifier(
         workers=reward_workers, timeout=reward_timeout, require_think=require_think, grader=grader,
         grade_unclosed=grade_unclosed, answer_line=answer_line, solved_at=solved_at,
+        refuse_unevaluated=refuse_unevaluated,
     )  # fmt: skip
     problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed), tokenizer)
     k_of = samples_per_source(k, {p.source for p in problems})

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from configurator import UserError, printable, repo_path
 from runtime.latex import parse_in_two_stages
-from runtime.oat import MATHD, by_oat, integer, last_boxed, rewrite
+from runtime.oat import MATHD, by_oat, integer, last_boxed, rewrite, unevaluated
 from runtime.process import die_with_parent, end_group_at_death, end_tree, heartbeat
 
 START = 120.0  # seconds a worker may take to import math-verify
@@ -83,19 +83,21 @@ class Verifier:
     answer_line: where the ground truth is a letter A-J or a digit 1-9 and nothing is boxed, a last
     line "ANSWER: C" counts as \\boxed{C}; the released code rejects it. solved_at: the reason is
     "correct" if the reward is at least this. All that asks whether an answer is right asks for the
-    reason, so a reward for format alone does not count as a right answer.
+    reason, so a reward for format alone does not count as a right answer. refuse_unevaluated: where the
+    ground truth is a plain number, the answer must be one too: \\binom{10}{3} is wrong for 120.
 
     score(responses, answers) keeps the order, and never raises for what a response contains.
     submit() and collect() are its halves, for a caller with other work in between. A worker starts
     with the first answer that needs it, and takes a second or two to import math-verify.
 
-    Raises UserError at once for a grader that does not exist or never gives solved_at, on entering the
+    Raises UserError at once for a grader that does not exist or cannot do what is asked, on entering the
     context if your own file fails, and in submit, score or collect if a worker cannot start.
     """
 
     def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
-                 grade_unclosed=False, answer_line=False, solved_at=1.0):  # fmt: skip
-        self.solved_at = solved_at
+                 grade_unclosed=False, answer_line=False, solved_at=1.0,
+                 refuse_unevaluated=False):  # fmt: skip
+        self.solved_at, self.refuse_unevaluated = solved_at, refuse_unevaluated
         self.require_think, self.grade_unclosed, self.answer_line = require_think, grade_unclosed, answer_line
         self.grader, self.source = grader, None  # source: the bytes of your own file
         if grader not in GRADERS:
@@ -103,6 +105,8 @@ class Verifier:
             self.source = read_grader(grader, self.grader)
         if self.source is None and solved_at > 1:
             raise UserError(f"solved_at={solved_at:g}: {grader}'s rewards are 0 and 1, so nothing would be solved; set 1")
+        if grader not in GRADERS and refuse_unevaluated:
+            raise UserError(f"refuse_unevaluated is for {' and '.join(GRADERS)}: let your own grader decide, and leave it out")
         self.tick = lambda: None  # to be set: called after each answer; what it raises ends collect()
         self.broken = None  # the error, if a worker did not start
         self.faults, self.n_shown = [], 0  # the first errors of your own grader, in words
@@ -165,6 +169,8 @@ class Verifier:
         finally:
             self.idle.put(worker)
         if verdict.reason == "graded":
+            if self.refuse_unevaluated and verdict.reward and unevaluated(verdict.answer, answer):
+                verdict = verdict._replace(reward=0.0)
             verdict = verdict._replace(reason="correct" if verdict.reward >= self.solved_at else "wrong")
         if fault and self.source is not None and len(self.faults) < SHOWN:
             what = f"ground truth {answer[:40]!r}, answer ending in {text[-80:]!r}"

@@ -90,6 +90,7 @@ seed = 0  # of the data order and of every sample [0, 4294967295]
 holdout = 0  # questions of `data` set aside for evaluation, in addition to eval_data; the seed does not change them
 # ---------------------------------------------------------------- numerics, verifier
 require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
+refuse_unevaluated = False  # where the ground truth is a plain number, \binom{10}{3} for 120 is wrong
 solved_at = 1.0  # a reward from here on counts as solved: metrics, memories, verified traces; for your own grader [> 0]
 reward_timeout = 2.0  # seconds of grading per answer [> 0]
 sampler = "auto"  # vLLM where it is installed, else the torch sampler [auto | vllm | torch]
@@ -187,7 +188,9 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         tokenizer, model_config = load_tokenizer(base), load_config(base)
         teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
         problems, held_out = load_data(tokenizer)
-        verifier = stack.enter_context(Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at))
+        verifier = Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at,
+                            refuse_unevaluated=refuse_unevaluated)  # fmt: skip
+        stack.enter_context(verifier)
         problems = preflight.check_traces(knobs, problems, tokenizer, verifier)
         preflight.check_problems(knobs, problems)
         identity = identify(config, problems, engine_kind, precision, verifier, checkpoint)

@@ -13,6 +13,10 @@ Accepted there, rejected here:
     1+\frac{x}{2} for \frac{1+x}{2}    there pylatexenc, not used here, makes them equal;
     \sqrt[3]{2} for \sqrt{2}           so it does with these
     73/4 for 7 3/4, -I(0) for I(0)
+    3 for 3 \text{ or $8$}, and so 8   there each comparison looks for the answer in its own way: one finds
+                                       the 3, one the 8. Here all three read one string, PLAIN
+    8 for 3 \lor 8, 38 for 3 8         there the end of what cannot be parsed is enough, and what is deleted
+                                       between two numbers joins them
 Rejected there, accepted here:
     \boxed 5 and \fbox{5}              as in MATH's own code
 There math-verify has a second of its own, and never sees a long repetition; here one time limit
@@ -28,15 +32,15 @@ def by_oat(text, answer):
     """(text, ground truth) -> (right or not, what the last box holds); (0.0, None) without a box."""
     from math_verify import parse, verify
 
-    given, gold = last_boxed(text), last_boxed(answer) or answer
-    if given is None:
+    read = last_boxed(text)
+    if read is None:
         return 0.0, None
+    given, gold = (rewrite(s, PLAIN) for s in (read, last_boxed(answer) or answer))
     if rewrite(given, MATHD) == rewrite(gold, MATHD) or prm800k_equal(given, gold):
-        return True, given
-    how = dict(fallback_mode="no_fallback", parsing_timeout=None)
-    gold = parse(gold if "$" in gold else f"${gold}$", extraction_mode="first_match", **how)
-    found = parse(given if "$" in given else f"${given}$", **how)
-    return verify(gold, found, timeout_seconds=None), given
+        return True, read
+    how = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+    gold, found = (parse(f"${s}$", **how) for s in (gold, given))
+    return verify(gold, found, timeout_seconds=None), read
 
 
 def last_boxed(text):
@@ -57,29 +61,42 @@ def last_boxed(text):
 # ---------------------------------------------------------------- strings
 # (pattern, replacement), applied in order
 
+MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
+PLAIN = [  # what all three comparisons read: none may see two numbers where another sees one
+    (r"\\!|(?<!\\)\$|[\u200b-\u200f\u2060\ufeff]", lambda m: " " if m[0] == "$" else ""),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),
+    # Text with a digit or one of these words is part of the answer, not a unit.
+    (r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*(?:\d|[,;=]|\b(?:or|and|if|not)\b)[^{}]*)\}", r" \1 "),
+    MIXED,
+    (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),
+    (r"(?<!frac\d)(?<!frac \d)(?<=\d) +(?=\d)", ","),  # 3 8 is neither 38 nor 11
+]  # fmt: skip
 MATHD = [
     (r"\\\\", r"\\"),
-    (r"\n|\\!|\\(?:left|right)(?![a-z])|\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", ""),
+    (r"\\!|\\(?:left|right)(?![a-z])", ""), (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
     (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
-    (r"(?<=\S)\s*\\(?:text|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit
+    (r"(?<=\S)\s*\\(?:text|mbox)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),  # a unit
     (r"\\(?:[td](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
     (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
-    (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 7 3/4 is not 73/4
-    (r"\s", ""),
-    (r"\\(sqrt|frac)(\\pi|[^{\[\\])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
-    (r"(\\frac\{[^{}]*\})(\\pi|[^{\\])", r"\1{\2}"),
+    (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), MIXED,
+    (r"\\(sqrt|frac)\s*(\\pi|[^{\[\\\s])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
+    (r"(\\frac\s*\{[^{}]*\})\s*(\\pi|[^{\\\s])", r"\1{\2}"),
+    (r"(?<!\d)\s+|\s+(?![\d\s])", ""),  # what was deleted between two numbers does not join them
     (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\(([A-J])\)$", r"\1"),
 ]  # fmt: skip
 PRM800K = [
-    (" (?:or|and) ", ","), (r"\\\\", ";"),
+    (r" (?:or|and) |\\\\", ";"),
     (r"\s*(?:\\text\{ *)?(m|b|tr)illion *\}?", lambda m: {"m": "*10^6", "b": "*10^9", "tr": "*10^12"}[m[1]]),
     *MATHD,
-    (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)(?:es)?s?(?:\^\d+)?", ""),
+    (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
+     r"(?:es)?s?(?:\^[23])?(?!\d)", ""),
     (r"\\[{},;:]", ""), (r"([\^_])\{(\w+)\}|\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1\2\3"),
     (r"(?<![\w/.^)}])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"(?<![/^])\\frac(?=\{)", ""),  # after / and ^ it would bind differently: it stays, and keeps sympy out
-    (r"\}\{", ")/("), (r"\{", "("), (r"\}", ")"), (r"\\(?:cdot|times)", "*"), (r"\\(?!frac)", ""),
+    # After / and ^ it would bind differently: it stays, and keeps sympy out.
+    (r"(?<![/^])\\frac\{((?:[^{}]|\{[^{}]*\})*)\}(?=\{)", r"(\1)/"),
+    (r"\{", "("), (r"\}", ")"), (r"\\(?:cdot|times)", "*"), (r"\\(?!frac)", ""),
 ]  # fmt: skip
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 
@@ -101,12 +118,27 @@ def integer(s):
     return str(int(x)) if x.is_integer() and abs(x) < 2**53 else s
 
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+FRACTION = rf"{NUMBER}|[-+]?\d*\\frac\{{-?\d+\}}\{{-?\d+\}}|-?\d+/\d+"
+UNIT = r"(?:[A-Za-z]+(?:\^[23])?)?"
+
+
+def unevaluated(read, gold):
+    """Is the ground truth a plain number, and the answer that was read (Verdict.answer) none, but something to compute? A
+    number is an integer, a decimal or a fraction of integers, perhaps with a unit; for an integer a fraction is none. Of a
+    chain of equations the end counts."""
+    gold, read = (THOUSANDS.sub("", s) for s in (integer(rewrite(last_boxed(gold) or gold, MATHD)), read))
+    wanted = NUMBER if re.fullmatch(r"-?\d+", gold) else FRACTION
+    is_number = re.fullmatch(f"(?:{FRACTION}){UNIT}", gold)
+    return bool(is_number) and not re.fullmatch(f"(?:{wanted}){UNIT}", read.rpartition("=")[2].strip("()"))
+
+
 # ---------------------------------------------------------------- PRM800K's comparison, by sympy
 
 
 def prm800k_equal(given, gold):
     """Are they equal strings, or tuples or intervals with the same brackets and equal elements?"""
-    given, gold = (THOUSANDS.sub("", integer(rewrite(s, PRM800K).lower())) for s in (given, gold))
+    given, gold = (rewrite(s, PRM800K).lower() for s in (given, gold))
     elements = lambda s: s[1:-1].split(",") if re.fullmatch(r"[(\[][^()\[\]]+[)\]]", s) else [s]
     ours, theirs = elements(given), elements(gold)
     if not given or len(ours) != len(theirs):
@@ -120,10 +152,10 @@ def sympy_equal(a, b):
     """Is a - b zero? An integer equals only itself; so does text, and whatever sympy may hang on."""
     from sympy import simplify
 
-    a, b = integer(a), integer(b)
+    a, b = (s if "," in s else integer(s) for s in (a, b))  # PLAIN has read 1,000; this may be {1,234}
     difference = f"({a})-({b})"
     letters = set(re.findall("[a-z]", re.sub("sqrt|frac", "", difference)))
-    hard = re.search(r"\*\*|\^\(|\^\d+\^|\^\d\d|[a-z]\(0\)", difference)
+    hard = re.search(r"\*\*|\^\(|\^\d+\^|\^\d\d|[a-z]\(0\)|/\d+[a-z(]", difference)  # 1/2x may be x/2 or 1/(2x)
     odd = hard or not re.fullmatch(r"[a-z0-9+\-*/^().]+", difference)
     if a == b or len(letters) > 2 or odd or any(re.fullmatch(r"-?\d+", s) for s in (a, b)):
         return a == b

@@ -17,7 +17,8 @@ AVERAGES = {  # the papers' averages: unweighted means over these sources
 }
 # Knobs of eval.py that should be the same when two models are compared.
 PROTOCOL = set(
-    "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line solved_at".split()
+    "template system shuffle_options k temperature max_tokens grader require_think grade_unclosed answer_line"
+    " refuse_unevaluated solved_at".split()
 )
 
 

@@ -11,10 +11,10 @@ import pytest
 from sympy import simplify
 
 from configurator import ROOT, UserError
-from measure import grading_speed
+from measure import grading_speed, hedges
 from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text
 from runtime.latex import parse_in_two_stages
-from runtime.oat import by_oat, expression
+from runtime.oat import by_oat, expression, unevaluated
 from runtime.run import identify
 from runtime.work import settings_of
 
@@ -465,6 +465,56 @@ def test_what_a_grader_may_return(tmp_path, capsys):
     assert "own.py: ValueError: grade() returned None, not a number between -1e+06 and 1e+06, or a pair" in first
     assert "ground truth 'None', answer ending in '\\x1b[31m\\n\\\\boxed{b}'" in first
     assert "returned nan" in last and last.endswith("further errors are not shown")
+
+
+UNEVALUATED = [  # ground truth, what equals it and is a number, what equals it and is to be computed
+    ("120", (r"120", r"120.0", r"\$120", r"120\text{ cm}^2", "x=120", r"120^\circ"),
+     (r"\binom{10}{3}", "100+20", "5!", r"\frac{240}{2}", "240/2", r"\sqrt{14400}", r"60\cdot 2", r"12\times10^1")),
+    ("1,024", ("1,024", "1024"), ("2^{10}", r"\sum_{k=0}^{9} 2^k+1")),
+    (r"\frac{1}{2}", (r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"), ("2^{-1}", r"1-\frac12", r"\frac{1+1}{4}")),
+    (r"-7.75", ("-7.75", r"-\frac{31}{4}"), ("-8+0.25", r"-7-\frac{3}{4}")),
+    (r"2\sqrt{2}", (r"\sqrt{8}", r"2\sqrt2"), ()),  # not a plain number: all is as ever
+]  # fmt: skip
+
+
+def test_unevaluated_answers_are_refused_on_request():
+    for gold, numbers, computed in UNEVALUATED:
+        for grader in (by_oat, by_math_verify):
+            for given in numbers + computed:
+                reward, _, read = grade(grader, f"\\boxed{{{given}}}", gold, 20.0)
+                assert reward == 1.0 and unevaluated(read, gold) == (given in computed), (grader, gold, given)
+    assert unevaluated("120=5!", "120") and not unevaluated("x=5!=120", "120")  # the end of a chain counts
+    with Verifier(workers=1, refuse_unevaluated=True) as v:
+        texts = [f"</think>\\boxed{{{given}}}" for given in (r"\binom{10}{3}", "120.0", "120", "121")]
+        assert [x[:2] for x in v.score(texts, ["120"] * 4)] == [(0.0, "wrong"), *[(1.0, "correct")] * 2, (0.0, "wrong")]
+        v.refuse_unevaluated = False  # off by default
+        assert v.score(texts[:1], ["120"])[0][:2] == (1.0, "correct")
+    with pytest.raises(UserError, match="refuse_unevaluated is for math_verify and oat"):
+        Verifier(grader=os.path.join("measure", "peers", "parity.py"), refuse_unevaluated=True)
+
+
+def test_an_answer_that_hedges_is_not_right_for_both():
+    """Each way to hedge of measure/hedges.py; it has more pairs of ground truths."""
+    for _, a, b, response in hedges.hedges(2 * len(hedges.ways()), seed=1):
+        text = graded_text(response) or ""
+        for grader in (by_oat, by_math_verify):
+            assert not all(grade(grader, text, gold, 20.0)[0] for gold in (a, b)), (grader, a, b, text)
+
+
+HEDGES = [  # for oat each of these was right for all of the ground truths
+    (r"3 \text{ or $8$}", ("3", "8")), (r"3 \text{ units or $8$ units}", ("3", "8")), ("3 8", ("38", "11")),
+    (r"3\,8", ("38", "11")), (r"3^\circ 8", ("38", "11")), (r"3 \% 8", ("38", "0.24")),
+    (r"1\text{ or }234", ("1234", r"\{1,234\}")),
+    ("1/2x", (r"\frac{x}{2}", r"\frac{1}{2x}")),
+    (r"\sqrt{3}{8}", (r"8\sqrt3", r"\frac{\sqrt3}{8}")), ("{3}{8}", ("11", r"\frac38")), ("(1,234)", ("1234", "(1,234)")),
+]  # fmt: skip
+
+
+def test_all_comparisons_of_oat_read_the_same():
+    for given, golds in HEDGES:
+        assert sum(grade(by_oat, f"\\boxed{{{given}}}", gold, 20.0)[0] for gold in golds) <= 1, given
+    for given, gold in (("1 000", "1000"), (r"10\,080", "10080"), ("7 3/4", "7.75"), (r"\frac 1 2", "0.5"), ("$5$", "5")):
+        assert grade(by_oat, f"\\boxed{{{given}}}", gold, 20.0)[0] == 1.0, given
 
 
 def test_a_grader_that_cannot_be_used(tmp_path):
