@@ -66,7 +66,7 @@ PLAIN = [  # what all three comparisons read: none may see two numbers where ano
     (r"\\!|(?<!\\)\$|[\u200b-\u200f\u2060\ufeff]", lambda m: " " if m[0] == "$" else ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),
     # Text with a digit or one of these words is part of the answer, not a unit.
-    (r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*(?:\d|[,;=]|\b(?:or|and|if|not)\b)[^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not)\b))([^{}]*)\}", r" \1 "),
     MIXED,
     (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),

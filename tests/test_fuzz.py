@@ -18,7 +18,7 @@ from sympy import parse_expr
 from configurator import UserError, configure, printable
 from data import Rollout, bins_needed, load_problems, load_tokenizer, partition, spread, unpack
 from reward import fast_verdict, graded_text
-from runtime.oat import MATHD, PRM800K, expression, integer, last_boxed, prm800k_equal, rewrite
+from runtime.oat import MATHD, PLAIN, PRM800K, by_oat, expression, integer, last_boxed, prm800k_equal, rewrite
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TEXT = st.text(max_size=40)
@@ -264,7 +264,7 @@ def test_answers_are_read_as_what_they_are(text, answer):
     fast = fast_verdict(text, answer)
     if fast is not None:
         assert fast.reward == float(int(re.search(r"\d+", text)[0]) == int(answer))
-    for rules in (MATHD, PRM800K):
+    for rules in (PLAIN, MATHD, PRM800K):
         assert isinstance(rewrite(text, rules), str)
     assert float(integer("12.0")) == 12 and isinstance(integer(text), str)
 
@@ -309,4 +309,4 @@ def test_expressions_are_read_as_sympy_reads_them(text):
 def test_equal_numbers_are_equal_and_others_are_not(a, b, c):
     assert prm800k_equal(f"\\frac{{{a * c}}}{{{b * c}}}", f"\\frac{{{a}}}{{{b}}}") or a % b == 0
     assert not prm800k_equal(f"\\frac{{{a}}}{{{b}}}", f"\\frac{{{a + b}}}{{{b}}}")
-    assert prm800k_equal(f"{a},000" if a > 0 else str(a), f"{a}000" if a > 0 else str(a))
+    assert by_oat(f"\\boxed{{{a},000}}" if a > 0 else f"\\boxed{{{a}}}", f"{a}000" if a > 0 else str(a))[0]
