@@ -173,6 +173,7 @@ def test_paths_that_start_with_a_dot_are_the_current_folders(tmp_path, monkeypat
     assert repo_path(".hidden/x") == os.path.join(ROOT, ".hidden/x")
 
 
+@pytest.mark.slow
 def test_a_second_start_harms_no_live_run(script, tmp_path):
     """While a run is in a step, a second start of its folder is refused, and the run ends as ever."""
     out = tmp_path / "out"

@@ -118,6 +118,7 @@ def test_a_hang_ends_with_the_place_and_a_traceback():
     assert "no rank made progress for 2 s (hang_timeout): rank 0: step 3, rollout" in err and "in stuck" in err
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_is_not_a_hang():
     """Ctrl-Z and fg, or a scheduler that suspends a job: the time in between does not count."""
     process = child(

@@ -62,7 +62,7 @@ def test_bad_dry_runs(script, tmp_path, argv, words):
         script("train", ["--dry_run=True", *argv]).main()
 
 
-@pytest.mark.parametrize("shard,answer", [("fsdp", "yes"), ("ddp", "NO")])
+@pytest.mark.parametrize("shard,answer", [("fsdp", "yes"), pytest.param("ddp", "NO", marks=pytest.mark.slow)])
 def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
     """No weights, no tokenizer, no data: the plan of the 7B run, in seconds."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B.to_dict()))

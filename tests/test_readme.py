@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pyarrow.parquet as pq
+import pytest
 
 from configurator import ROOT
 
@@ -18,6 +19,7 @@ def code_under(heading):
     return re.search(r"```python\n(.*?)```", section, re.S)[1]
 
 
+@pytest.mark.slow
 def test_own_questions_and_own_reward(tmp_path):
     """Ten lines make a data file of a JSONL of questions, ten lines are a verifier; training and evaluation accept both."""
     for heading in ("Your own questions", "Your own reward"):

@@ -23,6 +23,7 @@ from runtime.preflight import check_traces
 from runtime.torch_sampler import TorchSampler
 
 
+@pytest.mark.slow
 def test_rescue_in_the_real_engine(script, engine, monkeypatch, tmp_path):
     """LUFFY, through vLLM, learns in 22 steps what its base never shows; GRPO does not."""
     final = {}
