@@ -39,10 +39,11 @@ def whole(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        e.filename = e.filename or path  # an error of write() or fsync(), such as a full disk, names no file
+        if isinstance(e, OSError):
+            e.filename = e.filename or path  # an error of write() or fsync(), such as a full disk, names no file
         raise
 
 
