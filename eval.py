@@ -248,19 +248,20 @@ def main():
         stack.enter_context(output)
         stack.enter_context(verifier)
         for t in temperatures:
-            folder = output.path
+            place = output
             if sweep:
                 print0(f"temperature {t:g}")
-                folder = stack.enter_context(OutputFolder(os.path.join(folder, f"temperature_{t:g}"), "eval.py")).path
-            open_work(folder, {**settings, "temperature": t}, config)
-            if engine is None and not all(map(os.path.exists, chunk_files(folder, chunks))):
+                place = stack.enter_context(OutputFolder(os.path.join(output.path, f"temperature_{t:g}"), "eval.py"))
+            open_work(place, {**settings, "temperature": t}, config)
+            paths = chunk_files(place.path, chunks)
+            if engine is None and not all(map(os.path.exists, paths)):
                 engine = open_sampler(
                     name, [tokenizer.eos_token_id], room, sampler=engine_kind, dtype=precision, gpu_memory=gpu_memory,
                     seed=seed, tensor_parallel=tensor_parallel,
                 )  # fmt: skip
-            work_through(folder, chunks, partial(work, t=t), tensor_parallel)
+            work_through(place, chunks, partial(work, t=t), tensor_parallel)
             if RANK == 0:
-                tables[f"{t:g}"] = report(folder, chunk_files(folder, chunks))
+                tables[f"{t:g}"] = report(place.path, paths)
         if sweep and RANK == 0:
             from plot import draw_sweep  # here, because matplotlib takes a second to load
 

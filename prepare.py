@@ -378,8 +378,8 @@ def prepare_reanswer(args):
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think", "solved_at")
         knobs = {knob: getattr(args, knob) for knob in compared}
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, verifier=verifier)
-        stack.enter_context(OutputFolder(work, "prepare.py"))
-        open_work(work, settings, vars(args))
+        place = stack.enter_context(OutputFolder(work, "prepare.py"))
+        open_work(place, settings, vars(args))
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
@@ -393,7 +393,7 @@ def prepare_reanswer(args):
             return evaluate(part, engine, verifier, tokenizer, stamp=name, k=args.k, temperature=args.temperature,
                             max_tokens=args.max_tokens, seed=args.seed)  # fmt: skip
 
-        work_through(work, chunks, answer, args.tensor_parallel)
+        work_through(place, chunks, answer, args.tensor_parallel)
         if RANK == 0:
             counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
             print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))

@@ -179,8 +179,8 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
     start_processes(device, shard, config)
     with contextlib.ExitStack() as stack:
-        folder = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
-        checkpoint = find_checkpoint(stack.enter_context(folder), resume)
+        output = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
+        checkpoint = find_checkpoint(stack.enter_context(output), resume)
         if checkpoint and checkpoint.run["step"] >= max_steps and not checkpoint.run["pending"]:
             print0(f"nothing to do: {checkpoint.path} has {checkpoint.run['step']} steps, max_steps is {max_steps}")
             return end_processes(shard)
@@ -216,7 +216,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
         memory = open_memory(knobs, problems)
-        run = open_run(folder, config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
+        run = open_run(output, config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
         order = Order(len(problems), seed, **run.order)
         by_id = {p.id: p for p in problems}
         grading = Grading(verifier, tokenizer, answers={p.id: p.answer for p in problems})

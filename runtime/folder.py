@@ -7,10 +7,13 @@ tells that the folder is ours: another folder is neither moved nor written into 
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import platform
+import re
+import stat
 import time
 
 from configurator import ROOT, UserError, repo_path
@@ -19,6 +22,7 @@ from runtime.ranks import MACHINES, RANK, all_ranks, print0
 
 MARK = ".lock"  # the file's name
 TITLE = "nano-luffy"  # its first word
+RUN = r"config\.json|metrics\.jsonl|rollouts|eval_\d+\.json|ckpt_\d+(\..+)?|latest"  # what train.py writes beside it
 
 
 class Lock:
@@ -36,7 +40,7 @@ class Lock:
     def take(self):
         """Lock the file; make it if it is not there. Raises UserError if another process holds it, and OSError."""
         while True:
-            self.file = open(self.path, "a+")
+            self.file = open(self.path, "a+", opener=self.open)
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a forked child does not inherit it
             except (BlockingIOError, PermissionError):
@@ -50,6 +54,15 @@ class Lock:
                     return
             self.file.close()  # its last holder removed or moved the file in between: try again
 
+    @staticmethod
+    def open(path, flags):
+        """os.open() for a regular file only: no link is followed, no pipe waited for. Raises OSError."""
+        number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            os.close(number)
+            raise OSError(errno.EEXIST, f"its {MARK} is no regular file", path)
+        return number
+
     def first_line(self):
         self.file.seek(0)
         return self.file.readline(1000)
@@ -58,6 +71,7 @@ class Lock:
         """Write into the file who holds it."""
         self.file.truncate(0)
         self.file.write(f"{TITLE} {self.program}, process {os.getpid()} on {platform.node()}, since {time.ctime()}\n")
+        self.file.write("This file is locked while its program runs. Afterwards it tells that the folder is ours.\n")
         self.file.flush()
 
     def __exit__(self, *_):
@@ -98,6 +112,8 @@ class OutputFolder:
             raise error
         if MACHINES > 1:
             self.check_common()
+        if RANK:
+            self.stat = os.stat(os.path.join(self.path, MARK))
         return self
 
     def check_common(self):
@@ -118,29 +134,39 @@ class OutputFolder:
         """Make the folder if necessary, lock it, and check that it is ours."""
         try:
             os.makedirs(self.path, exist_ok=True)
-            if not os.path.exists(os.path.join(self.path, MARK)):
-                self.check_empty()
+            if not os.path.lexists(os.path.join(self.path, MARK)):
+                self.check_contents()
             self.lock = Lock(os.path.join(self.path, MARK), self.program, what=self.path)
             self.lock.take()
             self.lock.keep = True
             owner = self.lock.first_line().split(",")[0].split()
-            if owner[:1] != [TITLE]:  # not our file, or we were killed before its first line was written
-                self.check_empty()
-            elif owner[1:] != [self.program]:
-                raise UserError(f"{self.path} was written by {' '.join(owner[1:])}: choose another out_dir")
+            if not owner:  # its program was killed before it wrote the line
+                self.check_contents()
+            elif owner != [TITLE, self.program]:
+                writer = " ".join(owner[1:]) if owner[0] == TITLE else "another program"
+                raise UserError(f"{self.path} was written by {writer} ({MARK} says so): choose another out_dir")
             self.lock.sign()
+            self.stat = os.stat(self.lock.path)
             for names in ("*", os.path.join("*", "*")):
                 remove_partials(os.path.join(glob.escape(self.path), names))
         except OSError as e:
             raise UserError(f"out_dir {self.path} cannot be written: {e.strerror}") from None
 
-    def check_empty(self):
-        """Raise UserError if the folder holds more than the lock, unless a checkpoint shows whose it is."""
+    def check_contents(self):
+        """Raise UserError if the folder is neither empty nor a run's whose .lock is missing: it was not copied along, or the
+        run is older than the file."""
         names = sorted(set(os.listdir(self.path)) - {MARK})
-        if names and not any(os.path.isfile(os.path.join(self.path, name, "state", "run.json")) for name in names):
-            raise UserError(
-                f"{self.path} holds {names[0]!r} and has no file {MARK} of ours: choose another out_dir, or an empty one"
-            )
+        foreign = [name for name in names if not re.fullmatch(RUN, name)]
+        if foreign or (names and not any(os.path.isfile(os.path.join(self.path, n, "state", "run.json")) for n in names)):
+            raise UserError(f"{self.path} holds {(foreign or names)[0]!r} and has no file {MARK} of ours: choose another"
+                            " out_dir, or an empty one")  # fmt: skip
+
+    def check(self):
+        """Raise OSError if the folder is no longer the one that was entered: what is written now would be another's."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.stat, os.stat(os.path.join(self.path, MARK))):
+                return
+        raise OSError(errno.ENOENT, "it was moved, removed or replaced while this program used it", self.path)
 
     def check_movable(self):
         """Raise UserError if the folder cannot be moved aside, because another run lies inside it."""

@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass, field
 
 from configurator import UserError, printable, provenance, repo_path
-from runtime.checkpoint import NotSaved, check_same, find, prune, put_aside, restore, save, together, writer
+from runtime.checkpoint import NotSaved, check_same, find, on_rank_0, prune, put_aside, restore, save, writer
 from runtime.files import fingerprint, make_folder, model_path, weights_digest, write_json
+from runtime.folder import OutputFolder
 from runtime.metrics import (
     batch_warnings,
     collapse,
@@ -34,7 +35,7 @@ PROGRESS = ("step", "order", "pending", "n_updates", "n_skipped")  # what a chec
 class Run:
     """Progress at the end of the last finished step, and what belongs to the folder."""
 
-    folder: str
+    output: OutputFolder
     identity: dict  # what must stay the same when it is resumed, see identify()
     log: str  # "jsonl", or "wandb" for both
     step: int = 0  # the last finished step
@@ -47,6 +48,10 @@ class Run:
     unwritten: list = field(default_factory=list)  # lines of metrics.jsonl that could not be written yet
     first: tuple | None = None  # the first step that this process takes, and when it began
     own_rewards: list = field(default_factory=list)  # reward/own of every step so far
+
+    @property
+    def folder(self):
+        return self.output.path
 
     def resume(self, checkpoint, policy, optimizers, memory):
         """Fill progress, optimizers and memory from a checkpoint, and remove what the folder holds of later steps."""
@@ -117,6 +122,7 @@ class Run:
         continues. Returns True if it did not fail."""
         try:
             if RANK == 0:
+                self.output.check()
                 function(*arguments)
             return True
         except OSError as e:
@@ -130,7 +136,8 @@ class Run:
         guard.phase(self.step, "checkpoint")
         progress = {name: getattr(self, name) for name in PROGRESS}
         try:  # a checkpoint must not be ahead of its metrics
-            together(lambda: write_metrics(self.folder, self.unwritten) if self.unwritten and RANK == 0 else None)
+            on_rank_0(self.output.check)
+            on_rank_0(write_metrics, self.folder, self.unwritten)
             self.unwritten.clear()
             save(
                 self.folder, self.step, policy=policy, tokenizer=tokenizer, optimizers=optimizers, memory=memory.state_dict(),
@@ -152,11 +159,11 @@ class Checkpoint:
     run: dict  # its run.json
 
 
-def find_checkpoint(folder, resume):
+def find_checkpoint(output, resume):
     """The newest checkpoint in an OutputFolder that verifies, or None if there is none or resume is "no"."""
-    path, run = find(folder.path, print0) if resume != "no" else (None, None)
+    path, run = find(output.path, print0) if resume != "no" else (None, None)
     if not path:
-        return folder.check_movable()  # now, not after the models are loaded
+        return output.check_movable()  # now, not after the models are loaded
     wanted = (*PROGRESS, "files", "optimizer_steps", "knobs", "inputs", "world_size", "written_by")
     if missing := [name for name in wanted if name not in run]:
         raise UserError(
@@ -195,21 +202,21 @@ def check_same_run(checkpoint, identity, free, resume):
     check_same(checkpoint.path, before=checkpoint.run, now=identity, free=free, force=resume == "force", log=print0)
 
 
-def open_run(folder, config, identity, checkpoint, policy, optimizers, memory):
-    """Prepare an OutputFolder and write config.json. An earlier run found there is moved aside, unless its checkpoint is
+def open_run(output, config, identity, checkpoint, policy, optimizers, memory):
+    """Prepare the output folder and write config.json. An earlier run found there is moved aside, unless its checkpoint is
     resumed. Returns a Run, and fills optimizers and memory from the checkpoint."""
     if RANK == 0:
         if not checkpoint:
-            folder.move_aside()
-        make_folder(os.path.join(folder.path, "rollouts"))
+            output.move_aside()
+        make_folder(os.path.join(output.path, "rollouts"))
         try:
             if checkpoint:
-                put_aside(folder.path, checkpoint.run["step"])
-            write_json(os.path.join(folder.path, "config.json"), {**config, "world_size": WORLD, **provenance()})
+                put_aside(output.path, checkpoint.run["step"])
+            write_json(os.path.join(output.path, "config.json"), {**config, "world_size": WORLD, **provenance()})
         except OSError as e:
-            raise UserError(f"out_dir {folder.path} cannot be written: {e.strerror}") from None
+            raise UserError(f"out_dir {output.path} cannot be written: {e.strerror}") from None
     barrier()
-    run = Run(folder.path, identity, config["log"])
+    run = Run(output, identity, config["log"])
     if checkpoint:
         run.resume(checkpoint, policy, optimizers, memory)
     return run

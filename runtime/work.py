@@ -33,11 +33,11 @@ def settings_of(knobs, problems, model, sampler, dtype, verifier):
     }
 
 
-def open_work(folder, settings, knobs):
-    """Prepare the folder of the work, an OutputFolder's path. Samples made with the same settings are kept, those of other
-    settings are moved aside. All ranks return together, so they agree on which chunks are missing: all of them or none must
-    start vLLM."""
+def open_work(output, settings, knobs):
+    """Prepare the work's OutputFolder. Samples made with the same settings are kept, those of other settings are moved
+    aside. All ranks return together, so they agree on which chunks are missing: all of them or none must start vLLM."""
     check_same_on_machines(settings)
+    folder = output.path
     path, settings = os.path.join(folder, "settings.json"), json.loads(json.dumps(settings))
     if RANK == 0:
         try:
@@ -69,15 +69,16 @@ def move_aside(folder, differ):
         print0(f"{folder} held work with other settings ({', '.join(differ)}): moved to {aside}")
 
 
-def work_through(folder, chunks, work, tensor_parallel=1):
-    """Call work(chunk) for each chunk whose file in folder/samples is missing. Every engine takes its share of the chunks.
-    A file has a JSON line per row, and is written whole or not at all. Returns when the files of all ranks exist."""
-    paths, start, rewards = chunk_files(folder, chunks), time.time(), []
+def work_through(output, chunks, work, tensor_parallel=1):
+    """Call work(chunk) for each chunk whose file in the OutputFolder's samples/ is missing. Every engine takes its share of
+    them. A file has a JSON line per row, and is written whole or not at all. Returns when the files of all ranks exist."""
+    paths, start, rewards = chunk_files(output.path, chunks), time.time(), []
     for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
         if os.path.exists(paths[i]):
             continue
         rows = work(chunks[i])
         if RANK % tensor_parallel == 0:
+            output.check()
             write_lines(paths[i], rows)
         rewards += [reward for row in rows for reward in row["reward"]]
         n_done, seconds = sum(map(os.path.exists, paths)), time.time() - start

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_a_foreign_folder_is_refused_and_a_new_or_empty_one_is_not(tmp_path):
     (tmp_path / "theirs" / "paper.tex").touch()
     assert "paper.tex" in refused(tmp_path / "theirs")
     (tmp_path / "theirs" / MARK).write_text("something else")
-    assert "paper.tex" in refused(tmp_path / "theirs")
+    assert "was written by another program" in refused(tmp_path / "theirs")
     assert tree(tmp_path / "theirs") == [MARK, "paper.tex"] and (tmp_path / "theirs" / MARK).read_text() == "something else"
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new", "deep/er"):
@@ -67,6 +68,50 @@ def test_a_foreign_folder_is_refused_and_a_new_or_empty_one_is_not(tmp_path):
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(tmp_path / "file")
     assert "cannot be written" in refused(tmp_path / ("long" * 100))
+
+
+def test_a_run_whose_mark_was_not_copied_along_is_ours(tmp_path):
+    """But not a folder that merely holds a checkpoint among other things."""
+    state = tmp_path / "run" / "ckpt_4" / "state"
+    state.mkdir(parents=True)
+    assert "holds 'ckpt_4'" in refused(tmp_path / "run")
+    (state / "run.json").touch()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with OutputFolder(str(tmp_path / "run"), "train.py"):
+        pass
+    os.remove(tmp_path / "run" / MARK)
+    (tmp_path / "run" / "thesis").mkdir()
+    assert "holds 'thesis'" in refused(tmp_path / "run")
+
+
+def test_a_mark_that_is_no_file(tmp_path):
+    """A pipe is not waited for, and what a link points to is not overwritten."""
+    (tmp_path / "precious").touch()
+    for name, make in (("pipe", os.mkfifo), ("link", lambda path: os.symlink(tmp_path / "precious", path)), ("dir", os.mkdir)):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / MARK)
+        assert "cannot be written" in refused(tmp_path / name)
+    assert (tmp_path / "precious").read_text() == ""
+
+
+def test_a_folder_that_moves_under_a_live_run(script, tmp_path, capsys):
+    """Nothing is written into what another program makes in its place; when it is back, the lines of metrics are, too."""
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def hook(step, phase, record):
+        if (step, phase) == (1, "rollout"):
+            os.rename(out, away)
+            with OutputFolder(str(out), "train.py"):
+                (out / "of_another").touch()
+        elif (step, phase) == (3, "rollout"):
+            assert sorted(os.listdir(out)) == [MARK, "of_another"]
+            shutil.rmtree(out)
+            os.rename(away, out)
+
+    argv = ["--sampler=torch", "--eval_data=", "--max_steps=3", "--prompts_per_step=2", "--save_interval=1"]
+    assert script("train", [*argv, f"--out_dir={out}"]).main(hook=hook) == 0
+    assert "it was moved, removed or replaced" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3] and os.readlink(out / "latest") == "ckpt_3"
 
 
 def test_nothing_is_left_of_a_start_that_failed(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from helpers import metrics
 
 from configurator import ROOT, UserError
+from runtime.folder import OutputFolder
 from runtime.metrics import fault_of
 from runtime.run import Run
 
@@ -41,12 +42,12 @@ def test_a_run_goes_on_without_it(tmp_path, monkeypatch, capsys, fails, words):
     package = SimpleNamespace(log=lambda *a, **k: calls.append(a) or fails(), finish=calls.append, teardown=lambda code: None)
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setattr(fault_of, "__kwdefaults__", {"limit": 0.2})
-    run = Run(str(tmp_path), {}, "wandb")
+    run = Run(OutputFolder(str(tmp_path / "out"), "train.py").__enter__(), {}, "wandb")
     for step in (0, 1):
         run.advance(step, {}, {"step": step})
         run.write_line({})
     run.end_wandb(0)
-    assert len(calls) == 1 and [row["step"] for row in metrics(tmp_path)] == [0, 1]
+    assert len(calls) == 1 and [row["step"] for row in metrics(tmp_path / "out")] == [0, 1]
     shown = capsys.readouterr().out
     assert shown.count("warning: wandb:") == 1 and words in shown and "and more" not in shown
 
