@@ -34,13 +34,15 @@ class Lock:
 
     def __enter__(self):
         self.take()
+        if (line := self.first_line()) and not line.startswith(TITLE):
+            raise UserError(f"{self.path} is no file of ours: remove it, or choose another name than {self.what}")
         self.sign()
         return self
 
     def take(self):
         """Lock the file; make it if it is not there. Raises UserError if another process holds it, and OSError."""
         while True:
-            self.file = open(self.path, "a+", opener=self.open)
+            self.file = open(self.path, "a+", errors="replace", opener=self.open)
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a forked child does not inherit it
             except (BlockingIOError, PermissionError):

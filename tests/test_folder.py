@@ -201,6 +201,14 @@ def test_a_lock_whose_file_was_removed_meanwhile(tmp_path):
     assert not os.path.exists(path)
 
 
+def test_a_lock_file_of_others_is_left_alone(tmp_path):
+    path = tmp_path / "x.parquet.lock"
+    path.write_bytes(b"\xff theirs")
+    with pytest.raises(UserError, match="no file of ours"), Lock(str(path), "prepare.py", what="x.parquet"):
+        pass
+    assert path.read_bytes() == b"\xff theirs"
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(37, "No locks available")
