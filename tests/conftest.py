@@ -1,6 +1,7 @@
 """Fixtures that all tests share: the toy world's parts, one vLLM engine for the session, and a tiny byte-level model."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from data import load_problems, load_tokenizer
 from model import load_policy
 from rollout import TorchSampler, VLLMSampler
+
+# Under nohup, or as a job in the background, tests ignore these signals, and so would the programs that they start. A
+# handler that does nothing protects the tests alike, but is not inherited.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items):
