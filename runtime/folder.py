@@ -78,7 +78,8 @@ class Lock:
 
     def __exit__(self, *_):
         if not self.keep:
-            os.remove(self.path)  # before it is unlocked, so that it is still ours
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path)  # before it is unlocked, so that it is still ours
         self.file.close()
 
 
@@ -195,7 +196,9 @@ class OutputFolder:
     def __exit__(self, *_):
         if not self.lock:
             return
-        self.lock.keep = not (self.ours and os.listdir(self.path) == [MARK])
+        with contextlib.suppress(OSError):  # it may have been moved or removed
+            self.check()
+            self.lock.keep = not (self.ours and os.listdir(self.path) == [MARK])
         self.lock.__exit__()
         if not self.lock.keep:
             os.rmdir(self.path)

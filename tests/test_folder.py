@@ -114,6 +114,20 @@ def test_a_folder_that_moves_under_a_live_run(script, tmp_path, capsys):
     assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3] and os.readlink(out / "latest") == "ckpt_3"
 
 
+def test_the_end_of_a_program_whose_folder_is_gone_or_anothers(tmp_path):
+    path = tmp_path / "run"
+    with OutputFolder(str(path), "train.py"):
+        shutil.rmtree(path)
+    assert tree(tmp_path) == []
+    with OutputFolder(str(path), "train.py"):
+        os.rename(path, tmp_path / "away")
+        other = OutputFolder(str(path), "train.py").__enter__()
+    assert tree(tmp_path) == ["away", f"away/{MARK}", "run", f"run/{MARK}"]
+    other.__exit__()
+    with Lock(str(tmp_path / "x.lock"), "prepare.py", what="x"):
+        os.remove(tmp_path / "x.lock")
+
+
 def test_nothing_is_left_of_a_start_that_failed(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("new", "mine"):
