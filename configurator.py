@@ -76,6 +76,11 @@ def run(main):
         sys.exit(130)
 
 
+def first_line(error):
+    """An error's words, short enough to be part of a UserError."""
+    return str(error).strip().split("\n")[0][:200]
+
+
 def printable(text):
     """Escape every unprintable character except line breaks: data may contain control codes for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

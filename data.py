@@ -1,6 +1,6 @@
 """
-From parquet to packed tokens: the three dataclasses that cross files, LUFFY's parquet schema, the chat
-template, the order of the problems and the cut into micro-batches.
+From rows to packed tokens: the three dataclasses that cross files, problems and teacher traces as token ids,
+the order of the problems and the cut into micro-batches.
 
 Token in, token out: a prompt and a teacher trace are tokenised once, here; a response is never decoded and
 tokenised again. Text exists only for the verifier and for people.
@@ -8,18 +8,21 @@ tokenised again. Text exists only for the verifier and for people.
 
 import hashlib
 import os
+import re
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import compress
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from configurator import ROOT, UserError, printable
+from configurator import ROOT, UserError, first_line, printable
+from runtime.rows import read_rows
+from runtime.tokenizer import render_prompt
 
 THINK = "<think>\n"
+OPENINGS = re.compile(r"[\s\ufeff]*(?:<think>[\s\ufeff]*)*")  # of a trace, as people write it
 
 
 @dataclass
@@ -84,50 +87,7 @@ class Packed:
         return self.loss_mask & ~self.is_teacher & ~self.is_replay
 
 
-# ---------------------------------------------------------------- tokenizer and template
-
-
-def load_tokenizer(model):
-    """The tokenizer beside a model. Raises UserError if there is none, or it lacks an EOS or a chat template."""
-    from transformers import AutoTokenizer
-
-    if os.path.isdir(model):
-        found = {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(os.listdir(model))
-        if not found or not os.path.isfile(os.path.join(model, "tokenizer_config.json")):  # transformers would make it up
-            raise UserError(f"model {model} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as e:
-        raise UserError(f"no tokenizer loads from model {model}: {first_line(e)}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model} has no eos_token: name one in its tokenizer_config.json")
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
-    return tokenizer
-
-
-def check_same_tokens(ours, theirs):
-    """Raise UserError unless the teacher model's tokenizer has the policy's tokens under the same ids, and the same
-    EOS: the teacher model reads the policy's token ids. It may have further tokens."""
-    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
-    if different := [i for i in a if a[i] != b.get(i)]:
-        i = min(different)
-        raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: id {i} is {a[i]!r} for"
-                        f" the policy and {b.get(i)!r} for the teacher; choose models of one family")  # fmt: skip
-    if ours.eos_token_id != theirs.eos_token_id:
-        ends = [f"{t.eos_token!r} ({t.eos_token_id})" for t in (ours, theirs)]
-        raise UserError(
-            f"the policy's EOS is {ends[0]}, the teacher model's {ends[1]}: choose a teacher that was trained to emit this EOS"
-        )
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:200]
-
-
-def render_prompt(tokenizer, messages):
-    """[{role, content}, ...] -> the text before the response. Training and evaluation both use this function."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+# ---------------------------------------------------------------- templates
 
 
 def load_templates():
@@ -136,37 +96,35 @@ def load_templates():
         return tomllib.load(f)
 
 
-def response_text(tokenizer, ids):
-    """A response as the verifier and people read it: all tokens except a final EOS."""
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+# ---------------------------------------------------------------- problems
 
 
-# ---------------------------------------------------------------- parquet
+class Unusable(Exception):
+    """Why a row or a trace is dropped, in words that are counted."""
 
 
 def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
                   render=None):  # fmt: skip
-    """Read a file of LUFFY's schema: prompt, target (may be null or missing, or hold several traces),
-    reward_model.ground_truth, data_source. Returns a list of Problem. render(messages, answer, source) returns
-    the text before the response, and the answer to grade against; by default the chat template's text, and the
-    answer unchanged.
+    """Read the rows of a file or dataset (runtime/rows.py). Returns a list of Problem. render(messages, answer, source)
+    returns the text before the response, and the answer to grade against; by default the chat template's text, and
+    the answer unchanged.
 
-    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt
-    or an answer; `log` gets one line that counts them. A trace's leading "<think>\\n" is stripped if the prompt
-    already ends in it. Raises UserError if the file is missing, cut short or of another schema, if no row is
-    usable, or if require_think is set and the rendered prompt does not end in "<think>\\n".
+    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
+    answer, prompts whose messages hold a control token such as <|im_end|>, and traces that plain_trace() refuses; `log`
+    gets one line that counts them by kind. Raises UserError if the file is missing, damaged or of another schema, if no
+    row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
     """
-    problems = []
-    dropped = {"without prompt or answer": 0, f"prompts over {max_prompt_tokens} tokens": 0,
-               f"traces over {max_teacher_tokens} tokens": 0}  # fmt: skip
-    no_content, long_prompt, long_trace = dropped
+    problems, dropped = [], Counter()
     for index, row in read_rows(path):
-        answer = ((row["reward_model"] or {}).get("ground_truth") or "").strip()
-        messages = [m for m in row["prompt"] or [] if m and m.get("content")]
-        if not answer or not messages:
-            dropped[no_content] += 1
+        answer = (row["reward_model"]["ground_truth"] or "").strip()
+        messages = [m for m in row["prompt"] if m.get("content") is not None]  # an empty system turn is one, too
+        if not answer or not messages or not messages[-1]["content"].strip():
+            dropped["rows without prompt or answer"] += 1
             continue
-        source, raw_answer = row.get("data_source") or "unknown", answer
+        if found := [m["content"] for m in messages if tokenizer.control.search(m["content"])]:
+            dropped[f"prompts with a control token such as {tokenizer.control.search(found[0])[0]}"] += 1
+            continue
+        source, raw_answer = row["data_source"] or "unknown", answer
         try:
             text, answer = render(messages, answer, source) if render else (render_prompt(tokenizer, messages), answer)
         except Exception as e:
@@ -179,26 +137,43 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             )
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
         if len(prompt_ids) > max_prompt_tokens:
-            dropped[long_prompt] += 1
+            dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
             continue
         teacher = []
-        for message in row.get("target") or []:
-            trace = (message or {}).get("content")
-            if not trace:
-                continue
-            trace = trace.removeprefix(THINK) if thinks else trace
-            ids = [*tokenizer.encode(trace, add_special_tokens=False), tokenizer.eos_token_id]
-            if len(ids) > max_teacher_tokens:
-                dropped[long_trace] += 1
-            else:
+        for trace in [m["content"] for m in row["target"] if m.get("content") is not None]:
+            try:
+                trace = plain_trace(trace, tokenizer.control, opened=thinks)
+                ids = [*tokenizer.encode(trace, add_special_tokens=False), tokenizer.eos_token_id]
+                if len(ids) > max_teacher_tokens:
+                    raise Unusable(f"over {max_teacher_tokens} tokens")
                 teacher.append(ids)
+            except Unusable as e:
+                dropped[f"traces {e}"] += 1
         key = digest(source, messages[-1]["content"], raw_answer)
         problems.append(Problem(index, prompt_ids, answer, teacher, source=printable(source), key=key))
-    counts = ", ".join(f"{n} {what}" for what, n in dropped.items() if n) or "none"
+    counts = ", ".join(f"{n} {what}" for what, n in sorted(dropped.items())) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
     log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
     return problems
+
+
+def plain_trace(trace, control, opened):
+    """A trace as it is learnt: without the control tokens at its end, because EOS is added to its ids, and, if the prompt has
+    opened the thought, without its own opening. People write that as "<think>\n", with other white space, twice, or not at
+    all; exactly "<think>\n" is cut off, so that what follows stays as it is, or else all white space around it goes, too.
+
+    Raises Unusable for an empty trace, and for one with a control token inside: what follows EOS would be learnt.
+    """
+    trace = re.sub(rf"(?:(?:{control.pattern})\s*)+$", "", trace)
+    if opened:
+        as_released = re.match(r"<think>\n(?!\s*<think>)", trace)
+        trace = trace[(as_released or OPENINGS.match(trace)).end() :]
+    if not trace.strip():
+        raise Unusable("without text")
+    if control.search(trace):
+        raise Unusable("with a control token inside")
+    return trace
 
 
 def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
@@ -218,61 +193,6 @@ def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_thi
 def digest(*key):
     """Hash values to a number below 2**63, by their repr; the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def count_rows(path):
-    """The number of rows of a parquet file, read from its footer; 0 if there is no such file."""
-    return open_parquet(path).metadata.num_rows if os.path.isfile(path) else 0
-
-
-def open_parquet(path):
-    if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
-
-
-def text_type(t):
-    return pa.types.is_string(t) or pa.types.is_large_string(t)
-
-
-def messages_type(t):
-    """A list of {role, content}."""
-    if not (pa.types.is_list(t) or pa.types.is_large_list(t) or pa.types.is_fixed_size_list(t)):
-        return False
-    return pa.types.is_struct(t.value_type) and has_text(t.value_type, "content")
-
-
-def answer_type(t):
-    return pa.types.is_struct(t) and has_text(t, "ground_truth")
-
-
-def has_text(struct, name):
-    return struct.get_field_index(name) >= 0 and text_type(struct.field(name).type)
-
-
-def read_rows(path):
-    """Yield (index, row dict) of a parquet file, with one batch in memory at a time."""
-    file = open_parquet(path)
-    names = file.schema_arrow.names
-    missing = [c for c in ("prompt", "reward_model") if c not in names]
-    if missing:
-        raise UserError(f"{path} lacks the column {missing[0]!r}, it has {names}: see docs/data.md for the schema")
-    columns = {"prompt": messages_type, "target": messages_type, "reward_model": answer_type, "data_source": text_type}
-    columns = {name: fits for name, fits in columns.items() if name in names}
-    for column, fits in columns.items():
-        if not fits(t := file.schema_arrow.field(column).type) and not pa.types.is_null(t):
-            raise UserError(f"{path}: column {column!r} is {t}, not LUFFY's: see docs/data.md for the schema")
-    index = 0
-    try:
-        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-            for row in batch.to_pylist():
-                yield index, row
-                index += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is damaged after row {index} ({first_line(e)}): copy it again") from None
 
 
 def set_aside(problems, n):

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
 
 # ---------------------------------------------------------------- what to evaluate
-data = "toy/test.parquet"  # files of problems, comma-separated, in LUFFY's parquet schema
+data = "toy/test.parquet"  # problems, comma-separated: parquet, JSON lines or a dataset on the hub (docs/data.md)
 model = "toy/base"  # a folder in Hugging Face format, or a hub name
 out_dir = "out/eval"  # where the results go
 sources = ""  # benchmarks to evaluate, comma-separated; "" is all
@@ -55,7 +55,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 chunk = 256  # samples per chunk of work; a kill loses at most one chunk per rank [> 0]
 
-from configurator import UserError, configure, repo_path, run
+from configurator import UserError, configure, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
@@ -66,7 +66,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 
 import numpy as np
 
-from data import digest, load_benchmark, load_templates, load_tokenizer, render_prompt, response_text
+from data import digest, load_benchmark, load_templates
 from model import pick_device
 from reward import Verifier, graded_text
 from rollout import Sample, choose_sampler, open_sampler, request_seed
@@ -74,7 +74,9 @@ from runtime.files import load_config, model_path, read_lines, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
+from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
+from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt, response_text
 from runtime.work import chunk_files, open_work, settings_of, work_through
 
 # Knobs that may change when a killed evaluation is continued: the samples do not depend on them, or what follows from
@@ -221,6 +223,7 @@ def main():
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)
+    print0(ends_in_words(tokenizer))
     context = load_config(name).max_position_embeddings
     verifier = Verifier(
         workers=reward_workers, timeout=reward_timeout, require_think=require_think, grader=grader,
@@ -256,7 +259,7 @@ def main():
             paths = chunk_files(place.path, chunks)
             if engine is None and not all(map(os.path.exists, paths)):
                 engine = open_sampler(
-                    name, [tokenizer.eos_token_id], room, sampler=engine_kind, dtype=precision, gpu_memory=gpu_memory,
+                    name, tokenizer.stop_ids, room, sampler=engine_kind, dtype=precision, gpu_memory=gpu_memory,
                     seed=seed, tensor_parallel=tensor_parallel,
                 )  # fmt: skip
             work_through(place, chunks, partial(work, t=t), tensor_parallel)
@@ -292,7 +295,7 @@ def gather_problems(render, tokenizer):
     found = {}
     for path in words(data):
         loaded = load_benchmark(
-            repo_path(path), tokenizer, max_problems=0, max_prompt_tokens=sys.maxsize, require_think=require_think,
+            data_path(path), tokenizer, max_problems=0, max_prompt_tokens=sys.maxsize, require_think=require_think,
             log=print0, render=render,
         )  # fmt: skip
         for p in loaded:

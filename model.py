@@ -13,11 +13,11 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from configurator import UserError
-from data import first_line, spread, unpack
+from configurator import UserError, first_line
+from data import spread, unpack
 from runtime.plan import HEAD_CHUNK
 from runtime.ranks import RANK, WORLD, gather
 from runtime.tensors import load_whole, read_rows_of, tensor_files
@@ -305,6 +305,8 @@ def load_sharded(model, temperature, dtype, device, backend, weight_dtype, offlo
     policy = shard_policy(Policy(hf, temperature), dtype, offload)
     policy.to_empty(device="cpu" if offload else device)
     hf.tie_weights()
+    with contextlib.suppress(OSError):  # it may be missing; from_config() does not read it, and it names where responses end
+        hf.generation_config = GenerationConfig.from_pretrained(model)
     decoder = hf.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)  # its buffers are in no checkpoint
     files = tensor_files(model) if os.path.isdir(model) else {}

@@ -241,8 +241,8 @@ def trace(argv):
 
 def write_trace(out, config, folder, step, group):
     """Fill trace.html. The data is embedded as JSON without a '<', so that no text of a model can act as markup or code."""
-    from data import load_tokenizer  # here, because torch takes seconds to load
     from runtime.files import model_path
+    from runtime.tokenizer import load_tokenizer  # here, because torch takes seconds to load
 
     latest = os.path.join(folder, "latest")
     tokenizer = load_tokenizer(latest if os.path.isdir(latest) else model_path(config["model"]))

@@ -17,7 +17,7 @@ from runtime.process import begin, unwind_on_signals
 if __name__ == "__main__":
     begin()
 
-from configurator import UserError, out_of_range, repo_path, run
+from configurator import UserError, first_line, out_of_range, repo_path, run
 
 
 def check_range(args, names, written):
@@ -92,20 +92,10 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import set_verbosity_error
 
-from data import (
-    THINK,
-    first_line,
-    load_problems,
-    load_templates,
-    load_tokenizer,
-    open_parquet,
-    read_rows,
-    render_prompt,
-    text_type,
-)
+from data import THINK, Unusable, load_problems, load_templates, plain_trace
 from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
@@ -113,7 +103,9 @@ from rollout import Sample, choose_sampler, open_sampler
 from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
+from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import tensor_files
+from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt
 from runtime.work import chunk_files, open_work, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
@@ -142,12 +134,9 @@ COUNTS = (
     "row dropped: not UTF-8", "row dropped: no problem", "row dropped: no answer", "row dropped: problem seen before",
     "traces of rows not dropped", "traces kept", "traces behind the first usable one",
     "trace dropped: lists of different lengths", "trace dropped: null", "trace dropped: not complete",
-    "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed", "trace dropped: too long",
+    "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed",
+    "trace dropped: without text", "trace dropped: with a control token inside", "trace dropped: too long",
 )  # fmt: skip
-
-
-class Unusable(Exception):
-    """Why a row or a trace is dropped, in the words of COUNTS."""
 
 
 def prepare_openr1(args):
@@ -205,7 +194,7 @@ def prepare_openr1(args):
                     except Unusable as e:
                         counts[f"row dropped: {e}"] += 1
                         continue
-                    traces = traces_of(row, length, args.traces == "all", counts)
+                    traces = traces_of(row, length, args.traces == "all", tokenizer.control, counts)
                     prompt = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
                     target = [{"role": "assistant", "content": bare(t) if args.tags == "drop" else t} for t, _ in traces]
                     lines.writelines(json.dumps({"messages": [*prompt, m]}, ensure_ascii=False) + "\n" for m in target)
@@ -264,7 +253,7 @@ def as_binary(t):
     """An Arrow type with text replaced by binary, and lists of large offsets by lists."""
     if pa.types.is_list(t) or pa.types.is_large_list(t):
         return pa.list_(as_binary(t.value_type))
-    return pa.binary() if text_type(t) else t
+    return pa.binary() if pa.types.is_string(t) or pa.types.is_large_string(t) else t
 
 
 def openr1_batches(files):
@@ -302,7 +291,7 @@ def question_of(row, seen):
     return problem, answer
 
 
-def traces_of(row, length, every, counts):
+def traces_of(row, length, every, control, counts):
     """A row's usable traces, the first or every one: [(trace, its number of tokens), ...]. Updates counts."""
     generations, *flags = (row[name] or [] for name in list(OPENR1)[2:])
     traces, why = [], "no usable trace" if generations else "no generations"
@@ -316,7 +305,7 @@ def traces_of(row, length, every, counts):
             counts["traces behind the first usable one"] += 1
             continue
         try:
-            text = usable_trace(data, *holds)
+            text = usable_trace(data, *holds, control)
             traces.append((text, length(text)))
         except Unusable as e:
             counts[f"trace dropped: {e}"] += 1
@@ -326,14 +315,14 @@ def traces_of(row, length, every, counts):
     return traces
 
 
-def usable_trace(data, complete, correct):
+def usable_trace(data, complete, correct, control):
     """A generation's text, beginning with "<think>\\n". Raises Unusable."""
     for holds, fault in ((data is not None, "null"), (complete, "not complete"), (correct, "not correct")):
         if not holds:
             raise Unusable(fault)
     if "</think>" not in (text := text_of(data)):
         raise Unusable("thought never closed")
-    return text if text.startswith(THINK) else THINK + text.lstrip().removeprefix("<think>").lstrip()
+    return THINK + plain_trace(text, control, opened=True)
 
 
 # ---------------------------------------------------------------- reanswer
@@ -363,7 +352,7 @@ def prepare_reanswer(args):
             return print(f"{out} is already complete: remove {work} if you do not need it")
     if WORLD % args.tensor_parallel:
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
-    source, name = repo_path(args.data), model_path(args.model)
+    source, name = data_path(args.data), model_path(args.model)
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
     verifier = Verifier(args.reward_workers, args.reward_timeout, args.require_think == "True", args.grader,
                         solved_at=args.solved_at)  # fmt: skip
@@ -385,7 +374,7 @@ def prepare_reanswer(args):
         engine = None
         if not all(map(os.path.exists, chunk_files(work, chunks))):
             engine = open_sampler(
-                name, [tokenizer.eos_token_id], min(context, longest + args.max_tokens), sampler=sampler, dtype=dtype,
+                name, tokenizer.stop_ids, min(context, longest + args.max_tokens), sampler=sampler, dtype=dtype,
                 gpu_memory=args.gpu_memory, seed=args.seed, tensor_parallel=args.tensor_parallel,
             )  # fmt: skip
 
@@ -605,13 +594,7 @@ def check_weights(source, folder, tokenizer):
         raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: use files of one model")
     if extra := [name for name in files if name not in hf.state_dict()]:
         print(f"note: config.json has no place for {len(extra)} tensor(s) of the weights, {extra[0]} among them")
-    ends = {"config.json": config.eos_token_id}
-    with contextlib.suppress(OSError):  # it may be missing
-        ends["generation_config.json"] = GenerationConfig.from_pretrained(folder).eos_token_id
-    for name, ids in ends.items():
-        if ids not in (None, tokenizer.eos_token_id, [tokenizer.eos_token_id]):
-            print(f"note: {name} has EOS {ids}, the tokenizer {tokenizer.eos_token_id} ({tokenizer.eos_token!r}): traces end in"
-                  " the tokenizer's EOS in training, and samples stop only at it")  # fmt: skip
+    print(ends_in_words(tokenizer))
     return "float32" if dtypes == {"F32"} else "bfloat16"
 
 
@@ -619,12 +602,12 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
     """Continue a prompt greedily with transformers, then with vLLM where it is installed. Raises UserError if their
     log-probs differ. They are compared up to the first token that differs: after it the two texts are different."""
     prompt = tokenizer.encode(render_prompt(tokenizer, [QUESTION]), add_special_tokens=False)
-    room, device, eos = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.eos_token_id
+    room, device, ends = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.stop_ids
     policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
     policy.hf.set_attn_implementation("sdpa")  # the sequence is not packed
     ids, logps = list(prompt), []
     with torch.no_grad():  # no generate(): it would follow the folder's generation_config
-        while len(logps) < tokens and ids[-1] != eos:
+        while len(logps) < tokens and ids[-1] not in ends:
             logprobs = policy.hf(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().log_softmax(-1)
             ids.append(int(logprobs.argmax()))
             logps.append(logprobs[ids[-1]].item())
@@ -637,7 +620,7 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        engine = open_sampler(folder, [eos], room, sampler="vllm", dtype=dtype, gpu_memory=0.85)
+        engine = open_sampler(folder, ends, room, sampler="vllm", dtype=dtype, gpu_memory=0.85)
         (theirs,) = engine.generate([prompt], [0], 0.0, tokens, folder)
         engine.close()
     except Exception as e:

@@ -52,13 +52,14 @@ import warnings
 import numpy as np
 import torch
 
-from configurator import UserError
-from data import Rollout, digest, first_line, response_text
+from configurator import UserError, first_line
+from data import Rollout, digest
 from runtime.files import model_files
 from runtime.process import heartbeat
 from runtime.ranks import RANK
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
 from runtime.tensors import tensor_files, whole_tensors
+from runtime.tokenizer import response_text
 from runtime.torch_sampler import TorchSampler
 
 # ---------------------------------------------------------------- the group

@@ -97,7 +97,7 @@ sampler = "auto"  # vLLM where it is installed, else the torch sampler [auto | v
 dtype = "auto"  # of matrix products and the engine; auto is bfloat16 on a GPU, else float32 [auto | float32 | bfloat16]
 # ================================================================ below: how it is run; these may change when a run is resumed
 # ---------------------------------------------------------------- files (a path may change, its content may not)
-data = "toy/train.parquet"  # prompts, answers and teacher traces, in LUFFY's parquet schema
+data = "toy/train.parquet"  # prompts, answers and traces: parquet, JSON lines or a dataset on the hub (docs/data.md)
 eval_data = "toy/test.parquet"  # held-out problems; "" for none
 model = "toy/base"  # the base: a folder in Hugging Face format, or a hub name
 teacher_model = ""  # for kl_coef and ce_coef: a folder or hub name, with the policy's own tokenizer
@@ -136,7 +136,7 @@ plan_gpus = 8  # GPUs a dry run plans for [> 0]
 plan_gib = 80.0  # memory of each of these GPUs, GiB [> 0]
 
 import configurator
-from configurator import configure, repo_path
+from configurator import configure
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     config = configurator.run(lambda: configure(globals(), sys.argv[1:], __file__))
@@ -146,7 +146,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Order, cut_into_updates, in_order, load_benchmark, load_problems, load_tokenizer, set_aside, spread
+from data import Order, cut_into_updates, in_order, load_benchmark, load_problems, set_aside, spread
 from eval import evaluate_modes
 from loss import batch_loss, group_advantages, shape
 from model import ask_teacher, attention_backends, load_policy, mean_entropies, pick_device
@@ -158,7 +158,9 @@ from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.guard import Guard, canary
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
+from runtime.rows import data_path
 from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
+from runtime.tokenizer import ends_in_words, load_tokenizer
 
 LOSS_DEFAULTS = {name: p.default for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty}
 
@@ -187,6 +189,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         base = checkpoint.path if checkpoint else model_path(model)
         tokenizer, model_config = load_tokenizer(base), load_config(base)
         teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
+        print0(ends_in_words(tokenizer))
         problems, held_out = load_data(tokenizer)
         verifier = Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at,
                             refuse_unevaluated=refuse_unevaluated)  # fmt: skip
@@ -332,10 +335,10 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
 def load_data(tokenizer):
     """The problems to train on, and those to evaluate on: held out from `data`, and of eval_data."""
-    problems = load_problems(repo_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0)
+    problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0)
     problems, held_out = set_aside(problems, holdout)
     if eval_data:
-        path = repo_path(eval_data)
+        path = data_path(eval_data)
         held_out += load_benchmark(path, tokenizer, eval_max_problems, max_prompt_tokens, require_think, log=print0)
     return problems, held_out
 
@@ -343,7 +346,7 @@ def load_data(tokenizer):
 def engine_options(tokenizer, kind, precision):
     """rollout.open_sampler's arguments, without the model."""
     continued = max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0  # the engine continues cut traces
-    return dict(stop_ids=[tokenizer.eos_token_id], max_model_len=max_prompt_tokens + max(max_tokens, continued), sampler=kind,
+    return dict(stop_ids=tokenizer.stop_ids, max_model_len=max_prompt_tokens + max(max_tokens, continued), sampler=kind,
                 dtype=precision, gpu_memory=gpu_memory, seed=seed, tensor_parallel=tensor_parallel)  # fmt: skip
 
 

@@ -9,6 +9,7 @@ and of child processes. The exit code is 1 if memory grows by more than 10 MiB p
 changes, if files stay open, or if a process is left after the end of the run.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -29,7 +30,11 @@ def resident(*pids):
 
 def children(pid):
     """The child processes that any of its threads started."""
-    return [int(p) for t in os.listdir(f"/proc/{pid}/task") for p in open(f"/proc/{pid}/task/{t}/children").read().split()]
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            found += map(int, open(f"/proc/{pid}/task/{thread}/children").read().split())
+    return found
 
 
 def with_argument(text):

@@ -14,7 +14,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ENGINE = """
-from data import load_problems, load_tokenizer
+from data import load_problems
+from runtime.tokenizer import load_tokenizer
 from rollout import VLLMSampler
 tokenizer = load_tokenizer("toy/base")
 engine = VLLMSampler("toy/base", [tokenizer.eos_token_id], 104)

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError
-from data import first_line, partition
+from configurator import UserError, first_line
+from data import partition
 from runtime.files import fingerprint, model_files, partial_name, read_run
 from runtime.plan import show
 from runtime.ranks import RANK, WORLD, all_ranks, print0

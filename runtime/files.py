@@ -13,8 +13,8 @@ import uuid
 
 from transformers import AutoConfig
 
-from configurator import UserError, repo_path
-from data import digest, first_line
+from configurator import UserError, first_line, repo_path
+from data import digest
 
 # ---------------------------------------------------------------- whole files
 
@@ -171,14 +171,14 @@ def read_index(folder, name):
 
 
 def model_path(model):
-    """The knob `model` -> the path of a folder, or a hub name (one slash, and no such folder). Raises UserError if it is
-    neither."""
-    path = repo_path(model)
+    """The knob `model` -> the path of a folder, or a hub name (USER/NAME, if there is no folder USER here). Raises UserError
+    if it is neither."""
+    path, user = repo_path(model), model.split("/")[0]
     if os.path.isdir(path):
         return path
-    if model.count("/") == 1 and model[0] not in "./~":
+    if model.count("/") == 1 and model[0] not in "./~" and user != "models" and not os.path.isdir(repo_path(user)):
         return model
-    raise UserError(f"there is no model folder {path}")
+    raise UserError(f"there is no model folder {path}: python prepare.py model makes one (docs/data.md)")
 
 
 def load_config(model):

@@ -13,11 +13,12 @@ import re
 import threading
 import time
 
-from configurator import UserError, printable
-from data import first_line, response_text, unpack
+from configurator import UserError, first_line, printable
+from data import unpack
 from runtime.files import write_lines
 from runtime.plan import measured_memory
 from runtime.ranks import all_reduce, gather
+from runtime.tokenizer import response_text
 
 # ---------------------------------------------------------------- numbers
 

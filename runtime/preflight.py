@@ -7,11 +7,13 @@ import importlib.util
 
 import torch
 
-from configurator import UserError, repo_path
-from data import Order, check_same_tokens, count_rows, load_tokenizer, response_text
+from configurator import UserError
+from data import Order
 from runtime.files import load_config, model_path
 from runtime.plan import print_plan
 from runtime.ranks import WORLD, gather_engines, mine, print0
+from runtime.rows import count_rows, data_path
+from runtime.tokenizer import check_same_tokens, load_tokenizer, response_text
 
 
 def check_knobs(k, n_ranks, shape):
@@ -58,7 +60,7 @@ def check_knobs(k, n_ranks, shape):
 def dry_run(k):
     """Print the plan, from the models' configs only. Returns the exit code."""
     teacher_config = load_config(model_path(k.teacher_model)) if k.teacher_model else None
-    n_problems = count_rows(repo_path(k.data))
+    n_problems = count_rows(data_path(k.data))
     print_plan(vars(k), load_config(model_path(k.model)), n_problems, k.plan_gpus, on_gpu=True, gpu_gib=k.plan_gib, log=print0,
                teacher_config=teacher_config)  # fmt: skip
     if (k.kl_coef or k.ce_coef) and not k.teacher_model:

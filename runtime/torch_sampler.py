@@ -13,8 +13,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
-from data import first_line
+from configurator import UserError, first_line
 from runtime.files import load_config
 from runtime.process import heartbeat
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt

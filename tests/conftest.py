@@ -11,9 +11,10 @@ import torch
 from helpers import BASE, TRAIN, byte_tokenizer, load_script
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from data import load_problems, load_tokenizer
+from data import load_problems
 from model import load_policy
 from rollout import TorchSampler, VLLMSampler
+from runtime.tokenizer import load_tokenizer
 
 # Under nohup, or as a job in the background, tests ignore these signals, and so would the programs that they start. A
 # handler that does nothing protects the tests alike, but is not inherited.

@@ -5,22 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import a_row, write
+from helpers import BASE, a_row, write
 
 from configurator import UserError
-from data import (
-    Order,
-    Rollout,
-    bins_needed,
-    load_benchmark,
-    load_problems,
-    load_tokenizer,
-    pack,
-    partition,
-    response_text,
-    set_aside,
-    unpack,
-)
+from data import Order, Rollout, bins_needed, load_benchmark, load_problems, pack, partition, set_aside, unpack
+from runtime.tokenizer import load_tokenizer, response_text
 
 
 def load(path, tokenizer, **options):
@@ -56,7 +45,7 @@ def test_limits_and_empty_rows_are_counted(tmp_path, tokenizer):
     path = write(tmp_path / "a.parquet", rows)
     problems, line = load(path, tokenizer, max_prompt_tokens=64, max_teacher_tokens=10)
     assert len(problems) == 1 and problems[0].id == 0 and problems[0].teacher == []
-    assert "3 without prompt or answer, 1 prompts over 64 tokens, 1 traces over 10 tokens" in line
+    assert "1 prompts over 64 tokens, 3 rows without prompt or answer, 1 traces over 10 tokens" in line
     with pytest.raises(UserError, match="no usable row"):
         load(path, tokenizer, max_prompt_tokens=2)
 
@@ -68,7 +57,8 @@ def test_bad_files(tmp_path, tokenizer):
     (tmp_path / "empty.parquet").write_bytes(b"")
     # Damage inside the data; the footer is whole.
     (tmp_path / "damaged.parquet").write_bytes(whole[:8] + b"\xff" * 200 + whole[208:])
-    pq.write_table(pa.table({"question": ["?"], "answer": ["!"]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"problem": ["?"], "answer": ["!"]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"question": ["?"], "solution": ["!"]}), tmp_path / "short.parquet")
     pq.write_table(pa.table({"prompt": ["?"], "reward_model": ["!"]}), tmp_path / "flat.parquet")
     for name, words in {
         "missing.parquet": "no data file",
@@ -76,20 +66,22 @@ def test_bad_files(tmp_path, tokenizer):
         "empty.parquet": "not a whole parquet",
         "damaged.parquet": "damaged|not a whole",
         "other.parquet": "lacks the column 'prompt'",
-        "flat.parquet": "column 'prompt' is string",
+        "short.parquet": "lacks the column 'answer'",
+        "flat.parquet": "row 0: 'prompt' is '\\?', not a list of {role, content}",
     }.items():
         with pytest.raises(UserError, match=words) as e:
             load(str(tmp_path / name), tokenizer)
         assert name in str(e.value)
-    for column, value in {
-        "prompt": ["What?"],
-        "target": ["</think>1"],
-        "reward_model": {"ground_truth": 3},
-        "data_source": 7,
-    }.items():
-        table = pa.Table.from_pylist([{**a_row(), column: value}])
-        pq.write_table(table, tmp_path / "odd.parquet")
-        with pytest.raises(UserError, match=f"odd.parquet: column '{column}' is .*, not LUFFY's"):
+    for changes, words in (
+        ({"prompt": ["What?"]}, "'prompt' is \\['What"),
+        ({"prompt": [{"role": "user", "content": ["What?"]}]}, "the content in 'prompt' is \\['What"),
+        ({"target": ["</think>1"]}, "'target' is "),
+        ({"reward_model": "3"}, "'reward_model' is '3'"),
+        ({"reward_model": {"ground_truth": ["3"]}}, "the ground truth is "),
+        ({"data_source": 7}, "'data_source' is 7, not text"),
+    ):
+        pq.write_table(pa.Table.from_pylist([a_row(), {**a_row(), **changes}][1:]), tmp_path / "odd.parquet")
+        with pytest.raises(UserError, match=f"odd.parquet row 0: {words}"):
             load(str(tmp_path / "odd.parquet"), tokenizer)
     write(tmp_path / "none.parquet", [])
     with pytest.raises(UserError, match="no usable row"):
@@ -97,7 +89,7 @@ def test_bad_files(tmp_path, tokenizer):
 
 
 def test_the_prompt_must_open_a_thought(tmp_path):
-    tokenizer = build.build_tokenizer()
+    tokenizer = load_tokenizer(BASE)
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     path = write(tmp_path / "a.parquet", [a_row()])
     with pytest.raises(UserError, match="require_think"):
@@ -107,7 +99,7 @@ def test_the_prompt_must_open_a_thought(tmp_path):
 
 
 def test_a_failing_template_names_the_row(tmp_path):
-    tokenizer = build.build_tokenizer()
+    tokenizer = load_tokenizer(BASE)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UserError, match=r"a.parquet row 0: the model's chat template fails on it: no such role"):
         load(write(tmp_path / "a.parquet", [a_row()]), tokenizer)

@@ -12,9 +12,10 @@ from helpers import a_row, killed_runs, lines_of, write
 from tokenizers import processors
 
 from configurator import ROOT, UserError
-from data import load_templates, load_tokenizer
+from data import load_templates
 from eval import renderer, samples_per_source, shuffled
 from runtime.files import fingerprint, model_files, weights_digest
+from runtime.tokenizer import load_tokenizer
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from sympy import parse_expr
 
 from configurator import UserError, configure, printable
-from data import Rollout, bins_needed, load_problems, load_tokenizer, partition, spread, unpack
+from data import Rollout, bins_needed, load_problems, partition, spread, unpack
 from reward import fast_verdict, graded_text
 from runtime.oat import MATHD, PLAIN, PRM800K, by_oat, expression, integer, last_boxed, prm800k_equal, rewrite
+from runtime.tokenizer import load_tokenizer
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TEXT = st.text(max_size=40)

@@ -15,10 +15,11 @@ from helpers import BASE, a_row, write
 from safetensors.torch import load_file
 
 from configurator import ROOT, UserError, printable, run
-from data import load_problems, load_tokenizer
+from data import load_problems
 from measure import hostile_answers
 from model import load_policy
 from runtime.files import load_config
+from runtime.tokenizer import load_tokenizer
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\r\u202e"
 
@@ -72,8 +73,7 @@ def test_a_models_own_code_is_not_run(tmp_path):
     tokens = json.load(open(folder / "tokenizer_config.json"))
     tokens |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}
     json.dump(tokens, open(folder / "tokenizer_config.json", "w"))
-    with pytest.raises(UserError):
-        load_tokenizer(str(folder))
+    assert load_tokenizer(str(folder)).encode("1+1") == load_tokenizer(BASE).encode("1+1")  # as tokenizer.json says
     assert not os.path.exists(tmp_path / "owned")
 
 

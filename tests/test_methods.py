@@ -17,11 +17,12 @@ from helpers import QWEN_05B, QWEN_7B, a_row, launch, packed, rollouts_of, run, 
 from safetensors.torch import load_file
 
 from configurator import ROOT, UserError
-from data import Rollout, check_same_tokens, load_tokenizer
+from data import Rollout
 from loss import batch_loss, token_loss
 from model import load_policy
 from replay import Successes
 from rollout import TorchSampler
+from runtime.tokenizer import check_same_tokens, load_tokenizer
 
 V = 3
 SEQUENCES = list(itertools.product(range(V), repeat=2))

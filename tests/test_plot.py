@@ -12,8 +12,8 @@ import pytest
 from helpers import lines_of, load_script, metrics, rollouts_of, run
 
 from configurator import ROOT, UserError
-from data import load_tokenizer
 from plot import by_method, curve, draw_panel, looks, main, plt, read_run, shaping_curve, table, token_texts, trace, write_trace
+from runtime.tokenizer import load_tokenizer
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
 

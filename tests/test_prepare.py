@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 
 import prepare
 from configurator import ROOT, UserError
-from data import load_problems, load_templates, load_tokenizer, read_rows, render_prompt
+from data import load_problems, load_templates
 from rollout import TorchSampler
+from runtime.rows import read_rows
+from runtime.tokenizer import load_tokenizer, render_prompt
 
 SYSTEM = load_templates()["system"]
 

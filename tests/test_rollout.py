@@ -13,11 +13,12 @@ from helpers import BASE
 
 import rollout
 from configurator import UserError
-from data import Problem, Rollout, pack, response_text
+from data import Problem, Rollout, pack
 from model import load_policy, packing_of
 from rollout import Grading, TorchSampler, VLLMSampler, choose_sampler, open_sampler, request_seed, roll_out
 from runtime.process import heartbeat
 from runtime.requests import Sample, StaleWeights
+from runtime.tokenizer import response_text
 
 
 def policy_logps(policy, prompts, samples):

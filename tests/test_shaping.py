@@ -9,10 +9,11 @@ import pytest
 import shaping
 import torch
 
-from data import Rollout, load_tokenizer, pack
+from data import Rollout, pack
 from model import load_policy
 from reward import Verifier
 from rollout import TorchSampler, request_seed
+from runtime.tokenizer import load_tokenizer
 
 BASE = os.path.join(shaping.HERE, "base")
 

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import eval
 from configurator import ROOT, UserError
-from data import Rollout, load_problems, load_tokenizer, set_aside
+from data import Rollout, load_problems, set_aside
 from reward import Verifier
 from runtime.metrics import Phases, batch_warnings, rollout_metrics, step_line
 from runtime.preflight import check_traces
+from runtime.tokenizer import load_tokenizer
 from runtime.torch_sampler import TorchSampler
 
 

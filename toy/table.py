@@ -77,7 +77,7 @@ def kept_skill(folder):
     from build import greedy_accuracy
     from transformers import AutoModelForCausalLM
 
-    from data import load_tokenizer
+    from runtime.tokenizer import load_tokenizer
 
     checkpoint = os.path.join(folder, "ckpt_60")
     return greedy_accuracy(AutoModelForCausalLM.from_pretrained(checkpoint), load_tokenizer(checkpoint), 2)
@@ -123,7 +123,8 @@ def fork_probability(checkpoint):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from data import load_problems, load_tokenizer
+    from data import load_problems
+    from runtime.tokenizer import load_tokenizer
 
     tokenizer, hf = load_tokenizer(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)
     problems = load_problems(os.path.join(ROOT, "toy", "shaping", "test.parquet"), tokenizer, log=lambda line: None)

@@ -1,0 +1,181 @@
+"""
+Rows of LUFFY's schema from what people have: a parquet file, JSON lines, or a dataset on the Hugging Face hub.
+
+A row is {"prompt": [{role, content}, ...], "target": the traces, likewise, "reward_model": {"ground_truth": text},
+"data_source": text}, or in short {"question": text, "answer": text or number, "trace": text or several}. The last two of the
+long form and the last of the short one may be missing.
+"""
+
+import json
+import os
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configurator import UserError, first_line, repo_path
+
+COLUMNS = ("prompt", "target", "reward_model", "data_source", "question", "answer", "trace")
+# USER/NAME, and behind colons a subset and a split in the syntax of `datasets`; or one file there, and a split.
+HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::(\w+(?:\[\S+\])?))?")
+
+
+def data_path(name):
+    """The knob `data` -> the path of a file or folder, or a name on the hub. USER/NAME is a path if it exists, if its ending
+    is that of a file, or if there is a folder USER."""
+    path, folder = repo_path(name), name.split("/")[0]
+    if name.startswith("hf://"):
+        return name
+    is_file = os.path.exists(path) or re.search(r"\.\w*(parquet|json|jsonl|csv|gz|zst)$", name) or name[:1] in (".", "~")
+    return name if HUB.fullmatch(name) and not is_file and not os.path.isdir(repo_path(folder)) else path
+
+
+def read_rows(path):
+    """Yield (index, row in the long form) of what data_path() names, with one batch in memory at a time. Raises UserError if
+    it is missing, damaged, or of another schema."""
+    source = rows_of_dataset if os.path.isdir(path) or not os.path.isabs(path) else rows_of_file
+    for index, row in enumerate(source(path)):
+        yield index, long_form(row, f"{path} row {index}")
+
+
+def long_form(row, where):
+    """A row in the long form, checked. `where` names it in a UserError."""
+    if row.get("prompt") is None and "question" in row:
+        traces = row.get("trace")
+        message = lambda role, text: {"role": role, "content": text}
+        row = {
+            "prompt": [message("user", row["question"])],
+            "target": [message("assistant", t) for t in (traces if isinstance(traces, list) else [traces])],
+            "reward_model": {"ground_truth": row.get("answer")},
+            "data_source": row.get("data_source"),
+        }
+    for name in ("prompt", "target"):
+        messages = row.get(name)
+        if not isinstance(messages, (list, type(None))) or not all(isinstance(m, (dict, type(None))) for m in messages or []):
+            raise UserError(f"{where}: {name!r} is {messages!r:.80}, not a list of {{role, content}}: see docs/data.md")
+        for text in [(m or {}).get("content") for m in messages or []]:
+            check_text(text, f"{where}: the content in {name!r}")
+    graded = row.get("reward_model")
+    if not isinstance(graded, (dict, type(None))):
+        raise UserError(f"{where}: 'reward_model' is {graded!r:.80}, not {{ground_truth}}: see docs/data.md")
+    answer = (graded or {}).get("ground_truth")
+    answer = str(answer) if type(answer) in (int, float) else answer
+    check_text(answer, f"{where}: the ground truth")
+    check_text(row.get("data_source"), f"{where}: 'data_source'")
+    return {
+        "prompt": [m for m in row.get("prompt") or [] if m],
+        "target": [m for m in row.get("target") or [] if m],
+        "reward_model": {**(graded or {}), "ground_truth": answer},
+        "data_source": row.get("data_source"),
+    }
+
+
+def check_text(text, what):
+    """Raise UserError unless `text` is None or text that can be encoded."""
+    try:
+        if text is None or text.encode() is not None:
+            return
+    except (AttributeError, UnicodeEncodeError):
+        pass
+    raise UserError(f"{what} is {text!a:.80}, not text: see docs/data.md")
+
+
+# ---------------------------------------------------------------- files
+
+
+def rows_of_file(path):
+    if not os.path.isfile(path):
+        raise UserError(f"there is no data file {path}")
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if head.startswith(b"PAR1") or (path.endswith(".parquet") and head.lstrip()[:1] not in (b"{", b"[")):
+        return rows_of_parquet(path)
+    return rows_of_json_lines(path)
+
+
+def rows_of_parquet(path):
+    file = open_parquet(path)
+    columns = columns_of(file.schema_arrow.names, path)
+    n = 0
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()
+            n += len(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is damaged after row {n} ({first_line(e)}): copy it again") from None
+
+
+def columns_of(names, path):
+    """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row."""
+    columns = [name for name in COLUMNS if name in names]
+    needed = ("question", "answer") if "question" in columns and "prompt" not in columns else ("prompt", "reward_model")
+    if missing := [name for name in needed if name not in columns]:
+        raise UserError(f"{path} lacks the column {missing[0]!r}, it has {list(names)}: see docs/data.md for the schema")
+    return columns
+
+
+def open_parquet(path):
+    """Open a parquet file. Raises UserError if it is missing, cut short, or something else."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no data file {path}")
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if head and not head.startswith(b"PAR1"):
+        kind = "JSON" if head.lstrip().startswith((b"{", b"[")) else f"something that begins with {head[:8]!r}"
+        raise UserError(f"{path} is no parquet file, but {kind}")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not a whole parquet file ({first_line(e)}): copy it again") from None
+
+
+def rows_of_json_lines(path):
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path} line {number} is no object: write one {{...}} per line, not a list")
+                columns_of(row, f"{path} line {number}")
+                yield row
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8") from None
+    except ValueError as e:
+        raise UserError(f"{path} line {number} is no JSON ({first_line(e)}): write one {{...}} per line") from None
+
+
+def count_rows(path):
+    """The number of rows of a file, parquet's read from its footer; 0 for a dataset on the hub, and if there is no file."""
+    if not os.path.isfile(path):
+        return 0
+    with open(path, "rb") as f:
+        if f.read(4) != b"PAR1":
+            return sum(1 for line in f if line.strip())
+    return open_parquet(path).metadata.num_rows
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def rows_of_dataset(name):
+    """The rows of a dataset on the hub, or in a folder as `datasets` reads one."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name} is no file, and datasets are read by a package: pip install datasets") from None
+    datasets.disable_progress_bars()
+    folder = os.path.isdir(name)
+    path, subset, split = (name, None, None) if folder else HUB.fullmatch(name).groups()
+    options = {}
+    if path.startswith("hf://"):
+        path, options = "parquet" if path.endswith(".parquet") else "json", {"data_files": path}
+    try:
+        table = datasets.load_dataset(path, subset, split=split or "train", **options)
+    except Exception as e:
+        there = "" if folder else f"there is no {repo_path(name)}, and "
+        raise UserError(f"{there}datasets loads no {name}: {first_line(e)}") from None
+    columns = columns_of(table.column_names, name)
+    for batch in table.select_columns(columns).with_format("arrow").iter(1024):
+        yield from batch.to_pylist()

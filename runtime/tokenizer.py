@@ -1,0 +1,141 @@
+"""
+The tokenizer beside a model: read as its own tokenizer.json says, with the tokens at which a response ends and those that no
+text may hold.
+"""
+
+import contextlib
+import os
+import re
+
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from configurator import UserError, first_line
+
+# What a tokenizer must give back: spaces, tabs, line breaks, digits, LaTeX, tags, other scripts, an emoji of three code points,
+# and punctuation that "clean up" would move. Letters with accents are composed, because many tokenizers compose them (NFC).
+PROBE = (
+    " User: A farm  has 5 < 9\tcows ,\n\n   so 12,345.60 don't fit .\r\n$\\frac{1}{2}\\times x^2_{i} \\ne 7$ é Ω 東京の家"
+    " \u200b\N{WOMAN}\u200d\N{PERSONAL COMPUTER} <think>\n1 + 1</think>\n\\boxed{2} !"
+)
+TAGS = ("<think>", "</think>")  # text here, although some tokenizers call them special
+
+
+def load_tokenizer(model):
+    """The tokenizer of a folder or hub name, with two more attributes:
+
+    stop_ids   list of the ids at which a response ends: those of generation_config.json, or else of config.json, and EOS
+    control    regular expression for a control token in text, such as <|im_end|>
+
+    transformers chooses a class by the model's config, and the class may read tokenizer.json in a way of its own: a byte-level
+    tokenizer beside a Llama loses all spaces. So a probe is compared with what the library `tokenizers` makes of that file. If
+    they differ, the file is loaded as it is.
+
+    Raises UserError without tokenizer.json, EOS or chat template, and if the probe still differs or loses characters.
+    """
+    try:
+        path = os.path.join(model, "tokenizer.json") if os.path.isdir(model) else cached_file(model, "tokenizer.json")
+        # Without these files transformers would make a tokenizer up, or give new ids to special tokens.
+        if os.path.isdir(model) and not (os.path.isfile(path) and os.path.isfile(os.path.join(model, "tokenizer_config.json"))):
+            raise UserError(f"model {model} has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
+        own = Tokenizer.from_file(path)
+        try:
+            tokenizer = read_by(AutoTokenizer, model)
+            fault = fault_of(tokenizer, own) or tokenizer.get_vocab() != own.get_vocab()  # a class may add tokens
+        except Exception as e:  # the class does not fit the file
+            fault = e
+        if fault:
+            tokenizer = read_by(PreTrainedTokenizerFast, model)
+            fault = fault_of(tokenizer, own)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"no tokenizer loads from model {model}: {first_line(e)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model} has no eos_token: name one in its tokenizer_config.json")
+    if fault:
+        raise UserError(f"the tokenizer of {model} corrupts text: {fault}; copy the files of the model's first release")
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
+    tokenizer.stop_ids = stop_ids(model, tokenizer)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {*special, *tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)} - {*TAGS, None}
+    tokenizer.control = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    return tokenizer
+
+
+def read_by(kind, model):
+    tokenizer = kind.from_pretrained(model, trust_remote_code=False)
+    tokenizer.clean_up_tokenization_spaces = False  # it turns "a , b" into "a, b"
+    return tokenizer
+
+
+def fault_of(tokenizer, own):
+    """How transformers' tokenizer departs from `own`, which `tokenizers` made of the same file, or both from the text; None if
+    they do not. The special tokens of the chat template are part of the probe."""
+    added, used = tokenizer.get_added_vocab(), f"{tokenizer.chat_template}{tokenizer.eos_token}"
+    marks = [token for token in added if token in used]
+    for mark in marks:
+        if own.token_to_id(mark) != added[mark]:
+            return f"{mark} is {added[mark]} by tokenizer_config.json, {own.token_to_id(mark)} by tokenizer.json"
+    own.no_truncation()
+    own.no_padding()
+    text = PROBE + "".join(marks)
+    ids = own.encode(text, add_special_tokens=False).ids
+    read = tokenizer.encode(text, add_special_tokens=False)
+    has_all_bytes = own.get_vocab().keys() >= {*ByteLevel.alphabet()} or own.token_to_id("<0x0A>") is not None
+    wanted = text if has_all_bytes else own.decode(ids, skip_special_tokens=False)
+    for found in (tokenizer.decode(ids), tokenizer.decode(read)):
+        if found != wanted:
+            at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+            return f"{wanted[at : at + 12]!r} comes back as {found[at : at + 12]!r}"
+    return None if read == ids else "transformers cuts it into other tokens than its tokenizer.json"
+
+
+def stop_ids(model, tokenizer):
+    """The ids at which a response ends, the tokenizer's EOS first. Of the configs' ids only those of added tokens count: a
+    config may hold the default of its family, which is some piece of text to this tokenizer."""
+    found = None
+    try:
+        found = GenerationConfig.from_pretrained(model).eos_token_id
+    except (OSError, ValueError, TypeError) as e:  # it may be missing
+        if os.path.exists(file := os.path.join(model, "generation_config.json")):
+            raise UserError(f"{file} is damaged ({first_line(e)}): copy it again") from None
+    if found is None:  # then config.json, as in transformers
+        with contextlib.suppress(OSError):
+            found = PreTrainedConfig.get_config_dict(model)[0].get("eos_token_id")
+    found = found if isinstance(found, list) else [found]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in found if i in tokenizer.added_tokens_decoder)]))
+
+
+def ends_in_words(tokenizer):
+    """For the log: where responses and traces end."""
+    names = [f"{tokenizer.decode([i])!r} ({i})" for i in tokenizer.stop_ids]
+    return f"responses end at {' or '.join(names)}, traces in {names[0]}"
+
+
+def check_same_tokens(ours, theirs):
+    """Raise UserError unless the teacher model's tokenizer has the policy's tokens under the same ids, and the same
+    EOS: the teacher model reads the policy's token ids. It may have further tokens."""
+    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
+    if different := [i for i in a if a[i] != b.get(i)]:
+        i = min(different)
+        raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: id {i} is {a[i]!r} for"
+                        f" the policy and {b.get(i)!r} for the teacher; choose models of one family")  # fmt: skip
+    if ours.eos_token_id != theirs.eos_token_id:
+        ends = [f"{t.eos_token!r} ({t.eos_token_id})" for t in (ours, theirs)]
+        raise UserError(
+            f"the policy's EOS is {ends[0]}, the teacher model's {ends[1]}: choose a teacher that was trained to emit this EOS"
+        )
+
+
+def render_prompt(tokenizer, messages):
+    """[{role, content}, ...] -> the text before the response. Training and evaluation both use this function."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def response_text(tokenizer, ids):
+    """A response as the verifier and people read it: all tokens except the one that ended it."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids)

@@ -1,0 +1,214 @@
+import gzip
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from subprocess import run
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import BASE, TRAIN, a_row, write
+from test_data import load
+
+from configurator import ROOT, UserError
+from runtime.files import model_path
+from runtime.rows import count_rows, data_path, read_rows
+
+TRACE = "<think>\n12>46</think>\\boxed{46}"
+SHORT = {"question": "12+34=?", "answer": "46", "trace": TRACE}
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_every_form_gives_the_same_problems(tmp_path, tokenizer):
+    long = {k: v for k, v in a_row(data_source="mine").items() if k != "extra_info"}
+    short = {**SHORT, "data_source": "mine"}
+    forms = [
+        write(tmp_path / "long.parquet", [a_row(data_source="mine")]),
+        lines(tmp_path / "long.jsonl", [long]),
+        lines(tmp_path / "short.jsonl", [short]),
+        lines(tmp_path / "number.json", [{**short, "answer": 46}]),
+        lines(tmp_path / "named.parquet", [{**short, "trace": [TRACE]}]),  # content counts, not the name
+    ]
+    pq.write_table(pa.Table.from_pylist([short]), forms[0].replace("long", "short"))
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(short).encode() + b"\r\n\r\n")
+    for path in (*forms, forms[0].replace("long", "short"), str(tmp_path / "bom.txt")):
+        assert load(path, tokenizer)[0] == load(forms[0], tokenizer)[0], path
+        assert count_rows(path) == 1, path
+
+
+@pytest.mark.parametrize("column", ["data_source", "answer", "question", "trace"])
+def test_a_category_column_is_read(tmp_path, tokenizer, column):
+    """pandas writes its categories as a dictionary type."""
+    table = pa.Table.from_pylist([{**SHORT, "data_source": "mine"}] * 3)
+    at = table.column_names.index(column)
+    table = table.set_column(at, column, table[column].dictionary_encode())
+    pq.write_table(table, tmp_path / "a.parquet")
+    problems, _ = load(str(tmp_path / "a.parquet"), tokenizer)
+    assert [(p.source, p.answer, len(p.teacher)) for p in problems] == [("mine", "46", 1)] * 3
+
+
+def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
+    rows = [{**SHORT, "trace": None}, {k: SHORT[k] for k in ("question", "answer")}, {**SHORT, "trace": [TRACE, TRACE, None]},
+            {**SHORT, "trace": []}, {**SHORT, "answer": None}, {**SHORT, "question": ""}]  # fmt: skip
+    problems, line = load(lines(tmp_path / "a.jsonl", rows), tokenizer)
+    assert [len(p.teacher) for p in problems] == [0, 0, 2, 0] and "2 rows without prompt or answer" in line
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b'[{"question": "1", "answer": "1"}]', "line 1 is no object: write one {...} per line, not a list"),
+        (b"[\n  {\n", "line 1 is no JSON"),
+        (b'{"question": "1", "answer": "1"}\n{"question": ', "line 2 is no JSON"),
+        (b'{"question": "1", "answer": "1"}\n{"prompt": []}', "line 2 lacks the column 'reward_model'"),
+        (b'{"problem": "1"}', "line 1 lacks the column 'prompt', it has .'problem'."),
+        (b'{"question": ["1"], "answer": "1"}', "row 0: the content in 'prompt' is "),
+        (b'{"question": "1", "answer": true}', "row 0: the ground truth is True, not text"),
+        (b'{"question": "1", "answer": "1", "trace": {"text": "1"}}', "row 0: the content in 'target' is "),
+        (b'{"question": "\\ud800", "answer": "1"}', r"row 0: the content in 'prompt' is '\\ud800', not text"),
+        (b"question,answer\n1,1\n", "line 1 is no JSON"),
+        (gzip.compress(b"{}"), "neither a parquet file nor JSON lines"),
+        (b"", "no usable row"),
+        (b"\n\n", "no usable row"),
+    ],
+)
+def test_what_is_no_row(tmp_path, tokenizer, content, words):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=words) as e:
+        load(str(tmp_path / "a.jsonl"), tokenizer)
+    assert "a.jsonl" in str(e.value) and "\n" not in str(e.value) and "parquet file (" not in str(e.value)
+
+
+def test_json_where_parquet_is_wanted(tmp_path):
+    path = lines(tmp_path / "a.parquet", [SHORT])
+    command = [sys.executable, f"{ROOT}/prepare.py", "openr1", f"--src={path}", f"--tokenizer={BASE}"]
+    done = run([*command, f"--out={tmp_path}/o.parquet"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"error: {path} is no parquet file, but JSON\n"
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name", ["Elliott/Openr1-Math-46k-8192", "openai/gsm8k:main:test[:100]", "a/b:train", "hf://datasets/a/b/c.parquet"]
+)
+def test_names_on_the_hub(name):
+    assert data_path(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["toy/train.parquet", "toy/none", "data/a.jsonl", "nowhere/a.parquet", "./a/b", "../a/b", "a/b/c", "/a/b"]
+)
+def test_names_of_files(name):
+    assert os.path.isabs(data_path(name))
+
+
+def test_a_model_that_is_missing_here_is_not_asked_for_on_the_hub():
+    assert model_path("Qwen/Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
+    for name in ("models/Qwen2.5-Math-7B-16k-think", "toy/bass", "./a/b", "config/x"):
+        with pytest.raises(UserError, match=r"there is no model folder /.*: python prepare.py model makes one"):
+            model_path(name)
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def test_a_folder_and_its_splits(tmp_path, tokenizer):
+    lines(tmp_path / "train.jsonl", [SHORT] * 3)
+    problems, _ = load(str(tmp_path), tokenizer)
+    assert [p.id for p in problems] == [0, 1, 2] and problems[0].answer == "46"
+    lines(tmp_path / "train.jsonl", [{"problem": "1"}])
+    with pytest.raises(UserError, match="lacks the column 'prompt'"):
+        load(str(tmp_path), tokenizer)
+    with pytest.raises(UserError, match="there is no /.*/Elliott/None, and datasets loads no Elliott/None: "):
+        list(read_rows("Elliott/None"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as `datasets` asks for: one repository, me/sums, of a few files."""
+
+    files: ClassVar = {}  # {path: content}
+    sha = "0" * 40
+
+    def entries(self, folder, recursive):
+        """The files and folders in a folder."""
+        found = {}
+        for path, content in self.files.items():
+            rest = path.removeprefix(f"{folder}/" if folder else "")
+            if rest != path or not folder:
+                name, _, below = rest.partition("/")
+                inner = f"{folder}/{name}".strip("/")
+                if below:
+                    found[inner] = {"type": "directory", "path": inner, "oid": self.sha, "size": 0}
+                if not below or recursive:
+                    found[path] = {"type": "file", "path": path, "oid": self.sha, "size": len(content)}
+        return list(found.values())
+
+    def do_GET(self):
+        path, _, query = unquote(self.path).partition("?")
+        api, content = "/api/datasets/me/sums", None
+        if path.startswith(f"{api}/tree/"):
+            content = json.dumps(self.entries(*path.split("/", 7)[7:] or [""], recursive="recursive=true" in query.lower()))
+        elif path == api or path.startswith(f"{api}/revision/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            content = json.dumps({"id": "me/sums", "sha": self.sha, "siblings": siblings, "private": False, "tags": []})
+        elif path.startswith("/datasets/me/sums/resolve/"):
+            content = self.files.get(path.split("/", 6)[6])
+        self.answer(content)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self.answer(json.dumps([e for e in self.entries("", recursive=True) if e["path"] in asked]))
+
+    def answer(self, content):
+        data = content.encode() if isinstance(content, str) else content
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.send_header("ETag", f'"{hash(data)}"')
+        self.send_header("X-Repo-Commit", self.sha)
+        if data is None:
+            self.send_header("X-Error-Code", "RepoNotFound" if "/me/sums" not in self.path else "EntryNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub(tmp_path):
+    """Through the real `datasets` and huggingface_hub, from a server of ours."""
+    Hub.files = {
+        "data/train-00000-of-00001.parquet": open(TRAIN, "rb").read(),
+        "data/test-00000-of-00001.parquet": open(f"{ROOT}/toy/test.parquet", "rb").read(),
+        "README.md": b"---\nlicense: mit\n---\n",
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    code = "import sys; from runtime.rows import read_rows; print(*(sum(1 for _ in read_rows(n)) for n in sys.argv[1:]))"
+    names = ["me/sums", "me/sums:test", "me/sums:train[:100]", "hf://datasets/me/sums/data/test-00000-of-00001.parquet"]
+    done = run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=env, cwd=ROOT)
+    n_train, n_test = (pq.read_metadata(f"{ROOT}/toy/{name}.parquet").num_rows for name in ("train", "test"))
+    assert done.stdout.split() == [str(n) for n in (n_train, n_test, 100, n_test)], done.stderr
+    for name, words in (("me/none", "datasets loads no me/none"), ("me/sums:dev", "Unknown split")):
+        done = run([sys.executable, "train.py", f"--data={name}", "--min_teacher_pass=0", f"--out_dir={tmp_path / 'out'}"],
+                   capture_output=True, text=True, env=env, cwd=ROOT)  # fmt: skip
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    server.shutdown()

