@@ -135,7 +135,7 @@ COUNTS = (
     "traces of rows not dropped", "traces kept", "traces behind the first usable one",
     "trace dropped: lists of different lengths", "trace dropped: null", "trace dropped: not complete",
     "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed",
-    "trace dropped: without text", "trace dropped: with a control token inside", "trace dropped: too long",
+    "trace dropped: with a control token inside", "trace dropped: too long",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import a_row, killed_runs, lines_of, write
+from helpers import a_row, build_model, killed_runs, lines_of, write
 from tokenizers import processors
 
 from configurator import ROOT, UserError
@@ -174,6 +174,28 @@ def test_the_command(sampler, tmp_path, byte_model):
     assert json.load(open(out / "settings.json"))["settings"]["max_tokens"] == 12
     for line in ("aime25", "six benchmarks", "95 % interval", "6 of 6 chunks", "mean reward on this rank 0.000"):
         assert line in done.stdout
+
+
+@pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_a_response_ends_at_each_end_of_turn(sampler, tmp_path):
+    """Of a model with two EOS ids, by generation_config.json. Before, a response ran on behind the second one."""
+    model = str(build_model(tmp_path / "model"))
+    argv = [f"--model={model}", f"--data={benchmark(tmp_path)}", "--k=16", "--require_think=False", "--max_tokens=100",
+            f"--sampler={sampler}"]  # fmt: skip
+    texts = {}
+    for ends in ([256], [258, 256]):  # <|endoftext|>, <|im_start|>
+        with open(f"{model}/generation_config.json", "w") as f:
+            json.dump({"eos_token_id": ends}, f)
+        out = tmp_path / f"{len(ends)}"
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "eval.py"), *argv, f"--out_dir={out}"], capture_output=True,
+                              text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        texts[len(ends)] = [text for row in samples_of(out) for text in row["response"]]
+        assert any(finish == "stop" for row in samples_of(out) for finish in row["finish"])
+    assert "responses end at '<|endoftext|>' (256) or '<|im_start|>' (258), traces in '<|endoftext|>' (256)" in done.stdout
+    assert any("<|im_start|>" in text for text in texts[1])
+    assert not any("<|im_start|>" in text or "<|endoftext|>" in text for text in texts[2])
+    assert texts[2] == [text.split("<|im_start|>")[0] for text in texts[1]]
 
 
 @pytest.fixture

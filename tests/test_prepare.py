@@ -66,8 +66,9 @@ ROWS = [  # rows as OpenR1 has them, and some that no file should have
     openr1_row("bare", ["so</think>\\boxed{1}"]),  # 23
     openr1_row("glued", [" <think>so</think>\\boxed{1}"]),  # 24
     openr1_row("Größe \u2028 \x00 ∞?", [openr1_trace(100)]),  # 25
+    openr1_row("ends", ["<think>\na<|endoftext|>b</think>", openr1_trace(80) + "<|endoftext|>\n"]),  # 26
 ]  # fmt: skip
-KEPT = {0: [100], 1: [90], 8: [50], 13: [60], 15: [199], 20: [70], 23: [27], 24: [27], 25: [100]}  # row: tokens
+KEPT = {0: [100], 1: [90], 8: [50], 13: [60], 15: [199], 20: [70], 23: [27], 24: [27], 25: [100], 26: [80]}  # row: tokens
 WITHOUT = [2, 3, 9, 10, 11, 12, 14, 16, 17, 22]
 
 
@@ -82,14 +83,14 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
     report = json.loads((out.parent / "openr1.report.json").read_text())
     counts = report["counts"]
     want = {
-        "rows read": 26, "rows in out": 9, "rows in easy": 9, "rows in hard": 9, "rows in complement": 10,
+        "rows read": 27, "rows in out": 10, "rows in easy": 10, "rows in hard": 10, "rows in complement": 10,
         "row without: no generations": 2, "row without: lists of different lengths": 2, "row without: no usable trace": 6,
         "row dropped: not UTF-8": 2, "row dropped: no problem": 2, "row dropped: no answer": 2,
         "row dropped: problem seen before": 1,
-        "traces of rows not dropped": 24, "traces kept": 9, "traces behind the first usable one": 1,
+        "traces of rows not dropped": 26, "traces kept": 10, "traces behind the first usable one": 1,
         "trace dropped: lists of different lengths": 3, "trace dropped: null": 1, "trace dropped: not complete": 2,
         "trace dropped: not correct": 2, "trace dropped: not UTF-8": 1, "trace dropped: thought never closed": 2,
-        "trace dropped: too long": 3,
+        "trace dropped: with a control token inside": 1, "trace dropped: too long": 3,
     }  # fmt: skip
     assert counts == want and tuple(counts) == prepare.COUNTS
     assert all(f"{what:<44}{n:>9,}" in shown for what, n in counts.items())
@@ -107,7 +108,7 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
     for i, row in zip(KEPT, rows, strict=True):
         assert row["prompt"] == [{"role": "system", "content": SYSTEM}, {"role": "user", "content": ROWS[i]["problem"]}]
         assert len(row["target"]) == 1 and row["reward_model"] == {"ground_truth": "1", "style": "rule"}
-    assert rows[-3]["target"][0]["content"] == rows[-2]["target"][0]["content"] == "<think>\nso</think>\\boxed{1}"
+    assert rows[-4]["target"][0]["content"] == rows[-3]["target"][0]["content"] == "<think>\nso</think>\\boxed{1}"
     rest = pq.read_table(tmp_path / "d" / "openr1.complement.parquet").to_pylist()
     assert [row["extra_info"]["index"] for row in rest] == WITHOUT and all(row["target"] is None for row in rest)
 
@@ -120,7 +121,7 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
         tokenizer.chat_template = template
         problems = load_problems(str(out), tokenizer, max_teacher_tokens=200, log=shown.append, require_think=bool(stripped))
         assert [[len(t) for t in p.teacher] for p in problems] == [[n + 1 - stripped for n in ns] for ns in KEPT.values()]
-    assert len(shown) == 2 and all(line.endswith("9 with a teacher trace; dropped: none") for line in shown)
+    assert len(shown) == 2 and all(line.endswith("10 with a teacher trace; dropped: none") for line in shown)
     held_out = str(tmp_path / "d" / "openr1.complement.parquet")
     complement = load_problems(held_out, tokenizer, log=shown.append, require_think=False)
     assert len(complement) == 10
@@ -412,7 +413,7 @@ def logits(folder, ids):
 def test_a_qwen_gets_luffys_template_and_room(tmp_path):
     source, out = build_model(tmp_path / "base"), tmp_path / "deep" / "luffy"
     edit(source, rope_parameters=None, rope_theta=10000, transformers_version="4.40.0")  # as Qwen2.5-Math has it
-    edit(source, "generation_config.json", eos_token_id=[1, 256])
+    edit(source, "generation_config.json", eos_token_id=[258, 256])
     os.remove(source / "chat_template.jinja")
     edit(source, "tokenizer_config.json", chat_template="the old one")
     (source / "pytorch_model.bin").touch()
@@ -421,7 +422,7 @@ def test_a_qwen_gets_luffys_template_and_room(tmp_path):
     shown = command("model", f"--model={source}", f"--out={out}", "--max_position=1024", "--round_trip=False")
     assert contents(source) == before
     assert "rope_theta 10000" in shown and "-> 40000" in shown and "positions 512 -> 1024" in shown and f"wrote {out}" in shown
-    assert "note: generation_config.json has EOS [1, 256], the tokenizer 256" in shown and "note: config.json" not in shown
+    assert "responses end at '<|endoftext|>' (256) or '<|im_start|>' (258), traces in '<|endoftext|>' (256)" in shown
     after = contents(out)
     assert os.listdir(tmp_path / "deep") == ["luffy"]
     assert set(after) == set(before) - {"pytorch_model.bin"} | {"chat_template.jinja"}
