@@ -104,15 +104,16 @@ class Unusable(Exception):
 
 
 def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
-                  render=None):  # fmt: skip
+                  render=None, evaluated=False):  # fmt: skip
     """Read the rows of a file or dataset (runtime/rows.py). Returns a list of Problem. render(messages, answer, source)
     returns the text before the response, and the answer to grade against; by default the chat template's text, and
     the answer unchanged.
 
     Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
     answer, prompts whose messages hold a control token such as <|im_end|>, and traces that plain_trace() refuses; `log`
-    gets one line that counts them by kind. Raises UserError if the file is missing, damaged or of another schema, if no
-    row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
+    gets one line that counts them by kind. With `evaluated` a prompt with a control token is kept, and counted, so that a
+    benchmark has as many problems for one tokenizer as for another. Raises UserError if the file is missing, damaged or
+    of another schema, if no row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
     """
     problems, dropped = [], Counter()
     for index, row in read_rows(path):
@@ -121,9 +122,10 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         if not answer or not messages or not messages[-1]["content"].strip():
             dropped["rows without prompt or answer"] += 1
             continue
-        if found := [m["content"] for m in messages if tokenizer.control.search(m["content"])]:
-            dropped[f"prompts with a control token such as {tokenizer.control.search(found[0])[0]}"] += 1
-            continue
+        if found := [c[0] for m in messages if (c := tokenizer.control.search(m["content"]))]:
+            dropped[f"prompts with a control token such as {found[0]}" + " (kept)" * evaluated] += 1
+            if not evaluated:
+                continue
         source, raw_answer = row["data_source"] or "unknown", answer
         try:
             text, answer = render(messages, answer, source) if render else (render_prompt(tokenizer, messages), answer)
@@ -179,7 +181,8 @@ def plain_trace(trace, control, opened):
 def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
     """load_problems, without repeats of a question and answer, then at most max_problems per source (0: all)."""
     first = {}
-    for p in load_problems(path, tokenizer, max_prompt_tokens, require_think=require_think, log=log, render=render):
+    limits = dict(max_prompt_tokens=max_prompt_tokens, require_think=require_think)
+    for p in load_problems(path, tokenizer, **limits, log=log, render=render, evaluated=True):
         first.setdefault(p.key, p)
     counts, kept = {}, []
     for p in first.values():

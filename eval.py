@@ -73,6 +73,7 @@ from rollout import Sample, choose_sampler, open_sampler, request_seed
 from runtime.files import load_config, model_path, read_lines, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
+from runtime.preflight import check_ids
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
@@ -224,13 +225,15 @@ def main():
     name = model_path(model)
     tokenizer = load_tokenizer(name)
     print0(ends_in_words(tokenizer))
-    context = load_config(name).max_position_embeddings
+    model_config = load_config(name)
+    context = model_config.max_position_embeddings
     verifier = Verifier(
         workers=reward_workers, timeout=reward_timeout, require_think=require_think, grader=grader,
         grade_unclosed=grade_unclosed, answer_line=answer_line, solved_at=solved_at,
         refuse_unevaluated=refuse_unevaluated,
     )  # fmt: skip
     problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed), tokenizer)
+    check_ids(problems, tokenizer, model_config)
     k_of = samples_per_source(k, {p.source for p in problems})
     lengths = [len(p.prompt_ids) for p in problems]
     room = min(context, max(lengths) + max_tokens)

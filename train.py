@@ -189,8 +189,8 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         base = checkpoint.path if checkpoint else model_path(model)
         tokenizer, model_config = load_tokenizer(base), load_config(base)
         teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
-        print0(ends_in_words(tokenizer))
         problems, held_out = load_data(tokenizer)
+        preflight.check_ids(problems + held_out, tokenizer, model_config)
         verifier = Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at,
                             refuse_unevaluated=refuse_unevaluated)  # fmt: skip
         stack.enter_context(verifier)
@@ -335,6 +335,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
 def load_data(tokenizer):
     """The problems to train on, and those to evaluate on: held out from `data`, and of eval_data."""
+    print0(ends_in_words(tokenizer))
     problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0)
     problems, held_out = set_aside(problems, holdout)
     if eval_data:

@@ -133,6 +133,14 @@ def check_traces(k, problems, tokenizer, verifier):
     return [p for p in problems if p.teacher] if k.n_teacher == k.n_rollouts else problems
 
 
+def check_ids(problems, tokenizer, model_config):
+    """Check that every token has an embedding."""
+    top = max(max(ids) for p in problems for ids in (p.prompt_ids, *p.teacher))
+    if top >= model_config.vocab_size:
+        raise UserError(f"the token {tokenizer.decode([top])!r} has the id {top}, the model only {model_config.vocab_size}"
+                        " embeddings: take the model's own tokenizer, or make room with resize_token_embeddings")  # fmt: skip
+
+
 def check_problems(k, problems):
     """Check that there are enough problems."""
     traced = sum(bool(p.teacher) for p in problems)

@@ -8,11 +8,12 @@ import pytest
 from helpers import a_row, byte_tokenizer, write
 from test_data import load
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from configurator import UserError
-from data import plain_trace
+from data import load_benchmark, plain_trace
+from runtime.preflight import check_ids
 from runtime.tokenizer import PROBE, ends_in_words, load_tokenizer, response_text
 
 TEXT = "User: A farm  has 5\n\nless than 9 times $\\frac{1}{2}$ 東京 !"
@@ -164,6 +165,20 @@ def test_control_tokens_are_counted(tmp_path, chat):
         assert words in line
     with pytest.raises(UserError, match=r"no usable row \(dropped: 1 prompts with a control token such as <\|end\|>\)"):
         load(write(tmp_path / "b.parquet", rows[1:2]), chat)
+
+
+def test_an_evaluation_keeps_every_problem(tmp_path, chat):
+    path = write(tmp_path / "a.parquet", [a_row(), a_row(prompt=[{"role": "user", "content": "What does <s> do?"}])])
+    shown = []
+    problems = load_benchmark(path, chat, 0, 100, require_think=True, log=shown.append)
+    assert len(problems) == 2 and "1 prompts with a control token such as <s> (kept)" in shown[0]
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path, chat):
+    problems, _ = load(write(tmp_path / "a.parquet", [a_row()]), chat)
+    check_ids(problems, chat, LlamaConfig(vocab_size=261))
+    with pytest.raises(UserError, match="the token '</think>' has the id 259, the model only 259 embeddings"):
+        check_ids(problems, chat, LlamaConfig(vocab_size=259))
 
 
 def test_an_empty_system_turn_is_a_turn(tmp_path, chat):
