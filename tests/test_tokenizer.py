@@ -223,10 +223,9 @@ def test_public_byte_level_tokenizers(tmp_path, package, file, eos):
     else:
         own = TikTokenConverter(path, pattern=SPLIT, extra_special_tokens=[eos, "<|im_start|>"]).converted()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos)
-    for kind in ("llama", "qwen2"):
-        folder = save(tmp_path / kind, tokenizer, kind, tokenizer_class="LlamaTokenizerFast", backend=None)
-        own, loaded = Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
-        assert len(own.get_vocab()) > 60_000
-        for text in (TEXT, PROBE, open(__file__).read()):
-            ids = loaded.encode(text, add_special_tokens=False)
-            assert ids == own.encode(text, add_special_tokens=False).ids and loaded.decode(ids) == text
+    folder = save(tmp_path / "model", tokenizer, tokenizer_class="LlamaTokenizerFast", backend=None)
+    own, loaded = Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
+    assert len(own.get_vocab()) > 60_000
+    for text in (TEXT, PROBE, open(__file__).read()):
+        ids = loaded.encode(text, add_special_tokens=False)
+        assert ids == own.encode(text, add_special_tokens=False).ids and loaded.decode(ids) == text
