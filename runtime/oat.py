@@ -26,6 +26,7 @@ math-verify and sympy are imported when they are needed, so that a verifier's wo
 """
 
 import re
+from fractions import Fraction
 
 
 def by_oat(text, answer):
@@ -36,11 +37,16 @@ def by_oat(text, answer):
     if read is None:
         return 0.0, None
     given, gold = (rewrite(s, PLAIN) for s in (read, last_boxed(answer) or answer))
-    if rewrite(given, MATHD) == rewrite(gold, MATHD) or prm800k_equal(given, gold):
+    ours, theirs = (rational(rewrite(s, MATHD)) for s in (given, gold))
+    if ours == theirs:
+        return True, read
+    if isinstance(ours, Fraction) and isinstance(theirs, Fraction) and "%" not in given + gold:  # 50% is both 50 and 0.5
+        return False, read
+    if prm800k_equal(given, gold):
         return True, read
     how = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
     gold, found = (parse(f"${s}$", **how) for s in (gold, given))
-    return verify(gold, found, timeout_seconds=None), read
+    return verify(gold, found, float_rounding=EXACT, timeout_seconds=None), read
 
 
 def last_boxed(text):
@@ -61,23 +67,57 @@ def last_boxed(text):
 # ---------------------------------------------------------------- strings
 # (pattern, replacement), applied in order
 
+EXACT = 99  # decimal places to which math-verify rounds: more than any number has, so two that differ are not equal
+LARGEST = 400  # the largest power of ten that is written out
+DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
+ALONE = r"(?<![\w.^_/})])(?<![\w.^_/}] )(?<!\^\{)"  # what stands before belongs to no larger number, power or quotient
+UNICODE = {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00b0": r"^\circ ", "\u2205": r"\varnothing "}
+MILLIONS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def written_out(m):
+    """A match of a mantissa, perhaps missing, and one of several exponents -> the same number as a plain decimal."""
+    mantissa, exponent = m[1] or "1", next(e for e in m.groups()[1:] if e)
+    k = int(exponent.replace(" ", "")) if len(exponent) < 9 else LARGEST + 1
+    if abs(k) > LARGEST:
+        return m[0]
+    whole, _, places = mantissa.partition(".")
+    digits, point = whole + places, len(whole) + k
+    digits = digits.rjust(len(digits) - point, "0") if point < 0 else digits.ljust(point, "0")
+    point = max(point, 0)
+    places = digits[point:].rstrip("0")
+    return (digits[:point].lstrip("0") or "0") + (f".{places}" if places else "")
+
+
 MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
-PLAIN = [  # what all three comparisons read: none may see two numbers where another sees one
+PLAIN = [  # what all comparisons and votes read: none may see two numbers where another sees one
+    (f"[{''.join(UNICODE)}]", lambda m: UNICODE[m[0]]),
+    (r",\\!\s*|(?<=\d)\{,\}(?:\\!)?(?=\d{3}(?!\d))", lambda m: "" if m[0][0] == "{" else ","),  # 10,\!080 and 1{,}234
     (r"\\!|(?<!\\)\$|[\u200b-\u200f\u2060\ufeff]", lambda m: " " if m[0] == "$" else ""),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),
+    (r"\{ *, *\}", ","),
+    (r"\\[hv]space\*?\{[^{}]*\}|\\(?:thin|med|thick|en|quad|qquad)(?:mu|space|skip)?(?![a-zA-Z])", " "),
+    (r"\\(?:display|text|script)style(?![a-z])|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", " "),
+    (r"(?<!\\)\\[,;:> ]|~|\s+", " "),
     # Text with a digit or one of these words is part of the answer, not a unit.
-    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not)\b))([^{}]*)\}", r" \1 "),
+    (rf"\\(?:text|mbox|math)[a-z]*\s*\{{(?=[^{{}}]*(?:\d|[,;=]|\b(?:or|and|if|not|{'|'.join(MILLIONS)})\b))([^{{}}]*)\}}", r" \1 "),
+    (r"\\emptyset(?![a-z])", r"\\varnothing"), (r"\\([lg]e)qslant(?![a-z])", r"\\\1"),
+    (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
+    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # not of an option: C. is none
     MIXED,
     (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),
+    (rf"(?<=\d) *({'|'.join(MILLIONS)})(?![a-z])", lambda m: rf"\times 10^{{{MILLIONS[m[1]]}}}"),
+    (rf"{ALONE}({DECIMAL})[eE]([+-]?\d+)(?!\w|\.\d)", written_out),  # 6.5e-2
+    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?\{{?10\}}? *\^ *(?:\{{ *([+-]? *\d+) *\}}|([+-]\d+)(?!\w|\.\d)|(\d)(?!\w|\.\d))",
+     written_out),  # 6.5\times10^{-2}
     (r"(?<!frac\d)(?<!frac \d)(?<=\d) +(?=\d)", ","),  # 3 8 is neither 38 nor 11
 ]  # fmt: skip
 MATHD = [
     (r"\\\\", r"\\"),
     (r"\\!|\\(?:left|right)(?![a-z])", ""), (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
     (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
-    (r"(?<=\S)\s*\\(?:text|mbox)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),  # a unit
-    (r"\\(?:[td](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
+    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}][^{}])|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),  # a unit
+    (r"\\(?:[tdc](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
     (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
     (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), MIXED,
@@ -88,7 +128,6 @@ MATHD = [
 ]  # fmt: skip
 PRM800K = [
     (r" (?:or|and) |\\\\", ";"),
-    (r"\s*(?:\\text\{ *)?(m|b|tr)illion *\}?", lambda m: {"m": "*10^6", "b": "*10^9", "tr": "*10^12"}[m[1]]),
     *MATHD,
     (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
      r"(?:es)?s?(?:\^[23])?(?!\d)", ""),
@@ -108,16 +147,28 @@ def rewrite(s, rules):
     return s
 
 
+def vote(read):
+    """What an answer is counted as in a majority vote: its normalised string."""
+    return integer(rewrite(rewrite(read, PLAIN), MATHD))
+
+
 def integer(s):
-    """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266. Any other string is returned unchanged, as is
-    an integer of 2**53 and more, which a float cannot hold."""
-    try:
-        x = float(THOUSANDS.sub("", s).replace("_", "?"))  # Python alone reads 1_0 as ten
-    except ValueError:
+    """07, 1,000, 142.0 -> 7, 1000, 142. Any other string is returned unchanged."""
+    whole = re.fullmatch(r"([+-]?)0*(\d+)(?:\.0*)?", THOUSANDS.sub("", s), re.ASCII)
+    return s if not whole else whole[2] if whole[1] != "-" or whole[2] == "0" else "-" + whole[2]
+
+
+def rational(s):
+    """A decimal, a fraction or a mixed number, after MATHD, as a Fraction. Any other string is returned unchanged."""
+    found = SIMPLE.fullmatch(s) if s and len(s) < 4 * LARGEST else None
+    sign, whole, above, below = found.groups() if found else [None] * 4
+    if not (whole or above) or (below and not Fraction(below)):
         return s
-    return str(int(x)) if x.is_integer() and abs(x) < 2**53 else s
+    value = Fraction(whole or 0) + (Fraction(above) / Fraction(below) if above else 0)
+    return -value if sign == "-" else value
 
 
+SIMPLE = re.compile(rf"([+-]?)({DECIMAL})?(?:\\frac\{{(-?(?:{DECIMAL}))\}}\{{((?:{DECIMAL}))\}})?", re.ASCII)
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 FRACTION = rf"{NUMBER}|[-+]?\d*\\frac\{{-?\d+\}}\{{-?\d+\}}|-?\d+/\d+"
 UNIT = r"(?:[A-Za-z]+(?:\^[23])?)?"

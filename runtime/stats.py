@@ -24,7 +24,8 @@ PROTOCOL = set(
 
 def summarize(rows):
     """{source: {n, k, avg@k and its 95 % interval, pass@k, pass (unbiased, for powers of two), maj@k, length, truncated,
-    format}} of evaluate's rows; length is in tokens, the last two are shares of the samples. avg@k is the mean reward;
+    format, letter_with_text}} of evaluate's rows; length is in tokens, truncated and format are shares of the samples,
+    letter_with_text is a count. avg@k is the mean reward;
     pass@k and maj@k count what the verifier calls correct (Verifier's solved_at)."""
     table = {}
     for source in sorted({r["source"] for r in rows}):
@@ -46,6 +47,7 @@ def summarize(rows):
             "length": mean["length"],
             "truncated": sum(f == "length" for r in own for f in r["finish"]) / (n * k),
             "format": mean["format"],
+            "letter_with_text": sum(map(sum, (r.get("letter_with_text", ()) for r in own))),
         }
     return table
 

@@ -12,7 +12,7 @@ from sympy import simplify
 
 from configurator import ROOT, UserError
 from measure import grading_speed, hedges
-from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text
+from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text, letter_with_text
 from runtime.latex import parse_in_two_stages
 from runtime.oat import by_oat, expression, unevaluated
 from runtime.run import identify
@@ -203,6 +203,11 @@ ANSWER_LINES = [
     ("ANSWER: C, so \\boxed{B}", "C", 0),  # a box comes first
     ("\\boxed{C}\nANSWER: B", "C", 1),
     ("ANSWER: 12", "12", 0),  # not a multiple-choice question
+    ("Answer: C\r", "C", 1),
+    ("Answer: C\r\nDone.\r\n", "C", 1),
+    ("Answer: B\rAnswer: C\r", "C", 1),
+    ("Answer: C\r2", "C", 1),
+    ("Answer: C 2\r", "C", 0),
 ]
 
 
@@ -215,6 +220,24 @@ def test_the_answer_line_of_a_multiple_choice_question():
         assert v.score(texts[:3], golds[:3])[0] == (1.0, "correct", "C")
     with Verifier(workers=1, timeout=2.0) as v:  # off by default, as in the released code
         assert v.score(texts[:3], golds[:3])[0].reward == 0.0
+
+
+LETTERS = {  # what is boxed for the ground truth C: is it the letter with text?
+    "C.": True, "C)": True, "C: 12": True, r"\textbf{(C)}\ 12": True, r"\text{C. foo}": True, r"(C) \frac12": True,
+    "**C**. foo": True, "C because": True, "D.": False, "Cat": False, "C or D": False, "C, D": False, "C^2": False,
+    "C=5": False, "B and C": False, "12": False, "": False,
+}  # fmt: skip
+
+
+def test_a_letter_with_text():
+    """The papers' graders call it wrong, so ours do; it can be counted."""
+    for boxed, wanted in LETTERS.items():
+        text = f"\\boxed{{{boxed}}}"
+        for gold in ("C", r"\text{(C)}"):
+            assert letter_with_text(text, gold) == wanted, boxed
+            assert [grade(grader, text, gold, 20.0)[0] for grader in (by_oat, by_math_verify)] == [0, 0], boxed
+    assert not letter_with_text(r"\boxed{A car}", "A") and letter_with_text(r"\boxed{A. car}", "A")
+    assert not letter_with_text("C.", "C") and not letter_with_text(r"\boxed{C.}", "12")
 
 
 OWN = """
@@ -469,7 +492,7 @@ def test_what_a_grader_may_return(tmp_path, capsys):
 
 UNEVALUATED = [  # ground truth, what equals it and is a number, what equals it and is to be computed
     ("120", (r"120", r"120.0", r"\$120", r"120\text{ cm}^2", "x=120", r"120^\circ"),
-     (r"\binom{10}{3}", "100+20", "5!", r"\frac{240}{2}", "240/2", r"\sqrt{14400}", r"60\cdot 2", r"12\times10^1")),
+     (r"\binom{10}{3}", "100+20", "5!", r"\frac{240}{2}", "240/2", r"\sqrt{14400}", r"60\cdot 2")),
     ("1,024", ("1,024", "1024"), ("2^{10}", r"\sum_{k=0}^{9} 2^k+1")),
     (r"\frac{1}{2}", (r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"), ("2^{-1}", r"1-\frac12", r"\frac{1+1}{4}")),
     (r"-7.75", ("-7.75", r"-\frac{31}{4}"), ("-8+0.25", r"-7-\frac{3}{4}")),
