@@ -179,9 +179,9 @@ def positive(number):
 
 def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_tokens, seed):
     """Sample k responses per problem and grade them. Returns one dict per problem: id, key, source, answer, and lists
-    with an entry per sample: response, length, finish (reason), reward, reason, prediction (the answer found in it)
-    format (its thought is closed and an answer is boxed) and letter_with_text (see reward.py). A prompt that fills the model's context gets an empty
-    response, which is wrong. stamp: of the weights to sample from."""
+    with an entry per sample: response, length, finish (reason), reward, reason, prediction (the answer found in it),
+    format (its thought is closed and an answer is boxed) and letter_with_text (it is wrong by that, see reward.py). A
+    prompt that fills the model's context gets an empty response, which is wrong. stamp: of the weights to sample from."""
     tries = [(p, i) for p in problems for i in range(k)]
     fits = lambda n: len(tries[n][0].prompt_ids) < sampler.max_model_len
     fitting = [*filter(fits, range(len(tries)))]
@@ -213,8 +213,10 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
                 "length": [len(s.ids) for s in samples[own]],
                 "finish": [s.finish_reason for s in samples[own]],
                 "format": ["\\boxed" in (graded_text(t, verifier.require_think) or "") for t in texts[own]],
-                "letter_with_text": [v.reason != "correct" and letter_with_text(graded_text(t, verifier.require_think, True), p.answer)
-                                     for v, t in zip(verdicts[own], texts[own], strict=True)],
+                "letter_with_text": [
+                    v.reason == "wrong" and letter_with_text(graded_text(t, verifier.require_think, True), p.answer)
+                    for v, t in zip(verdicts[own], texts[own], strict=True)
+                ],
                 "response": texts[own],
             }
         )

@@ -67,56 +67,65 @@ def last_boxed(text):
 # ---------------------------------------------------------------- strings
 # (pattern, replacement), applied in order
 
-EXACT = 99  # decimal places to which math-verify rounds: more than any number has, so two that differ are not equal
+EXACT = 99  # decimal places to which math-verify rounds: numbers that differ are not equal
 LARGEST = 400  # the largest power of ten that is written out
 DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
-ALONE = r"(?<![\w.^_/})])(?<![\w.^_/}] )(?<!\^\{)"  # what stands before belongs to no larger number, power or quotient
-UNICODE = {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00b0": r"^\circ ", "\u2205": r"\varnothing "}
+ALONE = r"(?<![\w.^_/})])(?<![\w.^_/}] )(?<!\^\{)"  # before a number that is not the end of another, of a power or a quotient
+UNICODE = {
+    "\u2212": "-",
+    "\u00d7": r"\times ",
+    "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ",
+    "\u00b0": r"^\circ ",
+    "\u2205": r"\varnothing ",
+}
 MILLIONS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def written_out(m):
-    """A match of a mantissa, perhaps missing, and one of several exponents -> the same number as a plain decimal."""
-    mantissa, exponent = m[1] or "1", next(e for e in m.groups()[1:] if e)
-    k = int(exponent.replace(" ", "")) if len(exponent) < 9 else LARGEST + 1
-    if abs(k) > LARGEST:
+    """A match of a mantissa, or none, and an exponent of ten -> the same number as a plain decimal."""
+    mantissa, *exponents = m.groups()
+    exponent = "".join(filter(None, exponents)).replace(" ", "")
+    if len(exponent) > 9 or abs(k := int(exponent)) > LARGEST:
         return m[0]
-    whole, _, places = mantissa.partition(".")
-    digits, point = whole + places, len(whole) + k
-    digits = digits.rjust(len(digits) - point, "0") if point < 0 else digits.ljust(point, "0")
-    point = max(point, 0)
-    places = digits[point:].rstrip("0")
-    return (digits[:point].lstrip("0") or "0") + (f".{places}" if places else "")
+    whole, _, places = (mantissa or "1").partition(".")
+    point = len(whole) + k
+    digits = ("0" * -point + whole + places).ljust(point, "0")
+    whole, places = digits[: max(point, 0)].lstrip("0"), digits[max(point, 0) :].rstrip("0")
+    return (whole or "0") + (places and f".{places}")
 
 
 MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
-PLAIN = [  # what all comparisons and votes read: none may see two numbers where another sees one
+PLAIN = [  # what all comparisons and all votes read: none may see two numbers where another sees one
+    # spacing, sizes and signs
     (f"[{''.join(UNICODE)}]", lambda m: UNICODE[m[0]]),
-    (r",\\!\s*|(?<=\d)\{,\}(?:\\!)?(?=\d{3}(?!\d))", lambda m: "" if m[0][0] == "{" else ","),  # 10,\!080 and 1{,}234
-    (r"\\!|(?<!\\)\$|[\u200b-\u200f\u2060\ufeff]", lambda m: " " if m[0] == "$" else ""),
-    (r"\{ *, *\}", ","),
-    (r"\\[hv]space\*?\{[^{}]*\}|\\(?:thin|med|thick|en|quad|qquad)(?:mu|space|skip)?(?![a-zA-Z])", " "),
+    (r",(?:\\[,;: ]|\s)*\\!\s*|\{ *, *\}\\!", ","),  # 10,\!080
+    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{ *, *\}", ","),  # 1{,}234
+    (r"\\!|[\u200b-\u200f\u2060\ufeff]", ""),
     (r"\\(?:display|text|script)style(?![a-z])|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", " "),
-    (r"(?<!\\)\\[,;:> ]|~|\s+", " "),
+    (r"\\[hv]space\*?\{[^{}]*\}|\\(?:(?:thin|med|thick|en)space|q?quad)(?![a-z])|(?<!\\)(?:\\[,;:> ]|\$)|~|\s", " "),
+    (r" +", " "), (r"(?:(?<=[(\[])|(?<=\\\{)) | (?=[)\]]|\\\})", ""),
     # Text with a digit or one of these words is part of the answer, not a unit.
-    (rf"\\(?:text|mbox|math)[a-z]*\s*\{{(?=[^{{}}]*(?:\d|[,;=]|\b(?:or|and|if|not|{'|'.join(MILLIONS)})\b))([^{{}}]*)\}}", r" \1 "),
+    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not|thousand|(?:m|b|tr)illion)\b))([^{}]*)\}", r" \1 "),
     (r"\\emptyset(?![a-z])", r"\\varnothing"), (r"\\([lg]e)qslant(?![a-z])", r"\\\1"),
     (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
-    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # not of an option: C. is none
+    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # a full stop, but C. is not C
+    # numbers
     MIXED,
     (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),
     (rf"(?<=\d) *({'|'.join(MILLIONS)})(?![a-z])", lambda m: rf"\times 10^{{{MILLIONS[m[1]]}}}"),
     (rf"{ALONE}({DECIMAL})[eE]([+-]?\d+)(?!\w|\.\d)", written_out),  # 6.5e-2
-    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?\{{?10\}}? *\^ *(?:\{{ *([+-]? *\d+) *\}}|([+-]\d+)(?!\w|\.\d)|(\d)(?!\w|\.\d))",
-     written_out),  # 6.5\times10^{-2}
+    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?\{{?10\}}? *\^ *"  # 6.5\times10^{-2}
+     r"(?:\{ *([+-]? *\d+) *\}|([+-]\d+)(?!\w|\.\d)|(\d)(?!\w|\.\d))", written_out),
     (r"(?<!frac\d)(?<!frac \d)(?<=\d) +(?=\d)", ","),  # 3 8 is neither 38 nor 11
 ]  # fmt: skip
 MATHD = [
     (r"\\\\", r"\\"),
-    (r"\\!|\\(?:left|right)(?![a-z])", ""), (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
+    (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
     (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
-    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}][^{}])|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),  # a unit
+    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}]{2})|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))"  # a unit
+     r"[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),
     (r"\\(?:[tdc](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
     (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
@@ -127,6 +136,7 @@ MATHD = [
     (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\(([A-J])\)$", r"\1"),
 ]  # fmt: skip
 PRM800K = [
+    (r"^[^(\[].*[^)\]]$", lambda m: re.sub(" (?:or|and) ", ",", m[0])),  # not (1 or 2), which is no tuple
     (r" (?:or|and) |\\\\", ";"),
     *MATHD,
     (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
