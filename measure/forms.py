@@ -26,7 +26,7 @@ def core(gold):
 
 def split(gold):
     """(dollar sign, number or what else it is, unit)"""
-    return re.fullmatch(rf"(\\\$|)(.*?)({UNIT})", core(gold), re.S).groups()
+    return re.fullmatch(rf"(\\\$|)(.+?)({UNIT})", core(gold), re.S).groups()
 
 
 def value(s):

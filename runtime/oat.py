@@ -99,14 +99,15 @@ MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
 PLAIN = [  # what all comparisons and all votes read: none may see two numbers where another sees one
     # spacing, sizes and signs
     (f"[{''.join(UNICODE)}]", lambda m: UNICODE[m[0]]),
-    (r",(?:\\[,;: ]|\s)*\\!\s*|\{ *, *\}\\!", ","),  # 10,\!080
+    (r",(?:\\[,;: ]|[\s~])*\\!\s*|\{ *, *\}\\!", ","),  # 10,\!080
     (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{ *, *\}", ","),  # 1{,}234
     (r"\\!|[\u200b-\u200f\u2060\ufeff]", ""),
     (r"\\(?:display|text|script)style(?![a-z])|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", " "),
     (r"\\[hv]space\*?\{[^{}]*\}|\\(?:(?:thin|med|thick|en)space|q?quad)(?![a-z])|(?<!\\)(?:\\[,;:> ]|\$)|~|\s", " "),
     (r" +", " "), (r"(?:(?<=[(\[])|(?<=\\\{)) | (?=[)\]]|\\\})", ""),
     # Text with a digit or one of these words is part of the answer, not a unit.
-    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not|thousand|(?:m|b|tr)illion)\b))([^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not|thousand|(?:m|b|tr)illion)\b))([^{}]*)\}",
+     r" \1 "),
     (r"\\emptyset(?![a-z])", r"\\varnothing"), (r"\\([lg]e)qslant(?![a-z])", r"\\\1"),
     (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
     (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # a full stop, but C. is not C
@@ -133,7 +134,7 @@ MATHD = [
     (r"\\(sqrt|frac)\s*(\\pi|[^{\[\\\s])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
     (r"(\\frac\s*\{[^{}]*\})\s*(\\pi|[^{\\\s])", r"\1{\2}"),
     (r"(?<!\d)\s+|\s+(?![\d\s])", ""),  # what was deleted between two numbers does not join them
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\(([A-J])\)$", r"\1"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\((?:\\(?:text|math)[a-z]*\{)?([A-J])\}?\)$", r"\1"),
 ]  # fmt: skip
 PRM800K = [
     (r"^[^(\[].*[^)\]]$", lambda m: re.sub(" (?:or|and) ", ",", m[0])),  # not (1 or 2), which is no tuple

@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from configurator import UserError, repo_path
+from runtime.oat import rational
 
 AVERAGES = {  # the papers' averages: unweighted means over these sources
     "six benchmarks": ("aime", "aime25", "amc", "math", "minerva", "olympiad_bench"),
@@ -59,12 +60,12 @@ def pass_at(j, k, c):
 
 
 def majority(predictions, right):
-    """Is the most frequent prediction right? From 0 to 1: ties are averaged. Samples without a prediction have no vote.
-    Without any vote it is 0."""
+    """Is the most frequent prediction right? From 0 to 1: ties are averaged. Equal numbers are one prediction, as 0.25 and
+    \\frac{1}{4}. Samples without a prediction have no vote. Without any vote it is 0."""
     votes = {}
     for prediction, is_right in zip(predictions, right, strict=True):
         if prediction:
-            votes.setdefault(prediction, []).append(is_right)
+            votes.setdefault(rational(prediction), []).append(is_right)
     most = max(map(len, votes.values()), default=0)
     winners = [sum(r) / len(r) for r in votes.values() if len(r) == most]
     return sum(winners) / len(winners) if winners else 0.0

@@ -85,7 +85,7 @@ def test_what_cannot_be_shuffled_is_unchanged(text, answer):
 
 
 STEMS = [  # a question with a list of its own, the answer, and the texts of its options in their order
-    ("Four tests:\nA. heat\nB. cold\nC. salt\nD. light\nWhich two?\n\nA) A, B\nB) B, C\nC) C, D\nD) D, A\n", "B", ["A, B", "B, C", "C, D", "D, A"]),
+    ("Tests:\nA. heat\nB. cold\nC. salt\nWhich two?\n\nA) A, B\nB) B, C\nC) C, A\n", "B", ["A, B", "B, C", "C, A"]),
     ("A) is a set, and\nB) is a ring. Then\n\nA) yes\nB) no\nC) maybe", "C", ["yes", "no", "maybe"]),
     ("1. first\n2. second\nWhich holds?\nA) 1\nB) 2", "A", ["1", "2"]),
     ("Of\nB) this\nwhich?\nA) one\nB) two\nC) three", "C", ["one", "two", "three"]),
@@ -116,8 +116,8 @@ def test_the_last_run_of_labels_is_the_options(text, answer, texts):
 def test_questions_that_are_left_alone_are_named(byte_model):
     left_alone = {}
     render = renderer(load_tokenizer(byte_model), "no", "keep", ["arc_c", "gpqa"], 3, left_alone)
-    for text, answer, source in ((ARC, "C", "arc_c"), (ARC, "C", "math"), ("A) 1 B) 2\x1b", "A", "gpqa"), ("What?", "A", "gpqa"),
-                                 (ARC, "5", "arc_c"), (ARC.replace("Gravity", "Both A and B"), "D", "arc_c")):  # fmt: skip
+    for text, answer, source in ((ARC, "C", "arc_c"), (ARC, "C", "math"), ("A) 1 B) 2\x1b", "A", "gpqa"),
+                                 ("What?", "A", "gpqa"), (ARC, "5", "arc_c"), (ARC.replace("Gravity", "Both A and B"), "D", "arc_c")):  # fmt: skip
         for _ in range(2):  # a row that is repeated counts once
             render([{"role": "user", "content": text}], answer, source)
     start = "'Which is the most likely effect? A) Density will decrease. B'"
@@ -367,8 +367,8 @@ def test_sweep(run_eval, tmp_path):
 def test_letters_with_text_are_counted(run_eval, tmp_path, capsys, monkeypatch):
     """They get no reward, as in the papers; eval.json says how many they are."""
     words = ["C", "C.", "C)", "C: 12", "\\textbf{(C)}\\ 12", "D.", "Cat", "C or D"]
-    rows = [a_row(data_source="arc_c", prompt=[{"content": f"{i}", "role": "user"}], target=None, reward_model={"ground_truth": "C"})
-            for i in range(8)]  # fmt: skip
+    prompts = [[{"content": f"{i}", "role": "user"}] for i in range(8)]
+    rows = [a_row(data_source="arc_c", prompt=p, target=None, reward_model={"ground_truth": "C"}) for p in prompts]
     monkeypatch.setattr("data.response_text", lambda *_: f"</think>\\boxed{{{words.pop(0)}}}")
     table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', rows)}", "--k=1", "--grader=oat")["eval.json"])["arc_c"]
     assert not words and table["avg@k"] == 1 / 8 and table["letter_with_text"] == 4
