@@ -20,6 +20,7 @@ from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from configurator import run
 from measure.forms import questions
 from reward import GRADERS, Verifier
 
@@ -110,4 +111,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(lambda: main(sys.argv[1:])))

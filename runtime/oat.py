@@ -1,12 +1,17 @@
 r"""
 The rules of the `oat` grader: those of OAT's math_grader, which LUFFY's evaluation uses.
 
-The last box is right if one of three comparisons says so: the strings are equal after the
-normalisation of Hendrycks et al. for MATH (MATHD below), PRM800K's comparison (prm800k_equal), or
-math-verify on what the box holds.
+The last box is right if one of four comparisons says so: both are plain numbers, and equal as
+fractions, exactly (rational); the strings are equal after the normalisation of Hendrycks et al. for
+MATH (MATHD below); PRM800K's comparison (prm800k_equal); math-verify on what the box holds. All four
+read one string, PLAIN: without LaTeX's spacing, and with powers of ten written out, so that 6.5e-2,
+0.065 and 6.5\times10^{-2} are one number.
 
 Accepted there, rejected here:
-    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer
+    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer,
+    5.00000001 for 5, 2.666667 for 8/3 and math-verify rounds to six places; here numbers are exact
+    5\text{ million} for 5             there the words are deleted as a unit
+    1.2 e - 3 for 1.2e-3               there spaces are deleted first; here this is no number
     (c) for (a), c^2+b for a^2+b       there units of MathQA, a and c among them, are deleted
     1\text{ or }3 for 1\text{ or }2    there the rest is cut off
     -1 for -1./3                       there one number is enough of an unreadable ground truth
@@ -14,13 +19,15 @@ Accepted there, rejected here:
     \sqrt[3]{2} for \sqrt{2}           so it does with these
     73/4 for 7 3/4, -I(0) for I(0)
     3 for 3 \text{ or $8$}, and so 8   there each comparison looks for the answer in its own way: one finds
-                                       the 3, one the 8. Here all three read one string, PLAIN
+                                       the 3, one the 8
     8 for 3 \lor 8, 38 for 3 8         there the end of what cannot be parsed is enough, and what is deleted
                                        between two numbers joins them
 Rejected there, accepted here:
     \boxed 5 and \fbox{5}              as in MATH's own code
+    6.5 \times 10^{-2} \text{ m} for 6.5e-2, 1{,}234 and 1\,234 for 1234, \frac{3}{4}. for \frac{3}{4},
+    \text{(C)}\, for C                 spacing and units are taken away from every form alike
 There math-verify has a second of its own, and never sees a long repetition; here one time limit
-holds for all three.
+holds for all.
 
 math-verify and sympy are imported when they are needed, so that a verifier's worker starts quickly.
 """
@@ -134,7 +141,8 @@ MATHD = [
     (r"\\(sqrt|frac)\s*(\\pi|[^{\[\\\s])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
     (r"(\\frac\s*\{[^{}]*\})\s*(\\pi|[^{\\\s])", r"\1{\2}"),
     (r"(?<!\d)\s+|\s+(?![\d\s])", ""),  # what was deleted between two numbers does not join them
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\((?:\\(?:text|math)[a-z]*\{)?([A-J])\}?\)$", r"\1"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
+    (r"^\((?:\\(?:text|math)[a-z]*\{)?([A-J])\}?\)$", r"\1"),
 ]  # fmt: skip
 PRM800K = [
     (r"^[^(\[].*[^)\]]$", lambda m: re.sub(" (?:or|and) ", ",", m[0])),  # not (1 or 2), which is no tuple

@@ -117,7 +117,8 @@ def test_questions_that_are_left_alone_are_named(byte_model):
     left_alone = {}
     render = renderer(load_tokenizer(byte_model), "no", "keep", ["arc_c", "gpqa"], 3, left_alone)
     for text, answer, source in ((ARC, "C", "arc_c"), (ARC, "C", "math"), ("A) 1 B) 2\x1b", "A", "gpqa"),
-                                 ("What?", "A", "gpqa"), (ARC, "5", "arc_c"), (ARC.replace("Gravity", "Both A and B"), "D", "arc_c")):  # fmt: skip
+                                 ("What?", "A", "gpqa"), (ARC, "5", "arc_c"),
+                                 (ARC.replace("Gravity", "Both A and B"), "D", "arc_c")):  # fmt: skip
         for _ in range(2):  # a row that is repeated counts once
             render([{"role": "user", "content": text}], answer, source)
     start = "'Which is the most likely effect? A) Density will decrease. B'"
