@@ -55,7 +55,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 chunk = 256  # samples per chunk of work; a kill loses at most one chunk per rank [> 0]
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, printable, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
@@ -68,7 +68,7 @@ import numpy as np
 
 from data import digest, load_benchmark, load_templates
 from model import pick_device
-from reward import Verifier, graded_text
+from reward import Verifier, graded_text, letter_with_text
 from rollout import Sample, choose_sampler, open_sampler, request_seed
 from runtime.files import load_config, model_path, read_lines, write_json
 from runtime.folder import OutputFolder
@@ -90,8 +90,9 @@ NOT_COMPARED = (
 # ---------------------------------------------------------------- problems
 
 
-def renderer(tokenizer, template, system, shuffle=(), seed=0):
-    """load_problems' `render` for a template of config/templates.toml. shuffle: sources whose options are permuted."""
+def renderer(tokenizer, template, system, shuffle=(), seed=0, left_alone=None):
+    """load_problems' `render` for a template of config/templates.toml. shuffle: sources whose options are permuted.
+    left_alone: a dict that gets {(source, question): why its options were not}."""
     templates = load_templates()["eval"]
     if template not in templates:
         raise UserError(f"template={template!r}: choose one of {', '.join(templates)}")
@@ -102,6 +103,8 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0):
         *before, last = messages
         question = last["content"]
         if source in shuffle:
+            if left_alone is not None and isinstance(why := options(question, answer), str):
+                left_alone[source, question] = why
             question, answer = shuffled(question, answer, seed)
         if "prompt" in chosen:  # unlike a chat template it has no BOS
             return (tokenizer.bos_token if adds_bos else "") + chosen["prompt"].replace("{question}", question), answer
@@ -112,23 +115,49 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0):
     return render
 
 
+def options(question, answer):
+    """Where a question's options stand: a list of (label, start of its text, end of its text). The labels A) B) C), (A) (B),
+    A. B., A: B: or 1. 2. begin a line and are all of one form; of several runs A, B, C, ... the last one counts, because
+    the question itself may have such a list. An option ends before the next label, the last one before a blank line.
+    Why they cannot be permuted, a string, if there are no options, the answer is no label, or an option refers to others."""
+    runs = {}  # the form of a label -> its last run
+    for m in re.finditer(r"(?m)^[ \t]*(\(?)([A-Z]|[1-9]\d?)([).:])[ \t]+", question):
+        run = runs.setdefault((m[1], m[2].isdigit(), m[3]), [])
+        if m[2] in "A1":
+            run[:] = [m]
+        elif run and m[2] == next_label(run[-1][2]):
+            run.append(m)
+    known = [run for run in runs.values() if len(run) > 1]
+    if not known:
+        return "no options A, B, ... at the beginning of lines"
+    fitting = [run for run in known if answer in [m[2] for m in run]]
+    if not fitting:
+        return "the ground truth is no option's label"
+    run = max(fitting, key=lambda run: run[0].start())
+    ends = [m.start() for m in run[1:]] + [re.search(r"\n[ \t\r]*\n|\Z", question[run[-1].end() :]).start() + run[-1].end()]
+    found = [(m[2], m.end(), m.end() + len(question[m.end() : end].rstrip())) for m, end in zip(run, ends, strict=True)]
+    if any(REFERS.search(question[start:end]) for _, start, end in found):
+        return "an option refers to others"
+    return found
+
+
+REFERS = re.compile(r"(?i)\b(above|below|both [A-J]|[A-J] and [A-J])\b")
+
+
+def next_label(label):
+    return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
+
+
 def shuffled(question, answer, seed):
-    """Permute the texts of a question's options over their labels. Returns the question and the answer's new label.
-    Both are unchanged if there are no options labelled A) B) C) or 1. 2. 3., if the answer is not a label, or if an
-    option refers to others."""
-    parts = re.split(r"(?m)^(\(?(?:[A-Z]|[1-9])[).:][ \t]+)", question)  # before, label, text, label, text, ...
-    labels, texts = [re.sub(r"\W", "", label) for label in parts[1::2]], parts[2::2]
-    in_order = labels in ([chr(ord(a) + i) for i in range(len(labels))] for a in "A1")
-    if len(labels) < 2 or not in_order or answer not in labels:
+    """Permute the texts of a question's options over their labels. Returns the question and the answer's new label; both are
+    unchanged where options() says why."""
+    if isinstance(found := options(question, answer), str):
         return question, answer
-    if re.search(r"(?i)\b(above|below|both [A-J]|[A-J] and [A-J])\b", " ".join(texts)):
-        return question, answer
-    bodies = [text.rstrip("\n") for text in texts]
-    bodies[-1] = texts[-1].split("\n\n")[0].rstrip("\n")  # what follows a blank line is not part of the last option
-    ends = [text[len(body) :] for text, body in zip(texts, bodies, strict=True)]
-    order = np.random.default_rng([seed, digest(question)]).permutation(len(labels)).tolist()
-    lines = [label + bodies[i] + end for label, i, end in zip(parts[1::2], order, ends, strict=True)]
-    return parts[0] + "".join(lines), labels[order.index(labels.index(answer))]
+    labels, starts, ends = zip(*found, strict=True)
+    order = np.random.default_rng([seed, digest(question)]).permutation(len(found)).tolist()
+    between = [question[a:b] for a, b in zip((0, *ends), (*starts, len(question)), strict=True)]
+    texts = [question[starts[i] : ends[i]] for i in order]
+    return "".join(map(str.__add__, between, [*texts, ""])), labels[order.index(labels.index(answer))]
 
 
 def samples_per_source(k, sources):
@@ -153,9 +182,9 @@ def positive(number):
 
 def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_tokens, seed):
     """Sample k responses per problem and grade them. Returns one dict per problem: id, key, source, answer, and lists
-    with an entry per sample: response, length, finish (reason), reward, reason, prediction (the answer found in it)
-    and format (its thought is closed and an answer is boxed). A prompt that fills the model's context gets an empty
-    response, which is wrong. stamp: of the weights to sample from."""
+    with an entry per sample: response, length, finish (reason), reward, reason, prediction (the answer found in it),
+    format (its thought is closed and an answer is boxed) and letter_with_text (it is wrong by that, see reward.py). A
+    prompt that fills the model's context gets an empty response, which is wrong. stamp: of the weights to sample from."""
     tries = [(p, i) for p in problems for i in range(k)]
     fits = lambda n: len(tries[n][0].prompt_ids) < sampler.max_model_len
     fitting = [*filter(fits, range(len(tries)))]
@@ -187,6 +216,10 @@ def evaluate(problems, sampler, verifier, tokenizer, stamp, k, temperature, max_
                 "length": [len(s.ids) for s in samples[own]],
                 "finish": [s.finish_reason for s in samples[own]],
                 "format": ["\\boxed" in (graded_text(t, verifier.require_think) or "") for t in texts[own]],
+                "letter_with_text": [
+                    v.reason == "wrong" and letter_with_text(graded_text(t, verifier.require_think, True), p.answer)
+                    for v, t in zip(verdicts[own], texts[own], strict=True)
+                ],
                 "response": texts[own],
             }
         )
@@ -232,7 +265,10 @@ def main():
         grade_unclosed=grade_unclosed, answer_line=answer_line, solved_at=solved_at,
         refuse_unevaluated=refuse_unevaluated,
     )  # fmt: skip
-    problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed), tokenizer)
+    left_alone = {}
+    problems = gather_problems(renderer(tokenizer, template, system, words(shuffle_options), seed, left_alone), tokenizer)
+    for line in not_shuffled(left_alone):
+        print0(line)
     check_ids(problems, tokenizer, model_config)
     k_of = samples_per_source(k, {p.source for p in problems})
     lengths = [len(p.prompt_ids) for p in problems]
@@ -288,6 +324,16 @@ def read_temperatures(text):
     return values
 
 
+def not_shuffled(left_alone, shown=5):
+    """Lines that count and name the questions whose options stay as they are."""
+    by_reason = {}
+    for (source, question), why in left_alone.items():
+        by_reason.setdefault((source, why), []).append(" ".join(question.split())[:60])
+    for (source, why), names in sorted(by_reason.items()):
+        named = "; ".join(map(repr, names[:shown])) + ("; ..." if len(names) > shown else "")
+        yield printable(f"shuffle_options: {len(names)} questions of {source} are left alone ({why}): {named}")
+
+
 def words(text):
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -338,6 +384,9 @@ def report(folder, paths):
         counts = f"{row['n']:>6}{row['k']:>4}" if "k" in row else f"{row['n']:>6}    "
         rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns)
         print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
+    for source, row in table.items():
+        if n := row["letter_with_text"]:
+            print(f"  {source}: {n} of {row['n'] * row['k']} samples box the right letter with more text, and count as wrong")
     print("\n".join(best_and_worst(rows)))
     return table
 

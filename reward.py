@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from configurator import UserError, printable, repo_path
 from runtime.latex import parse_in_two_stages
-from runtime.oat import MATHD, by_oat, integer, last_boxed, rewrite, unevaluated
+from runtime.oat import by_oat, last_boxed, unevaluated, vote
 from runtime.process import die_with_parent, end_group_at_death, end_tree, heartbeat
 
 START = 120.0  # seconds a worker may take to import math-verify
@@ -62,6 +62,19 @@ def graded_text(response, require_think=True, grade_unclosed=False):
         return response
     parts = response.split("</think>")
     return parts[1] if len(parts) > 1 else response if grade_unclosed else None
+
+
+def letter_with_text(text, answer):
+    """Is the ground truth an option's letter, and does the last box hold this letter and more: C., C), C: 12 or (C) 12? The
+    papers' graders call that wrong. A box with other letters, such as C or D, is none of these."""
+    boxed = last_boxed(text) if re.fullmatch(r"\W*(?:\\text\{)?\W*[A-J]\W*", answer) else None
+    found = LETTER.match(re.sub(r"\\(?:text|math|mbox)[a-z]*|\\[,;:! ]|[~$*]", " ", boxed)) if boxed else None
+    return bool(found) and found[1] == re.search("[A-J]", answer)[0]
+
+
+LETTER = re.compile(  # a letter that stands alone, but not the article of "A car", nor one of several
+    r"[\s({\[]*([B-HJ]|[AI](?!\s+[a-z]))(?=[\s).:;,}\]\u2013\u2014])(?!\W*(?:or|and)?\W*[A-J]\b)"
+)
 
 
 def fast_verdict(text, answer):
@@ -156,7 +169,7 @@ class Verifier:
         if text is None:
             return Verdict(0.0, "no_think")
         if self.answer_line and re.fullmatch("[A-J1-9]", answer) and "\\boxed" not in text:
-            letters = ANSWER_LINE.findall(text)
+            letters = ANSWER_LINE.findall("\n".join(text.splitlines()))  # a line may end in \r\n
             text = f"\\boxed{{{letters[-1]}}}" if letters else text
         if self.source is None and (fast := fast_verdict(text, answer)):
             return fast
@@ -343,8 +356,7 @@ def grade(grader, text, answer, timeout, errors=None):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     reason = "no_answer" if read is None else "graded"
-    vote = integer(rewrite((read or "")[:1000], MATHD))[:200]  # cut first, because the timer is off
-    return float(reward), reason, vote
+    return float(reward), reason, vote((read or "")[:1000])[:200]  # cut first, because the timer is off
 
 
 def in_words(error):

@@ -94,6 +94,7 @@ COMMANDS = {
     " out/six/Elliott/LUFFY-Qwen-Math-7B-Zero/eval.json": [],
     "torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=out/luffy_7b/ckpt_500 --data=data/valid.all.parquet"
     " --out_dir=out/six/luffy": [TWO, ("ckpt_500", "ckpt_2" + TINY)],
+    "python measure/surprises.py": [],
     # The toy worlds.
     "python train.py config/toy/shaping.py": [("shaping.py", "shaping.py --max_steps=2" + SHORT)],
     "python train.py config/toy/shaping.py --shaping=none": [("none", "none --max_steps=2" + SHORT)],

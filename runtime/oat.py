@@ -1,12 +1,17 @@
 r"""
 The rules of the `oat` grader: those of OAT's math_grader, which LUFFY's evaluation uses.
 
-The last box is right if one of three comparisons says so: the strings are equal after the
-normalisation of Hendrycks et al. for MATH (MATHD below), PRM800K's comparison (prm800k_equal), or
-math-verify on what the box holds.
+The last box is right if one of four comparisons says so: both are plain numbers, and equal as
+fractions, exactly (rational); the strings are equal after the normalisation of Hendrycks et al. for
+MATH (MATHD below); PRM800K's comparison (prm800k_equal); math-verify on what the box holds. All four
+read one string, PLAIN: without LaTeX's spacing, and with powers of ten written out, so that 6.5e-2,
+0.065 and 6.5\times10^{-2} are one number.
 
 Accepted there, rejected here:
-    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer
+    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer,
+    5.00000001 for 5, 2.666667 for 8/3 and math-verify rounds to six places; here numbers are exact
+    5\text{ million} for 5             there the words are deleted as a unit
+    1.2 e - 3 for 1.2e-3               there spaces are deleted first; here this is no number
     (c) for (a), c^2+b for a^2+b       there units of MathQA, a and c among them, are deleted
     1\text{ or }3 for 1\text{ or }2    there the rest is cut off
     -1 for -1./3                       there one number is enough of an unreadable ground truth
@@ -14,18 +19,21 @@ Accepted there, rejected here:
     \sqrt[3]{2} for \sqrt{2}           so it does with these
     73/4 for 7 3/4, -I(0) for I(0)
     3 for 3 \text{ or $8$}, and so 8   there each comparison looks for the answer in its own way: one finds
-                                       the 3, one the 8. Here all three read one string, PLAIN
+                                       the 3, one the 8
     8 for 3 \lor 8, 38 for 3 8         there the end of what cannot be parsed is enough, and what is deleted
                                        between two numbers joins them
 Rejected there, accepted here:
     \boxed 5 and \fbox{5}              as in MATH's own code
+    6.5\times10^{-2} \text{ m} for 6.5e-2  spacing, units and full stops are taken away from every form
+    1\,234 for 1234, \frac34. for 3/4
 There math-verify has a second of its own, and never sees a long repetition; here one time limit
-holds for all three.
+holds for all.
 
 math-verify and sympy are imported when they are needed, so that a verifier's worker starts quickly.
 """
 
 import re
+from fractions import Fraction
 
 
 def by_oat(text, answer):
@@ -36,11 +44,16 @@ def by_oat(text, answer):
     if read is None:
         return 0.0, None
     given, gold = (rewrite(s, PLAIN) for s in (read, last_boxed(answer) or answer))
-    if rewrite(given, MATHD) == rewrite(gold, MATHD) or prm800k_equal(given, gold):
+    ours, theirs = (rational(rewrite(s, MATHD)) for s in (given, gold))
+    if ours == theirs:
+        return True, read
+    if isinstance(ours, Fraction) and isinstance(theirs, Fraction) and "%" not in given + gold:  # 50% is both 50 and 0.5
+        return False, read
+    if prm800k_equal(given, gold):
         return True, read
     how = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
     gold, found = (parse(f"${s}$", **how) for s in (gold, given))
-    return verify(gold, found, timeout_seconds=None), read
+    return verify(gold, found, float_rounding=EXACT, timeout_seconds=None), read
 
 
 def last_boxed(text):
@@ -61,34 +74,79 @@ def last_boxed(text):
 # ---------------------------------------------------------------- strings
 # (pattern, replacement), applied in order
 
+EXACT = 99  # decimal places to which math-verify rounds: numbers that differ are not equal
+LARGEST = 400  # the largest power of ten that is written out
+DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
+ALONE = r"(?<![\w.^_/})])(?<![\w.^_/}] )(?<!\^\{)"  # before a number that is not the end of another, of a power or a quotient
+UNICODE = {
+    "\u2212": "-",
+    "\u00d7": r"\times ",
+    "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ",
+    "\u00b0": r"^\circ ",
+    "\u2205": r"\varnothing ",
+}
+MILLIONS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def written_out(m):
+    """A match of a mantissa, or none, and an exponent of ten -> the same number as a plain decimal."""
+    mantissa, *exponents = m.groups()
+    exponent = "".join(filter(None, exponents)).replace(" ", "")
+    if len(exponent) > 9 or abs(k := int(exponent)) > LARGEST:
+        return m[0]
+    whole, _, places = (mantissa or "1").partition(".")
+    point = len(whole) + k
+    digits = ("0" * -point + whole + places).ljust(point, "0")
+    whole, places = digits[: max(point, 0)].lstrip("0"), digits[max(point, 0) :].rstrip("0")
+    return (whole or "0") + (places and f".{places}")
+
+
 MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
-PLAIN = [  # what all three comparisons read: none may see two numbers where another sees one
-    (r"\\!|(?<!\\)\$|[\u200b-\u200f\u2060\ufeff]", lambda m: " " if m[0] == "$" else ""),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-z])|\s+", " "),
+PLAIN = [  # what all comparisons and all votes read: none may see two numbers where another sees one
+    # spacing, sizes and signs
+    (f"[{''.join(UNICODE)}]", lambda m: UNICODE[m[0]]),
+    (r",(?:\\[,;: ]|[\s~]){0,3}\\!\s*|\{ *, *\}\\!", ","),  # 10,\!080
+    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{ *, *\}", ","),  # 1{,}234
+    (r"\\!|[\u200b-\u200f\u2060\ufeff]", ""),
+    (r"\\(?:display|text|script)style(?![a-z])|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", " "),
+    (r"\\[hv]space\*?\{[^{}]*\}|\\(?:(?:thin|med|thick|en)space|q?quad)(?![a-z])|(?<!\\)(?:\\[,;:> ]|\$)|~|\s", " "),
+    (r" +", " "), (r"(?:(?<=[(\[])|(?<=\\\{)) | (?=[)\]]|\\\})", ""),
     # Text with a digit or one of these words is part of the answer, not a unit.
-    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not)\b))([^{}]*)\}", r" \1 "),
+    (r"\\(?:text|mbox|math)[a-z]*\s*\{(?=[^{}]*(?:\d|[,;=]|\b(?:or|and|if|not|thousand|(?:m|b|tr)illion)\b))([^{}]*)\}",
+     r" \1 "),
+    (r"\\emptyset(?![a-z])", r"\\varnothing"), (r"\\([lg]e)qslant(?![a-z])", r"\\\1"),
+    (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
+    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # a full stop, but C. is not C
+    # numbers
     MIXED,
     (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),
+    (rf"(?<=\d) *({'|'.join(MILLIONS)})(?![a-z])", lambda m: rf"\times 10^{{{MILLIONS[m[1]]}}}"),
+    (rf"{ALONE}({DECIMAL})[eE]([+-]?\d+)(?!\w|\.\d)", written_out),  # 6.5e-2
+    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?\{{?10\}}? *\^ *"  # 6.5\times10^{-2}
+     r"(?:\{ *([+-]? *\d+) *\}|([+-]\d+)(?!\w|\.\d)|(\d)(?!\w|\.\d))", written_out),
     (r"(?<!frac\d)(?<!frac \d)(?<=\d) +(?=\d)", ","),  # 3 8 is neither 38 nor 11
 ]  # fmt: skip
 MATHD = [
     (r"\\\\", r"\\"),
-    (r"\\!|\\(?:left|right)(?![a-z])", ""), (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
+    (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
     (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
-    (r"(?<=\S)\s*\\(?:text|mbox)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),  # a unit
-    (r"\\(?:[td](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
+    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}]{2})|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))"  # a unit
+     r"[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),
+    (r"\\(?:[tdc](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
     (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
     (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), MIXED,
     (r"\\(sqrt|frac)\s*(\\pi|[^{\[\\\s])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
     (r"(\\frac\s*\{[^{}]*\})\s*(\\pi|[^{\\\s])", r"\1{\2}"),
     (r"(?<!\d)\s+|\s+(?![\d\s])", ""),  # what was deleted between two numbers does not join them
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"), (r"^\(([A-J])\)$", r"\1"),
+    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}"),
+    (r"^\((?:\\(?:text|math)[a-z]*\{)?([A-J])\}?\)$", r"\1"),
 ]  # fmt: skip
 PRM800K = [
+    (r"^[^(\[].*[^)\]]$", lambda m: re.sub(" (?:or|and) ", ",", m[0])),  # not (1 or 2), which is no tuple
     (r" (?:or|and) |\\\\", ";"),
-    (r"\s*(?:\\text\{ *)?(m|b|tr)illion *\}?", lambda m: {"m": "*10^6", "b": "*10^9", "tr": "*10^12"}[m[1]]),
     *MATHD,
     (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
      r"(?:es)?s?(?:\^[23])?(?!\d)", ""),
@@ -108,16 +166,28 @@ def rewrite(s, rules):
     return s
 
 
+def vote(read):
+    """What an answer is counted as in a majority vote: its normalised string."""
+    return integer(rewrite(rewrite(read, PLAIN), MATHD))
+
+
 def integer(s):
-    """07, 1,000, 142.0, 2.66e2 -> 7, 1000, 142, 266. Any other string is returned unchanged, as is
-    an integer of 2**53 and more, which a float cannot hold."""
-    try:
-        x = float(THOUSANDS.sub("", s).replace("_", "?"))  # Python alone reads 1_0 as ten
-    except ValueError:
+    """07, 1,000, 142.0 -> 7, 1000, 142. Any other string is returned unchanged."""
+    whole = re.fullmatch(r"([+-]?)0*(\d+)(?:\.0*)?", THOUSANDS.sub("", s), re.ASCII)
+    return s if not whole else whole[2] if whole[1] != "-" or whole[2] == "0" else "-" + whole[2]
+
+
+def rational(s):
+    """A decimal, a fraction or a mixed number, after MATHD, as a Fraction. Any other string is returned unchanged."""
+    found = SIMPLE.fullmatch(s) if s and len(s) < 4 * LARGEST else None
+    sign, whole, above, below = found.groups() if found else [None] * 4
+    if not (whole or above) or (below and not Fraction(below)):
         return s
-    return str(int(x)) if x.is_integer() and abs(x) < 2**53 else s
+    value = Fraction(whole or 0) + (Fraction(above) / Fraction(below) if above else 0)
+    return -value if sign == "-" else value
 
 
+SIMPLE = re.compile(rf"([+-]?)({DECIMAL})?(?:\\frac\{{(-?(?:{DECIMAL}))\}}\{{((?:{DECIMAL}))\}})?", re.ASCII)
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 FRACTION = rf"{NUMBER}|[-+]?\d*\\frac\{{-?\d+\}}\{{-?\d+\}}|-?\d+/\d+"
 UNIT = r"(?:[A-Za-z]+(?:\^[23])?)?"

@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from configurator import UserError, repo_path
+from runtime.oat import rational
 
 AVERAGES = {  # the papers' averages: unweighted means over these sources
     "six benchmarks": ("aime", "aime25", "amc", "math", "minerva", "olympiad_bench"),
@@ -24,7 +25,8 @@ PROTOCOL = set(
 
 def summarize(rows):
     """{source: {n, k, avg@k and its 95 % interval, pass@k, pass (unbiased, for powers of two), maj@k, length, truncated,
-    format}} of evaluate's rows; length is in tokens, the last two are shares of the samples. avg@k is the mean reward;
+    format, letter_with_text}} of evaluate's rows; length is in tokens, truncated and format are shares of the samples,
+    letter_with_text is a count. avg@k is the mean reward;
     pass@k and maj@k count what the verifier calls correct (Verifier's solved_at)."""
     table = {}
     for source in sorted({r["source"] for r in rows}):
@@ -46,6 +48,7 @@ def summarize(rows):
             "length": mean["length"],
             "truncated": sum(f == "length" for r in own for f in r["finish"]) / (n * k),
             "format": mean["format"],
+            "letter_with_text": sum(map(sum, (r.get("letter_with_text", ()) for r in own))),
         }
     return table
 
@@ -57,12 +60,12 @@ def pass_at(j, k, c):
 
 
 def majority(predictions, right):
-    """Is the most frequent prediction right? From 0 to 1: ties are averaged. Samples without a prediction have no vote.
-    Without any vote it is 0."""
+    """Is the most frequent prediction right? From 0 to 1: ties are averaged. Equal numbers are one prediction, as 0.25 and
+    \\frac{1}{4}. Samples without a prediction have no vote. Without any vote it is 0."""
     votes = {}
     for prediction, is_right in zip(predictions, right, strict=True):
         if prediction:
-            votes.setdefault(prediction, []).append(is_right)
+            votes.setdefault(rational(prediction), []).append(is_right)
     most = max(map(len, votes.values()), default=0)
     winners = [sum(r) / len(r) for r in votes.values() if len(r) == most]
     return sum(winners) / len(winners) if winners else 0.0

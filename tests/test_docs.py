@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
 
-from measure import docs_check
+from measure import docs_check, surprises
 from runtime.plan import print_plan
 
 SHAPES = {
@@ -133,6 +133,11 @@ def test_the_memory_table_is_the_plans(script):
             assert found and [found[1], found[2]] == numbers, (name, lines[-1])
             seen.add(name)
     assert seen == set(SHAPES)
+
+
+def test_the_table_of_surprising_verdicts_is_the_graders():
+    """The page has what `python measure/surprises.py` prints."""
+    assert "\n".join(surprises.table()) in docs_check.read("docs/evaluate.md")
 
 
 def test_the_ablation_is_ten_lines_and_its_diff_applies():

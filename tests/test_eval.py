@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from configurator import ROOT, UserError
 from data import load_templates
-from eval import renderer, samples_per_source, shuffled
+from eval import not_shuffled, options, renderer, samples_per_source, shuffled
 from runtime.files import fingerprint, model_files, weights_digest
 from runtime.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ D) Gravity will become stronger.
 """
 
 
-def options(text):
+def by_label(text):
     return dict(re.findall(r"(?m)^(\w)\) (.*)$", text))
 
 
@@ -54,15 +54,15 @@ def test_shuffled_options_keep_the_answer():
     orders = set()
     for seed in range(200):
         text, label = shuffled(ARC, "C", seed)
-        assert options(text)[label] == "Days will become shorter."
+        assert by_label(text)[label] == "Days will become shorter."
         assert text.startswith("Which is the most likely effect?\n\nA) ") and text.endswith("\n") and len(text) == len(ARC)
-        assert sorted(options(text)) == list("ABCD") and sorted(options(text).values()) == sorted(options(ARC).values())
+        assert sorted(by_label(text)) == list("ABCD") and sorted(by_label(text).values()) == sorted(by_label(ARC).values())
         orders.add(text)
         assert shuffled(ARC, "C", seed) == (text, label)
     assert len(orders) == 24
     digits = re.sub(r"(?m)^([A-D])\)", lambda m: f"{ord(m[1]) - 64})", ARC)
     text, label = shuffled(digits, "3", 1)
-    assert options(text)[label] == "Days will become shorter." and label in "1234"
+    assert by_label(text)[label] == "Days will become shorter." and label in "1234"
 
 
 def test_text_after_the_last_option_stays():
@@ -83,6 +83,52 @@ def test_text_after_the_last_option_stays():
 )
 def test_what_cannot_be_shuffled_is_unchanged(text, answer):
     assert {shuffled(text, answer, seed) for seed in range(20)} == {(text, answer)}
+
+
+STEMS = [  # a question with a list of its own, the answer, and the texts of its options in their order
+    ("Tests:\nA. heat\nB. cold\nC. salt\nWhich two?\n\nA) A, B\nB) B, C\nC) C, A\n", "B", ["A, B", "B, C", "C, A"]),
+    ("A) is a set, and\nB) is a ring. Then\n\nA) yes\nB) no\nC) maybe", "C", ["yes", "no", "maybe"]),
+    ("1. first\n2. second\nWhich holds?\nA) 1\nB) 2", "A", ["1", "2"]),
+    ("Of\nB) this\nwhich?\nA) one\nB) two\nC) three", "C", ["one", "two", "three"]),
+    ("Which?\n(A) x\n(B) y\n\nA. The last line is no option.", "A", ["x", "y"]),
+    ("Which?\nA) one\n  with i) and\n  1) parts\nB) two\n\nExplain.", "B", ["one\n  with i) and\n  1) parts", "two"]),
+    ("Which?\r\nA) one\r\nB) two\r\nC) three\r\n\r\nEnd.", "C", ["one", "two", "three"]),
+    ("Which?\n" + "\n".join(f"{c}. {ord(c)}" for c in "ABCDEFGHIJ"), "J", [str(ord(c)) for c in "ABCDEFGHIJ"]),
+    ("Which?\n" + "\n".join(f"{i}. n{i}" for i in range(1, 13)), "11", [f"n{i}" for i in range(1, 13)]),
+    ("  A: left\n  B: right", "B", ["left", "right"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,answer,texts", STEMS)
+def test_the_last_run_of_labels_is_the_options(text, answer, texts):
+    found = options(text, answer)
+    assert [text[start:end] for _, start, end in found] == texts
+    right = texts[[label for label, *_ in found].index(answer)]
+    orders = set()
+    for seed in range(30):
+        changed, label = shuffled(text, answer, seed)
+        now = options(changed, label)
+        assert [changed[start:end] for name, start, end in now if name == label] == [right] and len(changed) == len(text)
+        assert changed[: found[0][1]] == text[: found[0][1]] and changed[now[-1][2] :] == text[found[-1][2] :]
+        orders.add(changed)
+    assert len(orders) > 1
+
+
+def test_questions_that_are_left_alone_are_named(byte_model):
+    left_alone = {}
+    render = renderer(load_tokenizer(byte_model), "no", "keep", ["arc_c", "gpqa"], 3, left_alone)
+    for text, answer, source in ((ARC, "C", "arc_c"), (ARC, "C", "math"), ("A) 1 B) 2\x1b", "A", "gpqa"),
+                                 ("What?", "A", "gpqa"), (ARC, "5", "arc_c"),
+                                 (ARC.replace("Gravity", "Both A and B"), "D", "arc_c")):  # fmt: skip
+        for _ in range(2):  # a row that is repeated counts once
+            render([{"role": "user", "content": text}], answer, source)
+    start = "'Which is the most likely effect? A) Density will decrease. B'"
+    assert [*not_shuffled(left_alone)] == [
+        f"shuffle_options: 1 questions of arc_c are left alone (an option refers to others): {start}",
+        f"shuffle_options: 1 questions of arc_c are left alone (the ground truth is no option's label): {start}",
+        "shuffle_options: 2 questions of gpqa are left alone (no options A, B, ... at the beginning of lines):"
+        " 'A) 1 B) 2\\x1b'; 'What?'",
+    ]
 
 
 TURNS = [{"role": "system", "content": "SYS"}, {"role": "user", "content": "1+{1}?"}]
@@ -166,6 +212,7 @@ def test_the_command(sampler, tmp_path, byte_model):
     assert sorted(table) == SOURCES
     assert all(row["n"] == 2 and row["k"] == 3 and 0 <= row["avg@k"] <= row["pass@k"] <= 1 for row in table.values())
     assert all(0 < row["length"] <= 12 and row["truncated"] > 0 and len(row["problems"]) == 2 for row in table.values())
+    assert all(row["letter_with_text"] == 0 for row in table.values())
     average = json.load(open(out / "averages.json"))["six benchmarks"]
     assert average["n"] == 12 and average["length"] == pytest.approx(sum(row["length"] for row in table.values()) / 6)
     samples = samples_of(out)
@@ -339,6 +386,17 @@ def test_sweep(run_eval, tmp_path):
     assert list(table) == ["0", "0.5", "1"] and all(list(t) == ["aime", "math"] for t in table.values())
     assert written["sweep.png"][:4] == b"\x89PNG"
     assert len({written[f"temperature_{t}/samples/00000.jsonl"] for t in table}) == 3
+
+
+def test_letters_with_text_are_counted(run_eval, tmp_path, capsys, monkeypatch):
+    """They get no reward, as in the papers; eval.json says how many they are."""
+    words = ["C", "C.", "C)", "C: 12", "\\textbf{(C)}\\ 12", "D.", "Cat", "C or D"]
+    prompts = [[{"content": f"{i}", "role": "user"}] for i in range(8)]
+    rows = [a_row(data_source="arc_c", prompt=p, target=None, reward_model={"ground_truth": "C"}) for p in prompts]
+    monkeypatch.setattr("data.response_text", lambda *_: f"</think>\\boxed{{{words.pop(0)}}}")
+    table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', rows)}", "--k=1", "--grader=oat")["eval.json"])["arc_c"]
+    assert not words and table["avg@k"] == 1 / 8 and table["letter_with_text"] == 4
+    assert "arc_c: 4 of 8 samples box the right letter with more text, and count as wrong" in capsys.readouterr().out
 
 
 def test_compare_the_command(run_eval, tmp_path):

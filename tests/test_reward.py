@@ -11,11 +11,12 @@ import pytest
 from sympy import simplify
 
 from configurator import ROOT, UserError
-from measure import grading_speed, hedges
-from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text
+from measure import forms, grading_speed, hedges
+from reward import Verifier, by_math_verify, fast_verdict, grade, graded_text, letter_with_text
 from runtime.latex import parse_in_two_stages
-from runtime.oat import by_oat, expression, unevaluated
+from runtime.oat import by_oat, expression, unevaluated, vote
 from runtime.run import identify
+from runtime.stats import majority
 from runtime.work import settings_of
 
 
@@ -158,6 +159,110 @@ def test_two_graders_side_by_side():
         assert got == wanted, (text, answer)
 
 
+POWERS = {  # a ground truth: right answers, and wrong ones
+    "6.5e-2": (["0.065", r"6.5\times10^{-2}", r"6.5 \cdot 10^{-2}", "6.5e-2", "6.5E-02", ".065", "65e-3",
+                r"0.65 \times 10^{-1}", "6.5 \u00d7 10^{\u22122}", r"6.5 \times 10^{-2} \text{ m}", r"6.5\times{10}^{-2}",
+                r"6.5\,\times\,10^{-2}\,\mathrm{m/s}", r"\frac{13}{200}", r"6.5 * 10^-2", "x = 6.5e-2", "6.50e-2."],
+               ["6.5e2", "-6.5e-2", "6.5 e - 2", "6.5 e -2", r"6.5-2", r"6.5^{-2}", "0.0650001", r"6.5\times10^{-3}",
+                "(6.5, -2)", r"6.5 + 10^{-2}", r"6.5 \times 10 - 2"]),
+    "1.39e-10": (["0.000000000139", r"1.39 \times 10^{-10} \text{ m}"],
+                 ["3.61e-10", "0", "1.39e-11", r"3.61\times 10^{-10}", r"3.61 \times 10^{-10} \text{ m}", "3.61e-10 m",
+                  "1.390001e-10"]),
+    "1.2e-3": (["0.0012"], ["1.2 e - 3", "1.2 e -3", "1.2e - 3", "1.2-3", "1.2e-3.5"]),
+    "1e11": (["10^{11}", r"10^{11} \text{ Hz}", "100,000,000,000", r"100{,}000{,}000{,}000", r"1 \times 10^{11}"],
+             ["10^{12}", "11"]),
+    "4.6e-24": ([r"4.6 \times 10^{-24}"], ["4.7e-24", "4.6e-23", "0"]),
+    "3e8": ([r"3.0\times10^8", "300000000", "300 million", r"300 \text{ million}"], ["24e", "3e", "3", "8", "3000000000"]),
+    "5": ([r"5 \text{ cm}"], [r"5 \text{ million}", "5.00000001", r"5 \text{ thousand}"]),
+    r"\frac{8}{3}": (["8/3", r"2\frac{2}{3}"], ["2.666667", "2.67"]),
+    "(10^{2},10^{-1})": (["(100, 0.1)"], ["(10^{3},10^{-1})"]),
+    "(1.39e-10, 1)": ([r"(1.39\times10^{-10}, 1)"], ["(3.61e-10, 1)"]),
+    "x^{2000}": ([], [r"x^2\times10^3"]),
+    r"\frac{1}{2000}": ([], [r"1/2\times10^3"]),
+}  # fmt: skip
+
+
+def test_powers_of_ten_are_exact():
+    for gold, (right, wrong) in POWERS.items():
+        for given in (gold, *right, *wrong):
+            assert grade(by_oat, f"\\boxed{{{given}}}", gold, 20.0)[0] == (given not in wrong), (gold, given)
+    for given in [*POWERS["1e11"][0], *POWERS["6.5e-2"][0]]:  # either side
+        gold = "1e11" if given in POWERS["1e11"][0] else "6.5e-2"
+        assert grade(by_oat, f"\\boxed{{{gold}}}", given, 20.0)[0] == 1.0, given
+
+
+SPACED = [  # ways to write one answer, for comparisons and for votes
+    ["12", r"12 \text{ ft}\,", r"12\,\text{ft}", "12.", r"\;12~", r"12\ \text{units}", r"\displaystyle 12", r"\quad12", "{12}",
+     r"\hspace{2pt}12\hspace*{1mm}", "\u00a012", r"12\thinspace", r"x\,=\,12", r"12\,\mathrm{cm}"],
+    ["C", r"\,\text{(C)}", r"(\text{C})", r"\textbf{(C)}", r"\left(\mathrm{C}\right)", r"\text{ C }"],
+    [r"\varnothing", r"\emptyset", "\u2205", r"\,\emptyset"],
+    ["1234", "1{,}234", "1,234", r"1\,234", r"1,\!234", r"1, \!234", "1~234", r"1{,}\!234", "1 234.0"],
+    ["5", r"5\,\text{cm}", r"5\text{cm}", r"5\ \mathrm{cm}", "5.0"],
+    ["0.065", "6.5e-2", r"6.5 \times 10^{-2}", "6.50E-2"],
+    ["(1,2)", r"\left( 1,\,2 \right)", r"\big(1 , 2\big)", r"\bigl(1,~2\bigr)."],
+    [r"\frac{1}{3}", r"\dfrac13", r"\cfrac{1}{3}", "1/3", r"\tfrac{ 1 }{ 3 }.", r"\displaystyle\frac 13"],
+    [r"90^\circ", "90", r"90^{\circ}", "90\u00b0", r"90\,^\circ"],
+    [r"k\geslant2", r"k \geq 2", r"k\,\ge\,2", r"k \geqslant 2"][1:],
+]  # fmt: skip
+
+
+def test_spacing_and_words_do_not_matter():
+    for ways in SPACED:
+        for given in ways:
+            right, _, read = grade(by_oat, f"\\boxed{{{given}}}", ways[0], 20.0)
+            assert right and read == vote(ways[0]), (ways[0], given, read)
+            assert grade(by_oat, f"\\boxed{{{ways[0]}}}", given, 20.0)[0], (given, ways[0])
+    assert majority(["0.25", r"\frac{1}{4}", "7", "7", r"\frac{2}{8}"], [True, True, False, False, True]) == 1.0
+
+
+FORMED = ["6.5e-2", "1e11", "58,500", r"$-\frac{35}{9}$", r"\$18.90", r"106^\circ", "17.5%", r"\text{(C)}", r"\text{east}",
+          "(3,4]", "2,-1,7", r"3 \pm 2 \sqrt{2}", r"11\sqrt2", "2k+2", r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", "204_5",
+          "x=5", ".35625", r"15\mbox{ cm}^2", r"11,\! 111,\! 111,\! 100"]  # fmt: skip
+
+
+def test_reading_a_long_answer_takes_no_time():
+    """Each rule takes time in proportion to the answer's length, whatever is repeated in it."""
+    for unit in (
+        r"\,",
+        ",",
+        "1,",
+        "{",
+        "}{",
+        r"\text{",
+        r"\text{a} ",
+        "1e5 ",
+        "10^{3}",
+        " .",
+        r"\mathrm{ab}",
+        "( ",
+        r"1\times10^{",
+    ):
+        start = time.time()
+        vote((unit * 20_000)[:20_000])
+        assert time.time() - start < 2, unit
+
+
+def test_oat_takes_other_forms_and_refuses_other_answers():
+    """Of measure/forms.py, which has more for the benchmarks' ground truths."""
+    same, other = forms.questions({"": FORMED})
+    assert all(same.values()) and all(other[kind] for kind in other)
+    units = [(r"15\mbox{ cm}^{3}", r"15\mbox{ cm}^2")]  # units are not compared
+    rng = random.Random(0)
+    for kinds, right in ((same, True), (other, False)):
+        for kind, pairs in kinds.items():
+            for given, gold in rng.sample(pairs, min(len(pairs), 25)):
+                if (given, gold) not in units:
+                    assert grade(by_oat, f"\\boxed{{{given}}}", gold, 20.0)[0] == right, (kind, given, gold)
+
+
+def test_the_forms_are_equal_and_the_others_are_not():
+    for gold in ("6.5e-2", "1e11", "-0.5", "58,500", r"$-\frac{35}{9}$", "7"):
+        v = forms.number(gold)
+        for kinds, equal in ((forms.SAME, True), (forms.OTHER, False)):
+            plain = [forms.value(form) for made in kinds.values() for form in made(gold) if equal or form != gold]
+            assert all((x == v) == equal for x in plain if x is not None), gold
+
+
 def test_oat_needs_a_box(oat):
     verdicts = oat.score(["</think>2", "\\boxed{2}</think>2", "</think>\\boxed{2}"], ["2"] * 3)
     assert [v[:2] for v in verdicts] == [(0.0, "no_answer"), (0.0, "no_answer"), (1.0, "correct")]
@@ -166,7 +271,7 @@ def test_oat_needs_a_box(oat):
 def test_what_was_read_for_votes():
     """Different ways to write an answer are the same vote."""
     for grader in (by_oat, by_math_verify):
-        for ways, vote in (
+        for ways, wanted in (
             (("\\boxed{07}", "\\boxed{7.0}", "$\\boxed{7}$."), "7"),
             (("\\boxed{1,000}", "\\boxed{1000}", "\\boxed{\\$1000}"), "1000"),
             (("\\boxed{C}", "\\boxed{\\text{C}}", "\\boxed{(C)}", "\\boxed{\\mathrm{C}}"), "C"),
@@ -174,7 +279,7 @@ def test_what_was_read_for_votes():
             (("\\boxed{( 1, 2 )}", "\\boxed{\\left(1,2\\right)}"), "(1,2)"),
             (("", "\\boxed{"), ""),
         ):
-            assert [grade(grader, way, "5", 20.0)[2] for way in ways] == [vote] * len(ways), (grader, ways)
+            assert [grade(grader, way, "5", 20.0)[2] for way in ways] == [wanted] * len(ways), (grader, ways)
     assert grade(by_math_verify, "the answer is 7", "5", 20.0) == (0.0, "graded", "7")
     assert len(grade(by_oat, f"\\boxed{{{'x+' * 5000}y}}", "5", 20.0)[2]) == 200
 
@@ -203,6 +308,11 @@ ANSWER_LINES = [
     ("ANSWER: C, so \\boxed{B}", "C", 0),  # a box comes first
     ("\\boxed{C}\nANSWER: B", "C", 1),
     ("ANSWER: 12", "12", 0),  # not a multiple-choice question
+    ("Answer: C\r", "C", 1),
+    ("Answer: C\r\nDone.\r\n", "C", 1),
+    ("Answer: B\rAnswer: C\r", "C", 1),
+    ("Answer: C\r2", "C", 1),
+    ("Answer: C 2\r", "C", 0),
 ]
 
 
@@ -215,6 +325,24 @@ def test_the_answer_line_of_a_multiple_choice_question():
         assert v.score(texts[:3], golds[:3])[0] == (1.0, "correct", "C")
     with Verifier(workers=1, timeout=2.0) as v:  # off by default, as in the released code
         assert v.score(texts[:3], golds[:3])[0].reward == 0.0
+
+
+LETTERS = {  # what is boxed for the ground truth C: is it the letter with text?
+    "C.": True, "C)": True, "C: 12": True, r"\textbf{(C)}\ 12": True, r"\text{C. foo}": True, r"(C) \frac12": True,
+    "**C**. foo": True, "C because": True, "D.": False, "Cat": False, "C or D": False, "C, D": False, "C^2": False,
+    "C=5": False, "B and C": False, "12": False, "": False,
+}  # fmt: skip
+
+
+def test_a_letter_with_text():
+    """The papers' graders call it wrong, so ours do; it can be counted."""
+    for boxed, wanted in LETTERS.items():
+        text = f"\\boxed{{{boxed}}}"
+        for gold in ("C", r"\text{(C)}"):
+            assert letter_with_text(text, gold) == wanted, boxed
+            assert [grade(grader, text, gold, 20.0)[0] for grader in (by_oat, by_math_verify)] == [0, 0], boxed
+    assert not letter_with_text(r"\boxed{A car}", "A") and letter_with_text(r"\boxed{A. car}", "A")
+    assert not letter_with_text("C.", "C") and not letter_with_text(r"\boxed{C.}", "12")
 
 
 OWN = """
@@ -469,7 +597,7 @@ def test_what_a_grader_may_return(tmp_path, capsys):
 
 UNEVALUATED = [  # ground truth, what equals it and is a number, what equals it and is to be computed
     ("120", (r"120", r"120.0", r"\$120", r"120\text{ cm}^2", "x=120", r"120^\circ"),
-     (r"\binom{10}{3}", "100+20", "5!", r"\frac{240}{2}", "240/2", r"\sqrt{14400}", r"60\cdot 2", r"12\times10^1")),
+     (r"\binom{10}{3}", "100+20", "5!", r"\frac{240}{2}", "240/2", r"\sqrt{14400}", r"60\cdot 2")),
     ("1,024", ("1,024", "1024"), ("2^{10}", r"\sum_{k=0}^{9} 2^k+1")),
     (r"\frac{1}{2}", (r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"), ("2^{-1}", r"1-\frac12", r"\frac{1+1}{4}")),
     (r"-7.75", ("-7.75", r"-\frac{31}{4}"), ("-8+0.25", r"-7-\frac{3}{4}")),
