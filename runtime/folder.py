@@ -22,6 +22,10 @@ from runtime.ranks import MACHINES, RANK, all_ranks, print0
 
 MARK = ".lock"  # the file's name
 TITLE = "nano-luffy"  # its first word
+# What programs write here whole or not at all: a kill may leave partial ones. Others, such as those of a run in a subfolder,
+# may belong to a program that is running.
+WHOLE = """config.json metrics.jsonl eval_*.json rollouts/step_*.jsonl ckpt_[0-9]*
+settings.json eval.json averages.json sweep.json samples/*.jsonl"""
 RUN = r"config\.json|metrics\.jsonl|rollouts|eval_\d+\.json|ckpt_\d+(\..+)?|latest"  # what train.py writes beside it
 
 
@@ -150,8 +154,8 @@ class OutputFolder:
                 raise UserError(f"{self.path} was written by {writer} ({MARK} says so): choose another out_dir")
             self.lock.sign()
             self.stat = os.stat(self.lock.path)
-            for names in ("*", os.path.join("*", "*")):
-                remove_partials(os.path.join(glob.escape(self.path), names))
+            for name in WHOLE.split():
+                remove_partials(os.path.join(glob.escape(self.path), name))
         except OSError as e:
             raise UserError(f"out_dir {self.path} cannot be written: {e.strerror}") from None
 

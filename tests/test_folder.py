@@ -136,6 +136,17 @@ def test_nothing_is_left_of_a_start_that_failed(tmp_path):
     assert tree(tmp_path) == ["mine", f"mine/{MARK}"]
 
 
+def test_only_partial_files_of_its_own_are_removed(tmp_path):
+    """Not the half-written checkpoint of a live run in a subfolder, nor what prepare.py is writing beside the run's files."""
+    own = "ckpt_2 config.json metrics.jsonl eval_2.json rollouts/step_2.jsonl settings.json samples/00001.jsonl".split()
+    others = ["inner/ckpt_2", "inner/config.json", "x.parquet", "ckpt_mine"]
+    with OutputFolder(str(tmp_path), "train.py"):
+        for name in own + others:
+            (tmp_path / f"{name}.0a1b2c3d.partial" / "state").mkdir(parents=True)
+    with OutputFolder(str(tmp_path), "train.py"):
+        assert [name for name in own + others if (tmp_path / f"{name}.0a1b2c3d.partial").exists()] == others
+
+
 def test_moved_aside(tmp_path):
     path = tmp_path / "run"
     for i in range(3):
