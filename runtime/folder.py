@@ -47,7 +47,13 @@ class Lock:
         self.take()
         if (line := self.first_line()) and not line.startswith(TITLE):
             raise UserError(f"{self.path} is no file of ours: remove it, or choose another name than {self.what}")
-        self.sign()
+        try:
+            self.sign()
+        except OSError as e:  # such as a full disk
+            e.filename = self.path
+            with contextlib.suppress(OSError):
+                self.__exit__()
+            raise
         return self
 
     def take(self):
