@@ -118,6 +118,25 @@ def from_hub(name, **options):
         raise UserError(f"there is no {repo_path(name)}, and the hub gives no {name}: {first_line(e)}") from None
 
 
+def check_free(paths):
+    """Raise UserError if anything has one of these names, be it a link that leads nowhere."""
+    if taken := [path for path in paths if os.path.lexists(path)]:
+        raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+
+
+def give_name(partial, path):
+    """Rename a file. Unlike os.rename it overwrites nothing: it raises UserError."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        if not os.path.samefile(partial, path):  # it is after a kill between the two calls
+            check_free([path])
+    except OSError:  # some file systems have no links
+        check_free([path])
+        return os.rename(partial, path)
+    os.remove(partial)
+
+
 # ---------------------------------------------------------------- openr1
 
 OPENR1 = {"problem": pa.binary(), "answer": pa.binary(), "generations": pa.list_(pa.binary()),
@@ -161,8 +180,7 @@ def prepare_openr1(args):
     tables = {name: f"{stem}.{name}.parquet" for name in ("complement", "easy", "hard")} | {"out": out}
     sft, report = f"{stem}.sft.jsonl", f"{stem}.report.json"
     paths = [sft, report, *tables.values()]
-    if taken := [path for path in paths if os.path.exists(path)]:
-        raise UserError(f"{taken[0]} exists: remove it, or name another --out")
+    check_free(paths)
     sources, tokenizer = openr1_files(args.src), load_tokenizer(model_path(args.tokenizer))
     system, longest_token = load_templates()["system"], max(map(len, tokenizer.get_vocab()))
     set_verbosity_error()  # transformers would warn of texts that are longer than the model's context
@@ -217,8 +235,9 @@ def prepare_openr1(args):
             raise UserError(f"no trace of {args.src} is usable, so nothing is written: see the counts above")
         with open(partial[report], "w") as f:
             json.dump({**vars(args), "counts": counts}, f, indent=2)
+        check_free(paths)
         for path in paths:  # out is the last
-            os.replace(partial[path], path)
+            give_name(partial[path], path)
     finally:
         for path in partial.values():
             with contextlib.suppress(FileNotFoundError):
@@ -344,12 +363,12 @@ def prepare_reanswer(args):
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
     if ending != ".parquet":
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
-    ready, partial = os.path.join(work, "ready"), [f"{path}.partial" for path in (out, complement)]
-    if taken := [path for path in (out, complement, report) if os.path.exists(path)]:
-        if not os.path.exists(ready):  # it exists if a run was killed while it renamed its files
-            raise UserError(f"{taken[0]} exists: remove it, or name another --out")
-        if not any(map(os.path.exists, partial)):
-            return print(f"{out} is already complete: remove {work} if you do not need it")
+    partial = {path: f"{path}.partial" for path in (out, complement, report)}
+    ready = os.path.join(work, "ready")  # it exists if a run was killed while it renamed its files: those are whole
+    if not os.path.exists(ready):
+        check_free(partial)
+    elif not any(map(os.path.exists, partial.values())):
+        return print(f"{out} is already complete: remove {work} if you do not need it")
     if WORLD % args.tensor_parallel:
         raise UserError(f"tensor_parallel={args.tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     source, name = data_path(args.data), model_path(args.model)
@@ -369,6 +388,8 @@ def prepare_reanswer(args):
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, verifier=verifier)
         place = stack.enter_context(OutputFolder(work, "prepare.py"))
         open_work(place, settings, vars(args))
+        if not os.path.exists(ready):  # it is moved aside with work of other settings
+            check_free(partial)
         size = max(1, args.chunk // args.k)
         chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         engine = None
@@ -383,17 +404,21 @@ def prepare_reanswer(args):
                             max_tokens=args.max_tokens, seed=args.seed)  # fmt: skip
 
         work_through(place, chunks, answer, args.tensor_parallel)
-        if RANK == 0:
-            counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
+        if RANK == 0 and not os.path.exists(ready):
+            counts = write_answers(
+                source, chunk_files(work, chunks), partial[out], partial[complement], THINK if opened else ""
+            )
             print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
             if not counts["samples kept"]:
-                for path in partial:
-                    os.remove(path)
+                for path in (out, complement):
+                    os.remove(partial[path])
                 raise UserError(f"no sample was kept, so nothing is written: see the samples in {work}/samples")
+            write_json(partial[report], {**vars(args), "counts": counts})
             open(ready, "w").close()
-            write_json(report, {**vars(args), "counts": counts})
-            for path in (complement, out):
-                os.replace(f"{path}.partial", path)
+        if RANK == 0:
+            for path in (report, complement, out):
+                if os.path.exists(partial[path]):
+                    give_name(partial[path], path)
             shutil.rmtree(os.path.join(work, "samples"))
             os.remove(os.path.join(work, "settings.json"))
             os.remove(ready)
@@ -449,8 +474,8 @@ def prepare_model(args):
     UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
     out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"{out} exists and is not empty: remove it, or name another --out")
+    if os.path.lexists(out) and (os.path.islink(out) or not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"{out} exists and is not an empty folder: remove it, or name another --out")
     if not os.path.isdir(source):
         source = from_hub(source, ignore_patterns=list(SKIPPED))
     try:
@@ -476,7 +501,7 @@ def prepare_model(args):
         copy(weights)
         if args.round_trip == "True":
             round_trip(partial, tokenizer, dtype)
-        os.replace(partial, out)
+        os.rename(partial, out)  # nothing but an empty folder may be there
     except UserError as e:  # name the user's folder, not the copy, which is removed
         raise UserError(str(e).replace(partial, source)) from None
     finally:
@@ -645,10 +670,12 @@ def main(args):
     out, command = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
-        with Lock(f"{out}.lock", "prepare.py", what=out) if RANK == 0 else contextlib.nullcontext():
+        # One lock for all names that commands may share: y.easy.parquet is written for --out=y.parquet, too.
+        family = re.sub(r"(\.(complement|easy|hard))*\.parquet$", "", out)
+        with Lock(f"{family}.lock", "prepare.py", what=out) if RANK == 0 else contextlib.nullcontext():
             command[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written
-        raise UserError(first_line(e)) from None
+        raise UserError(first_line(e) if e.filename else f"{out} cannot be written: {first_line(e)}") from None
 
 
 if __name__ == "__main__":

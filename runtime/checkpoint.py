@@ -13,6 +13,7 @@ any sharding. No file is a pickle, unlike those of torch.distributed.checkpoint.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,8 @@ from runtime.tensors import read_rows_of, tensors_in, whole_tensors
 
 FORMAT = 2  # of run.json; older ones name no format
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+NAME = "ckpt_(0|[1-9][0-9]*)"  # a checkpoint's
+REPLACED = ".old.partial"  # what is added to the name of a checkpoint that is being replaced
 FILE = 2 << 30  # about as many bytes of tensors per file; the ranks take turns in writing files
 
 
@@ -100,8 +103,10 @@ def moments_of(optimizer, parameters):
 
 def make_room(folder, partial, n_bytes):
     """Remove what a kill left of earlier tries, check that n_bytes are free, and make the folder `partial`."""
-    for left in [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d+(\.old|\.[0-9a-f]{8})?\.partial", name)]:
+    for left in [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_[0-9]+(\.[0-9a-f]{8})?\.partial", name)]:
         shutil.rmtree(os.path.join(folder, left), ignore_errors=True)  # what cannot be removed is not in the way
+    for step in steps_in(folder):
+        drop_replaced(os.path.join(folder, f"ckpt_{step}"))
     usage = shutil.disk_usage(folder)
     if usage.total and n_bytes > (free := usage.free):  # some network file systems do not know
         raise OSError(f"it needs {show(n_bytes)}, {show(free)} are free, {show(n_bytes - free)} are missing")
@@ -161,16 +166,31 @@ def write_run(partial, run):
 
 
 def publish(folder, partial, final):
-    """Give the whole checkpoint its name."""
-    old = None
-    if is_own(final):  # of this step, but saved before its evaluation
-        old = final + ".old.partial"
-        os.rename(final, old)
+    """Give the whole checkpoint its name. One of the same step, saved before its evaluation, stays until then: find() knows
+    its other name, too."""
+    again = is_own(final)
+    if again:
+        os.rename(final, final + REPLACED)
     elif os.path.lexists(final):
         set_aside(final)
-    os.rename(partial, final)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if again:
+            os.rename(final + REPLACED, final)
+        raise
     to_disk(folder)
-    if old:
+    drop_replaced(final)
+
+
+def drop_replaced(final):
+    """Remove the checkpoint that `final` replaced, if there is one. With something in it that no run wrote, it is kept."""
+    if not os.path.isdir(old := final + REPLACED):
+        return
+    if name := foreign_in(old):
+        os.rename(old, aside := free_name(final))
+        print0(f"warning: {final} was written again; the one before is now {aside}, because no run wrote the {name} in it")
+    else:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -228,10 +248,28 @@ def is_own(path):
     return os.path.isfile(os.path.join(path, "state", "run.json")) and not os.path.islink(path)
 
 
+def foreign_in(path):
+    """The first file or folder in a checkpoint that its run.json does not name, so that no run wrote it; None if there is none.
+    If run.json cannot be read, every file may be somebody's."""
+    run, _ = read_run(path)
+    files = {os.path.join("state", "run.json"), *(run or {}).get("files", {})}
+    own = files | {os.path.dirname(name) for name in files}
+    below = (os.path.relpath(os.path.join(d, n), path) for d, folders, names in os.walk(path) for n in (*names, *folders))
+    return min((name for name in below if name not in own), default=None)
+
+
 def discard(path):
-    """Remove a checkpoint. It is renamed first, so that what a kill leaves of it is not taken for a checkpoint."""
-    os.rename(path, path + ".old.partial")
-    shutil.rmtree(path + ".old.partial")
+    """Remove a checkpoint, unless it holds something that no run wrote. It is renamed first, so that what a kill leaves of it
+    is not taken for a checkpoint."""
+    if name := foreign_in(path):
+        return say_kept(path, name)
+    os.rename(path, partial := partial_name(path))
+    shutil.rmtree(partial)
+
+
+@functools.cache  # once per folder: it is met again whenever checkpoints are pruned
+def say_kept(path, name):
+    print0(f"warning: {path} is not pruned, because no run wrote the {name} in it: move that away, or remove the folder")
 
 
 def prune(folder, step, keep_last, keep_every):
@@ -251,11 +289,16 @@ def put_aside(folder, step):
 
 
 def set_aside(path):
-    """Rename it to PATH.damaged, or to the first free PATH.damaged.N."""
+    """Rename it to free_name(path)."""
+    os.rename(path, free_name(path))
+
+
+def free_name(path):
+    """PATH.damaged, or the first free PATH.damaged.N."""
     aside, n = path + ".damaged", 1
     while os.path.lexists(aside):
         aside, n = f"{path}.damaged.{n}", n + 1
-    os.rename(path, aside)
+    return aside
 
 
 # ---------------------------------------------------------------- reading
@@ -264,13 +307,23 @@ def set_aside(path):
 def steps_in(folder):
     """The steps N of the folders named ckpt_N."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [int(n[5:]) for n in names if re.fullmatch(r"ckpt_(0|[1-9]\d*)", n) and os.path.isdir(os.path.join(folder, n))]
+    return [int(n[5:]) for n in names if re.fullmatch(NAME, n) and os.path.isdir(os.path.join(folder, n))]
+
+
+def bring_back(folder):
+    """Give a checkpoint its name again if a kill came before the one that replaces it had the name (publish)."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        final = os.path.join(folder, name.removesuffix(REPLACED))
+        if re.fullmatch(NAME + re.escape(REPLACED), name) and not os.path.lexists(final) and read_run(final + REPLACED)[0]:
+            os.rename(final + REPLACED, final)
 
 
 def find(folder, log):
     """(path, run.json's content) of the newest checkpoint in the folder that verifies, or (None, None) if there is no
     checkpoint at all. All ranks call it. Raises UserError if there are checkpoints and none verifies, or if the newest that
     is whole is of another format or another step."""
+    if RANK == 0:
+        bring_back(folder)
     faults = []
     for step in sorted(all_ranks(steps_in(folder))[0], reverse=True):  # a network file system may show them late elsewhere
         path = os.path.join(folder, f"ckpt_{step}")
@@ -347,7 +400,7 @@ def restore(path, run, policy, optimizers):
     UserError for what is missing."""
     try:
         for name, optimizer in optimizers.items():
-            own = rf"state/{name}(-\d+-of-\d+)?\.safetensors"
+            own = rf"state/{name}(-[0-9]+-of-[0-9]+)?\.safetensors"
             files = tensors_in([os.path.join(path, file) for file in run["files"] if re.fullmatch(own, file)])
             steps = run["optimizer_steps"][name]
             for n, p in policy.hf.named_parameters() if steps else ():

@@ -22,7 +22,18 @@ from runtime.ranks import MACHINES, RANK, all_ranks, print0
 
 MARK = ".lock"  # the file's name
 TITLE = "nano-luffy"  # its first word
-RUN = r"config\.json|metrics\.jsonl|rollouts|eval_\d+\.json|ckpt_\d+(\..+)?|latest"  # what train.py writes beside it
+# What programs write here whole or not at all: a kill may leave partial ones. Others, such as those of a run in a subfolder,
+# may belong to a program that is running.
+WHOLE = """config.json metrics.jsonl eval_*.json rollouts/step_*.jsonl ckpt_[0-9]*
+settings.json eval.json averages.json sweep.json samples/*.jsonl"""
+# What each program writes here, and what shows that it did, if .lock does not say so.
+EVALUATION = r"settings\.json|samples|before_[0-9]+"
+CONTENTS = {
+    "train.py": r"config\.json|metrics\.jsonl|rollouts|eval_[0-9]+\.json|ckpt_[0-9]+(\..+)?|latest",
+    "eval.py": EVALUATION + r"|eval\.json|averages\.json|sweep\.(json|png)|temperature_[0-9.e+-]+",
+    "prepare.py": EVALUATION + "|ready",
+}
+SIGNS = ("ckpt_*/state/run.json", "samples/[0-9]*.jsonl", "*/samples/[0-9]*.jsonl")
 
 
 class Lock:
@@ -36,13 +47,19 @@ class Lock:
         self.take()
         if (line := self.first_line()) and not line.startswith(TITLE):
             raise UserError(f"{self.path} is no file of ours: remove it, or choose another name than {self.what}")
-        self.sign()
+        try:
+            self.sign()
+        except OSError as e:  # such as a full disk
+            e.filename = self.path
+            with contextlib.suppress(OSError):
+                self.__exit__()
+            raise
         return self
 
     def take(self):
         """Lock the file; make it if it is not there. Raises UserError if another process holds it, and OSError."""
         while True:
-            self.file = open(self.path, "a+", errors="replace", opener=self.open)
+            self.file = open(self.path, "r+", errors="replace", opener=self.open)
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a forked child does not inherit it
             except (BlockingIOError, PermissionError):
@@ -58,8 +75,9 @@ class Lock:
 
     @staticmethod
     def open(path, flags):
-        """os.open() for a regular file only: no link is followed, no pipe waited for. Raises OSError."""
-        number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        """os.open() for a regular file only, a new one if none is there: no link is followed, no pipe waited for. Raises
+        OSError."""
+        number = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(number).st_mode):
             os.close(number)
             raise OSError(errno.EEXIST, f"its {MARK} is no regular file", path)
@@ -70,11 +88,11 @@ class Lock:
         return self.file.readline(1000)
 
     def sign(self):
-        """Write into the file who holds it."""
-        self.file.truncate(0)
+        """Write into the file who holds it, over what it says: a kill leaves a first line in it, the old one or the new one."""
+        self.file.seek(0)
         self.file.write(f"{TITLE} {self.program}, process {os.getpid()} on {platform.node()}, since {time.ctime()}\n")
         self.file.write("This file is locked while its program runs. Afterwards it tells that the folder is ours.\n")
-        self.file.flush()
+        self.file.truncate()
 
     def __exit__(self, *_):
         if not self.keep:
@@ -113,20 +131,20 @@ class OutputFolder:
                 error = e
         if error := all_ranks(error)[0]:
             raise error
+        self.line = all_ranks(self.lock.first_line() if RANK == 0 else None)[0]
         if MACHINES > 1:
             self.check_common()
         if RANK:
-            self.stat = os.stat(os.path.join(self.path, MARK))
+            self.stat = os.stat(self.path)
         return self
 
     def check_common(self):
         """Raise UserError unless all machines see the same folder: each would write its share of a checkpoint into its own.
         A collective."""
-        line, seen = all_ranks(self.lock.first_line() if RANK == 0 else None)[0], RANK == 0
-        end = time.monotonic() + 30  # a network file system may show a new file late
+        seen, end = RANK == 0, time.monotonic() + 30  # a network file system may show a new file late
         while not seen and time.monotonic() < end:
             with contextlib.suppress(OSError), open(os.path.join(self.path, MARK)) as f:
-                seen = f.readline() == line
+                seen = f.readline() == self.line
             time.sleep(0 if seen else 0.5)
         hosts = all_ranks((platform.node(), seen))
         if others := [host for host, seen in hosts if not seen]:
@@ -149,27 +167,52 @@ class OutputFolder:
                 writer = " ".join(owner[1:]) if owner[0] == TITLE else "another program"
                 raise UserError(f"{self.path} was written by {writer} ({MARK} says so): choose another out_dir")
             self.lock.sign()
-            self.stat = os.stat(self.lock.path)
-            for names in ("*", os.path.join("*", "*")):
-                remove_partials(os.path.join(glob.escape(self.path), names))
+            self.stat = os.stat(self.path)
+            for name in WHOLE.split():
+                remove_partials(os.path.join(glob.escape(self.path), name))
         except OSError as e:
             raise UserError(f"out_dir {self.path} cannot be written: {e.strerror}") from None
 
     def check_contents(self):
-        """Raise UserError if the folder is neither empty nor a run's whose .lock is missing: it was not copied along, or the
-        run is older than the file."""
+        """Raise UserError if the folder is neither empty nor this program's whose .lock is missing: it was not copied along, or
+        the folder is older than the file."""
         names = sorted(set(os.listdir(self.path)) - {MARK})
-        foreign = [name for name in names if not re.fullmatch(RUN, name)]
-        if foreign or (names and not any(os.path.isfile(os.path.join(self.path, n, "state", "run.json")) for n in names)):
+        own = rf"({CONTENTS[self.program]})(\.[0-9a-f]{{8}}\.partial)?"
+        foreign = [name for name in names if not re.fullmatch(own, name)]
+        if foreign or (names and not any(glob.glob(sign, root_dir=self.path) for sign in SIGNS)):
             raise UserError(f"{self.path} holds {(foreign or names)[0]!r} and has no file {MARK} of ours: choose another"
                             " out_dir, or an empty one")  # fmt: skip
 
     def check(self):
-        """Raise OSError if the folder is no longer the one that was entered: what is written now would be another's."""
+        """Raise OSError if the folder is no longer the one that was entered: what is written now would be another's. If only
+        its .lock was removed, rank 0 makes it again."""
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.stat, os.stat(os.path.join(self.path, MARK))):
+            if os.path.samestat(self.stat, os.stat(self.path)) and (self.is_theirs() if RANK else self.is_held()):
                 return
         raise OSError(errno.ENOENT, "it was moved, removed or replaced while this program used it", self.path)
+
+    def is_held(self):
+        """On rank 0: whether it holds the folder's .lock, which is made again if it is missing."""
+        if not os.path.lexists(self.lock.path):
+            lock = Lock(self.lock.path, self.program, what=self.path)
+            try:
+                lock.take()
+            except UserError:  # another program was faster
+                return False
+            if lock.first_line():  # and has ended already
+                return False
+            lock.sign()
+            lock.keep, self.lock = True, lock
+        return os.path.samestat(os.fstat(self.lock.file.fileno()), os.stat(self.lock.path))
+
+    def is_theirs(self):
+        """On the other ranks: whether rank 0 holds the folder's .lock, or will make it again."""
+        holder = lambda line: line.rpartition(", since")[0]
+        try:
+            with open(os.path.join(self.path, MARK), errors="replace") as f:
+                return holder(f.readline()) == holder(self.line)
+        except FileNotFoundError:
+            return True
 
     def check_movable(self):
         """Raise UserError if the folder cannot be moved aside, because another run lies inside it."""

@@ -276,10 +276,9 @@ def rewind(folder, step, evaluated):
                 rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) <= (step if evaluated else step - 1)]
     write_lines(path, rows)
-    for file in (*glob.glob(os.path.join(glob.escape(folder), "rollouts", "step_*.jsonl")),
-                 *glob.glob(os.path.join(glob.escape(folder), "eval_*.json"))):  # fmt: skip
-        number = re.search(r"_(\d+)\.jsonl?$", file)
-        if number and int(number[1]) > step:
+    for name in (*os.listdir(folder), *glob.glob("rollouts/*", root_dir=folder)):
+        number = re.fullmatch(r"(?:rollouts/step_(0|[1-9][0-9]*)\.jsonl|eval_(0|[1-9][0-9]*)\.json)", name)
+        if number and int(number[1] or number[2]) > step and not os.path.isdir(file := os.path.join(folder, name)):
             os.remove(file)
     return rows
 

@@ -12,7 +12,7 @@ from data import digest
 from runtime.files import make_folder, weights_digest, write_json, write_lines
 from runtime.ranks import LOCAL_RANK, RANK, WORLD, agreed, barrier, check_same_on_machines, print0
 
-WRITTEN = ("eval.json", "averages.json", "samples", "settings.json")  # moved in this order
+WRITTEN = ("ready", "eval.json", "averages.json", "samples", "settings.json")  # moved in this order
 
 
 def settings_of(knobs, problems, model, sampler, dtype, verifier):

@@ -357,6 +357,50 @@ def test_what_is_in_the_way_of_a_checkpoint_is_moved_aside(tmp_path, policy, tok
     assert sorted(n for n in os.listdir(out) if re.fullmatch(r"ckpt_\d", n)) == ["ckpt_0", "ckpt_3"]
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.EIO, "Input/output error")])
+def test_a_checkpoint_stays_until_the_one_that_replaces_it_has_its_name(tmp_path, policy, tokenizer, monkeypatch, failure):
+    """As when a kill or an error comes between the two renames."""
+    out, real = tmp_path / "x", os.rename
+
+    def rename(old, new):
+        if re.search(r"ckpt_1\.[0-9a-f]{8}\.partial$", old):
+            raise failure
+        real(old, new)
+
+    write(out, policy, tokenizer, 1)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises((KeyboardInterrupt, NotSaved)):
+        write(out, policy, tokenizer, 1)
+    monkeypatch.undo()
+    assert (out / "ckpt_1").exists() == (failure is not KeyboardInterrupt)
+    write(out, policy, tokenizer, 2)  # which removes what a kill left, but not this
+    shutil.rmtree(out / "ckpt_2")
+    assert find(str(out), print)[0] == str(out / "ckpt_1")
+    write(out, policy, tokenizer, 1)
+    assert sorted(os.listdir(out)) == ["ckpt_1", "latest"]
+
+
+def test_what_no_run_wrote_is_kept(tmp_path, policy, tokenizer, capsys):
+    """Pruning keeps a checkpoint that holds an evaluation, notes or a link; a checkpoint written again is kept under another
+    name."""
+    out = tmp_path / "x"
+    for step in range(1, 6):
+        write(out, policy, tokenizer, step)
+    (out / "ckpt_1" / "eval").mkdir()
+    (out / "ckpt_1" / "eval" / "eval.json").write_text("mine")
+    (out / "ckpt_2" / "NOTES.txt").write_text("mine")
+    os.symlink(tmp_path, out / "ckpt_3" / "state" / "link")
+    for _ in range(2):
+        checkpoint.prune(str(out), 5, keep_last=1, keep_every=0)
+    assert sorted(os.listdir(out)) == ["ckpt_1", "ckpt_2", "ckpt_3", "ckpt_5", "latest"]
+    assert (out / "ckpt_1" / "eval" / "eval.json").exists() and (out / "ckpt_2" / "model.safetensors").exists()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and "ckpt_2 is not pruned, because no run wrote the NOTES.txt in it" in said[1]
+    write(out, policy, tokenizer, 2)
+    assert (out / "ckpt_2.damaged" / "NOTES.txt").exists() and not (out / "ckpt_2" / "NOTES.txt").exists()
+    assert "the one before is now" in capsys.readouterr().out and find(str(out), print)[0].endswith("ckpt_5")
+
+
 def test_a_file_system_that_flushes_no_folders(tmp_path, policy, tokenizer, monkeypatch):
     real = os.fsync
 

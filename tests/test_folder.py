@@ -84,6 +84,68 @@ def test_a_run_whose_mark_was_not_copied_along_is_ours(tmp_path):
     assert "holds 'thesis'" in refused(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("program", "files"),
+    [
+        ("train.py", ["ckpt_4/state/run.json", "config.json", "metrics.jsonl.0a1b2c3d.partial"]),
+        ("eval.py", ["settings.json", "samples/00000.jsonl", "before_1/eval.json"]),
+        ("eval.py", ["temperature_0.6/samples/00000.jsonl"]),
+        ("prepare.py", ["settings.json", "samples/00003.jsonl", "ready"]),
+    ],
+)
+def test_an_empty_mark(tmp_path, program, files):
+    """As the machine's death may leave it: the folder still belongs to the program that wrote such files, and to no other."""
+    for name in (MARK, *files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert "has no file .lock of ours" in refused(tmp_path, program="train.py" if program != "train.py" else "eval.py")
+    with OutputFolder(str(tmp_path), program):
+        assert (tmp_path / MARK).read_text().startswith(f"nano-luffy {program}, ")
+
+
+def test_a_kill_while_the_mark_is_written(tmp_path, monkeypatch):
+    with OutputFolder(str(tmp_path), "eval.py"):
+        (tmp_path / "mine").touch()
+
+    def killed(tell):
+        lock = OutputFolder(str(tmp_path), "eval.py")
+        monkeypatch.setattr("runtime.folder.platform.node", lambda: os._exit(1))
+        lock.__enter__()
+
+    child, told = forked(killed)
+    os.waitpid(child, 0)
+    told.close()
+    with OutputFolder(str(tmp_path), "eval.py"):
+        pass
+
+
+def test_a_mark_that_was_removed_under_a_live_program(tmp_path):
+    """It is made again and locked, unless another program made its own."""
+    with OutputFolder(str(tmp_path / "x"), "train.py") as folder:
+        os.remove(tmp_path / "x" / MARK)
+        folder.check()
+        assert f"in use by train.py, process {os.getpid()} on " in busy(tmp_path / "x")
+        os.remove(tmp_path / "x" / MARK)
+        assert busy(tmp_path / "x") == ""
+        with pytest.raises(OSError, match="it was moved, removed or replaced"):
+            folder.check()
+
+
+def test_the_mark_as_the_other_ranks_see_it(tmp_path, monkeypatch):
+    with OutputFolder(str(tmp_path), "eval.py") as folder:
+        monkeypatch.setattr("runtime.folder.RANK", 1)
+        folder.check()
+        os.remove(tmp_path / MARK)
+        folder.check()
+        monkeypatch.undo()
+        folder.check()  # rank 0 makes it again
+        monkeypatch.setattr("runtime.folder.RANK", 1)
+        folder.check()
+        (tmp_path / MARK).write_text("nano-luffy eval.py, process 1 on another, since then")
+        with pytest.raises(OSError, match="it was moved, removed or replaced"):
+            folder.check()
+
+
 def test_a_mark_that_is_no_file(tmp_path):
     """A pipe is not waited for, and what a link points to is not overwritten."""
     (tmp_path / "precious").touch()
@@ -134,6 +196,17 @@ def test_nothing_is_left_of_a_start_that_failed(tmp_path):
         with pytest.raises(UserError, match="no model"), OutputFolder(str(tmp_path / name), "train.py"):
             raise UserError("no model")
     assert tree(tmp_path) == ["mine", f"mine/{MARK}"]
+
+
+def test_only_partial_files_of_its_own_are_removed(tmp_path):
+    """Not the half-written checkpoint of a live run in a subfolder, nor what prepare.py is writing beside the run's files."""
+    own = "ckpt_2 config.json metrics.jsonl eval_2.json rollouts/step_2.jsonl settings.json samples/00001.jsonl".split()
+    others = ["inner/ckpt_2", "inner/config.json", "x.parquet", "ckpt_mine"]
+    with OutputFolder(str(tmp_path), "train.py"):
+        for name in own + others:
+            (tmp_path / f"{name}.0a1b2c3d.partial" / "state").mkdir(parents=True)
+    with OutputFolder(str(tmp_path), "train.py"):
+        assert [name for name in own + others if (tmp_path / f"{name}.0a1b2c3d.partial").exists()] == others
 
 
 def test_moved_aside(tmp_path):

@@ -185,13 +185,20 @@ def test_rewind(tmp_path):
     for n in range(5):
         (tmp_path / "rollouts" / f"step_{n}.jsonl").touch()
         (tmp_path / f"eval_{n}.json").touch()
+    mine = ["eval_aime_2026.json", "eval_2026.jsonl", "eval_007.json", "eval_٣.json", "rollouts/step_of_interest_9.jsonl"]
+    mine += ["rollouts/eval_9.json", "rollouts/my_step_9.jsonl", "step_9.jsonl"]
+    for name in mine:  # of somebody who puts files there that look similar
+        (tmp_path / name).touch()
+    (tmp_path / "eval_9.json").mkdir()
     lines = [json.dumps({"step": n}) + "\n" for n in range(5)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines)[:-4])  # the last one cut short
     assert [r["step"] for r in rewind(str(tmp_path), 3, True)] == [0, 1, 2, 3]
     assert [r["step"] for r in rewind(str(tmp_path), 2, False)] == [0, 1]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
-    assert sorted(os.listdir(tmp_path / "rollouts")) == [f"step_{n}.jsonl" for n in range(3)]
-    assert sorted(os.listdir(tmp_path)) == ["eval_0.json", "eval_1.json", "eval_2.json", "metrics.jsonl", "rollouts"]
+    found = {os.path.relpath(os.path.join(d, n), tmp_path) for d, _, names in os.walk(tmp_path) for n in names}
+    assert found == {f"{name}.json" for name in ("eval_0", "eval_1", "eval_2")} | {"metrics.jsonl", *mine} | {
+        f"rollouts/step_{n}.jsonl" for n in range(3)
+    }
 
 
 # ---------------------------------------------------------------- two ranks under torchrun

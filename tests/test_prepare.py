@@ -204,6 +204,55 @@ def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):
     assert not any(name.endswith(".partial") for _, _, names in os.walk(tmp_path) for name in names)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_openr1_overwrites_nothing(tmp_path, byte_model, monkeypatch, links):
+    """Neither a link that leads nowhere, nor a file that appears during the work, nor what another command is writing."""
+    source = write_openr1(tmp_path / "raw.parquet", ROWS[:1])
+    convert = lambda name: call("openr1", f"--src={source}", f"--out={tmp_path / 'd' / name}", f"--tokenizer={byte_model}")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    (tmp_path / "d").mkdir()
+    os.symlink("nowhere", tmp_path / "d" / "y.hard.parquet")
+    with pytest.raises(UserError, match="y.hard.parquet exists"):
+        convert("y.parquet")
+    os.remove(tmp_path / "d" / "y.hard.parquet")
+    real, told = prepare.traces_of, []
+
+    def traces_of(*arguments):
+        if not told and (child := os.fork()) == 0:
+            try:
+                convert("y.easy.parquet")
+            except UserError as e:
+                os._exit("y.easy.parquet is in use by prepare.py, process" in str(e))
+            os._exit(2)
+        told.append(told or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "traces_of", traces_of)
+    convert("y.parquet")
+    assert told[0] == 1 and sorted(os.listdir(tmp_path / "d"))[:2] == ["y.complement.parquet", "y.easy.parquet"]
+
+    def appears(*arguments):
+        (tmp_path / "d" / "z.parquet").write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "traces_of", appears)
+    with pytest.raises(UserError, match="z.parquet exists"):
+        convert("z.parquet")
+    assert (tmp_path / "d" / "z.parquet").read_text() == "mine" and len(os.listdir(tmp_path / "d")) == 7
+
+
+def test_a_full_disk_is_named(tmp_path, byte_model, monkeypatch):
+    source, out = write_openr1(tmp_path / "raw.parquet", ROWS[:1]), tmp_path / "d" / "y.parquet"
+    argv = ["openr1", f"--src={source}", f"--out={out}", f"--tokenizer={byte_model}"]
+    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    for function in ("runtime.folder.Lock.sign", "prepare.pq.ParquetWriter.write_table"):
+        with monkeypatch.context() as m, pytest.raises(UserError, match="No space left on device") as e:
+            m.setattr(function, full)
+            call(*argv)
+        assert str(tmp_path / "d" / "y.") in str(e.value) and os.listdir(tmp_path / "d") == []
+
+
 def test_the_command_line_answers_in_two_lines():
     assert "openr1" in command("--help") and "--max_tokens" in command("openr1", "--help")
     for argv, words in (
@@ -328,21 +377,50 @@ def test_files_of_others_are_never_overwritten(tmp_path, reanswer, monkeypatch):
     assert (tmp_path / "new.parquet").read_text() == "mine"
     os.remove(tmp_path / "new.parquet")
 
-    real, renamed = os.replace, []
+    # Between the two calls for one file, and between two files.
+    for function, at in (("remove", ".complement.parquet.partial"), ("link", "new.parquet.partial")):
+        real = getattr(os, function)
 
-    def killed(old, new):
-        if renamed and new.endswith("new.parquet"):
-            raise KeyboardInterrupt
-        renamed.extend([new] * new.endswith("complement.parquet"))
-        real(old, new)
+        def killed(path, *more, real=real, at=at):
+            if str(path).endswith(at):
+                raise KeyboardInterrupt
+            real(path, *more)
 
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        call(*reanswer("new.parquet"))
-    monkeypatch.undo()
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(os, function, killed)
+            call(*reanswer("new.parquet"))
     call(*reanswer("new.parquet"))
     call(*reanswer("other.parquet"))
     assert written(tmp_path, "new") == written(tmp_path, "other") and not os.path.exists(tmp_path / "new.work")
+
+
+def test_what_appears_during_the_work_is_not_overwritten(tmp_path, reanswer, monkeypatch):
+    """Nothing of the work is lost: once the file is away, the same command ends at once. With other settings it does not."""
+    real = prepare.write_answers
+
+    def write_answers(*arguments):
+        (tmp_path / "new.parquet").write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "write_answers", write_answers)
+    with pytest.raises(UserError, match="new.parquet exists"):
+        call(*reanswer("new.parquet"))
+    monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="new.parquet exists"):
+        call(*reanswer("new.parquet"))
+    assert (tmp_path / "new.parquet").read_text() == "mine"
+    os.remove(tmp_path / "new.parquet")
+    call(*reanswer("new.parquet"))
+    assert pq.read_table(tmp_path / "new.parquet").num_rows and not os.path.exists(tmp_path / "new.work")
+
+
+def test_files_of_other_settings_are_not_overwritten(tmp_path, reanswer, monkeypatch):
+    real = os.link
+    monkeypatch.setattr(os, "link", lambda partial, path: 1 / 0 if path.endswith("new.parquet") else real(partial, path))
+    with pytest.raises(ZeroDivisionError):
+        call(*reanswer("new.parquet"))
+    with pytest.raises(UserError, match="new.complement.parquet exists"):
+        call(*reanswer("new.parquet", "--k=2"))
 
 
 def test_nothing_kept_is_nothing_written(tmp_path, reanswer):
@@ -529,11 +607,13 @@ def test_broken_folders_leave_nothing(tmp_path, fault, capsys):
 
 def test_model_mistakes_of_the_command_line(tmp_path):
     source, out = build_model(tmp_path / "base"), tmp_path / "out"
+    os.symlink("nowhere", tmp_path / "link")
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('no system turns') }}")
     plain = build_model(tmp_path / "plain", marks=())
     for changes, words in (
-        ({"out": source}, "base exists and is not empty"),
+        ({"out": source}, "base exists and is not an empty folder"),
         ({"out": source / "config.json"}, "config.json exists"),
+        ({"out": tmp_path / "link"}, "link exists"),
         ({"model": tmp_path / "none"}, "there is no model folder"),
         ({"model": "no/such"}, "there is no .*no/such, and the hub gives no no/such"),
         ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or your own file"),
@@ -545,8 +625,8 @@ def test_model_mistakes_of_the_command_line(tmp_path):
         options = {"model": source, "out": out, "round_trip": False, **changes}
         with pytest.raises(UserError, match=words):
             call("model", *(f"--{key}={value}" for key, value in options.items()))
-    assert sorted(os.listdir(tmp_path)) == ["bad.jinja", "base", "plain"]
-    assert "base exists and is not empty" in command("model", f"--model={source}", f"--out={source}", code=2)
+    assert sorted(os.listdir(tmp_path)) == ["bad.jinja", "base", "link", "plain"]
+    assert "base exists and is not an empty folder" in command("model", f"--model={source}", f"--out={source}", code=2)
 
 
 def test_round_trip_compares_with_the_engine(tmp_path, monkeypatch, capsys):
