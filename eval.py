@@ -293,7 +293,7 @@ def gather_problems(render, tokenizer):
     """The problems of the chosen sources, from all files. A problem's id is its key, so its samples do not depend on
     the file that it comes from."""
     found = {}
-    for path in words(data):
+    for path in words(data) or [""]:  # which data_path refuses
         loaded = load_benchmark(
             data_path(path), tokenizer, max_problems=0, max_prompt_tokens=sys.maxsize, require_think=require_think,
             log=print0, render=render,

@@ -23,6 +23,8 @@ HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::
 def data_path(name):
     """The knob `data` -> the path of a file or folder, or a name on the hub. USER/NAME is a path if it exists, if its ending
     is that of a file, or if there is a folder USER."""
+    if not name.strip():
+        raise UserError("data is empty: name a file, a folder or a dataset on the hub (docs/data.md)")
     path, folder = repo_path(name), name.split("/")[0]
     if name.startswith("hf://"):
         return name

@@ -384,6 +384,8 @@ def test_killed_again_and_again(sampler, kills, byte_model, tmp_path):
     [
         ("--model={tmp}/model", "has no tokenizer"),
         ("--data=nowhere.parquet", "there is no data file"),
+        ("--data=", "data is empty: name a file"),
+        ("--data= , ", "data is empty: name a file"),
         ("--k=0", "k='0': write a number above zero"),
         ("--template=foo", "template='foo': choose one of own"),
         ("--system=foo", "system='foo': choose keep or remove"),
