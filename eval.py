@@ -70,14 +70,14 @@ from data import digest, load_benchmark, load_templates
 from model import pick_device
 from reward import Verifier, graded_text
 from rollout import Sample, choose_sampler, open_sampler, request_seed
-from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
 from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt, response_text
-from runtime.work import chunk_files, open_work, settings_of, work_through
+from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 # Knobs that may change when a killed evaluation is continued: the samples do not depend on them, or what follows from
 # them is compared instead (the problems, the weights, k by source, each temperature).
@@ -321,7 +321,7 @@ def cut(problems, k_of):
 
 def report(folder, paths):
     """Summarise the samples: write eval.json and averages.json, and print a table."""
-    rows = list(read_lines(paths))
+    rows = list(read_chunks(paths))
     table = summarize(rows)
     means = averages(rows, table)
     for source, row in table.items():  # for compare, which may have only this file

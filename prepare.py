@@ -100,13 +100,13 @@ from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
-from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, weight_files, write_json
+from runtime.files import load_config, model_path, partial_name, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import tensor_files
 from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt
-from runtime.work import chunk_files, open_work, settings_of, work_through
+from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
 
@@ -406,7 +406,7 @@ def prepare_reanswer(args):
 def write_answers(source, paths, out, complement, opening):
     """The rows of source with their verified samples as target, in one pass over both. Returns counts."""
     counts = dict.fromkeys(("problems", "problems with a trace", "samples", "samples kept"), 0)
-    answers = read_lines(paths)
+    answers = read_chunks(paths)
     answer = next(answers)
     with pq.ParquetWriter(out, SCHEMA) as right, pq.ParquetWriter(complement, SCHEMA) as rest:
         waiting = {right: [], rest: []}

@@ -64,15 +64,6 @@ def write_lines(path, rows):
         f.writelines(json.dumps(r) + "\n" for r in rows)
 
 
-def read_lines(paths):
-    for path in paths:
-        with open(path) as f:
-            try:
-                yield from map(json.loads, f)
-            except ValueError:
-                raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from None
-
-
 def write_json(path, value):
     with whole(path) as f:
         json.dump(value, f, indent=1, allow_nan=False)

@@ -151,7 +151,7 @@ def read(folder):
 
 
 def samples_of(folder):
-    return [row for f in sorted(os.listdir(folder / "samples")) for row in lines_of(folder / "samples" / f)]
+    return [row for f in sorted(os.listdir(folder / "samples")) for row in lines_of(folder / "samples" / f)[1:]]
 
 
 @pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
@@ -262,7 +262,7 @@ def test_samples_without_settings_are_void(run_eval, tmp_path, capsys):
     """After a kill while old files were moved aside, or an edit of settings.json, old samples are not used."""
     argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
     first = run_eval(*argv)
-    for content in (None, "{", '{"settings": {}, "written_by": {}}'):
+    for content in (None, "{", "{}", "[]", "null", '{"settings": {}, "written_by": {}}'):
         settings = tmp_path / "out" / "settings.json"
         settings.unlink() if content is None else settings.write_text(content)
         marked = tmp_path / "out" / "samples" / "00000.jsonl"
@@ -320,10 +320,19 @@ def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
 def test_damaged_samples_are_named(run_eval, tmp_path):
     argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
     run_eval(*argv)
-    path = tmp_path / "out" / "samples" / "00002.jsonl"
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(UserError, match="00002.jsonl is damaged: remove it, and the same command makes it again"):
-        run_eval(*argv)
+    path, other = (tmp_path / "out" / "samples" / f"{i:05d}.jsonl" for i in (2, 3))
+    first, text = path.read_text().split("\n", 1)
+    another_temperature = run_eval(*argv, "--temperature=1", out="warm")["samples/00002.jsonl"].decode()
+    whole = f"{first}\n{text}"
+    for content in (whole[:-9], f"{first}\n", "", text, "3\n", "\ufeff", whole + text, other.read_text(), another_temperature,
+                    whole.replace('"reward": [0.0]', '"reward": [1.0]')):  # fmt: skip
+        assert content != whole
+        path.write_text(content)
+        with pytest.raises(UserError, match="00002.jsonl is damaged: remove it, and the same command makes it again"):
+            run_eval(*argv)
+    path.unlink()
+    run_eval(*argv)
+    assert path.read_text() == whole
 
 
 def test_a_broken_grader_is_found_before_anything_is_sampled(run_eval, tmp_path, monkeypatch):
