@@ -358,7 +358,8 @@ def prepare_reanswer(args):
                         solved_at=args.solved_at)  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(verifier)
-        problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
+        content = hashlib.sha256()
+        problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0, content=content)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
         device, dtype = pick_device(args.dtype)
@@ -384,7 +385,7 @@ def prepare_reanswer(args):
 
         work_through(place, chunks, answer, args.tensor_parallel)
         if RANK == 0:
-            counts = write_answers(source, chunk_files(work, chunks), *partial, THINK if opened else "")
+            counts = write_answers(source, content.digest(), chunk_files(work, chunks), *partial, THINK if opened else "")
             print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
             if not counts["samples kept"]:
                 for path in partial:
@@ -403,14 +404,16 @@ def prepare_reanswer(args):
         engine.close()
 
 
-def write_answers(source, paths, out, complement, opening):
-    """The rows of source with their verified samples as target, in one pass over both. Returns counts."""
+def write_answers(source, read, paths, out, complement, opening):
+    """The rows of source with their verified samples as target, in one pass over both. Returns counts. read: the digest of
+    the rows that were answered; raises UserError if these are others."""
     counts = dict.fromkeys(("problems", "problems with a trace", "samples", "samples kept"), 0)
     answers = read_chunks(paths)
     answer = next(answers)
     with pq.ParquetWriter(out, SCHEMA) as right, pq.ParquetWriter(complement, SCHEMA) as rest:
         waiting = {right: [], rest: []}
-        for index, row in read_rows(source):
+        content = hashlib.sha256()
+        for index, row in read_rows(source, content):
             if answer is None or index != answer["id"]:  # a row that load_problems dropped
                 continue
             traces = []
@@ -436,6 +439,8 @@ def write_answers(source, paths, out, complement, opening):
             answer = next(answers, None)
         for writer, rows in waiting.items():
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    if content.digest() != read:
+        raise UserError(f"{source} has changed while it was answered: restore it, and the same command continues")
     return counts
 
 

@@ -22,6 +22,7 @@ out_dir. SIGTERM, SIGINT and SIGHUP save and end, SIGUSR1 saves; docs/long_run.m
 """
 
 import contextlib
+import hashlib
 import inspect
 import math
 import os
@@ -190,13 +191,13 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         tokenizer, model_config = load_tokenizer(base), load_config(base)
         teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
         print0(ends_in_words(tokenizer))
-        problems, held_out = load_data(tokenizer)
+        problems, held_out, read = load_data(tokenizer)
         verifier = Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at,
                             refuse_unevaluated=refuse_unevaluated)  # fmt: skip
         stack.enter_context(verifier)
         problems = preflight.check_traces(knobs, problems, tokenizer, verifier)
         preflight.check_problems(knobs, problems)
-        identity = identify(config, problems, engine_kind, precision, verifier, checkpoint)
+        identity = identify(config, problems, read, engine_kind, precision, verifier, checkpoint)
         if checkpoint:
             check_same_run(checkpoint, identity, configurator.free_knobs(__file__), resume)
         preflight.show_plan(knobs, model_config, teacher_config, problems, device)
@@ -334,13 +335,16 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
 
 def load_data(tokenizer):
-    """The problems to train on, and those to evaluate on: held out from `data`, and of eval_data."""
-    problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0)
+    """The problems to train on; those to evaluate on: held out from `data`, and of eval_data; and for each of these two knobs
+    a digest of the rows that were read."""
+    read = {name: hashlib.sha256() for name in ("data", "eval_data")}
+    problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0,
+                             content=read["data"])  # fmt: skip
     problems, held_out = set_aside(problems, holdout)
     if eval_data:
-        path = data_path(eval_data)
-        held_out += load_benchmark(path, tokenizer, eval_max_problems, max_prompt_tokens, require_think, log=print0)
-    return problems, held_out
+        held_out += load_benchmark(data_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think,
+                                   log=print0, content=read["eval_data"])  # fmt: skip
+    return problems, held_out, {name: content.hexdigest() for name, content in read.items()}
 
 
 def engine_options(tokenizer, kind, precision):

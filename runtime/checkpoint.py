@@ -30,7 +30,7 @@ from runtime.plan import show
 from runtime.ranks import RANK, WORLD, all_ranks, print0
 from runtime.tensors import read_rows_of, tensors_in, whole_tensors
 
-FORMAT = 2  # of run.json; older ones name no format
+FORMAT = 3  # of run.json; older ones name no format
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 FILE = 2 << 30  # about as many bytes of tensors per file; the ranks take turns in writing files
 

@@ -3,6 +3,7 @@ Files that are written whole or not at all, digests of their content, and the fo
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -161,12 +162,13 @@ def read_index(folder, name):
     raise OSError(f"{name} is no index of weights: copy the model again")
 
 
+@functools.cache
 def model_path(model):
-    """The knob `model` -> the path of a folder, or a hub name (USER/NAME, if there is no folder USER here). Raises UserError
-    if it is neither."""
+    """The knob `model` -> the path of a folder, or a hub name (USER/NAME, if there is no folder USER here). A link is followed
+    once per process: a live run's `latest` may move between two looks. Raises UserError if it is neither."""
     path, user = repo_path(model), model.split("/")[0]
     if os.path.isdir(path):
-        return path
+        return os.path.realpath(path)
     if model.count("/") == 1 and model[0] not in "./~" and user != "models" and not os.path.isdir(repo_path(user)):
         return model
     raise UserError(f"there is no model folder {path}: python prepare.py model makes one (docs/data.md)")

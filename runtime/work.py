@@ -22,6 +22,7 @@ def settings_of(knobs, problems, model, sampler, dtype, verifier):
     names = ["data", "eval", "model", "reward", "rollout"]
     names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "tensors", "torch_sampler")]
     source = agreed(verifier.source, verifier.grader)
+    agreed(os.path.basename(model), "model")  # where `latest` led each rank
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,

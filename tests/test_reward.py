@@ -423,13 +423,13 @@ def test_a_grader_is_read_once(tmp_path, monkeypatch):
         path.write_text("def grade(text, answer): return 0.5")
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
         config = {"grader": str(path), "data": str(path), "model": "", "teacher_model": "", "eval_data": ""}
-        inputs = identify(config, [], "torch", "float32", v, None)["inputs"]
+        inputs = identify(config, [], {"data": "1"}, "torch", "float32", v, None)["inputs"]
         assert inputs["grader"] == [len(OWN_BYTES), hashlib.sha256(OWN_BYTES).hexdigest()] != inputs["data"]
         settings = settings_of({}, [], os.path.join(ROOT, "toy", "base"), "torch", "float32", v)
         assert settings["grader"].encode("latin-1") == OWN_BYTES
         monkeypatch.setattr("runtime.ranks.all_ranks", lambda item: [item, path.read_bytes()])  # what another rank read
         with pytest.raises(UserError, match="own.py is not the same on all ranks"):
-            identify(config, [], "torch", "float32", v, None)
+            identify(config, [], {"data": "1"}, "torch", "float32", v, None)
         os.remove(path)
         v.workers[0].kill()
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
