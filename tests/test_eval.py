@@ -14,6 +14,7 @@ from tokenizers import processors
 from configurator import ROOT, UserError
 from data import load_templates
 from eval import renderer, samples_per_source, shuffled
+from runtime.checkpoint import fault_in
 from runtime.files import fingerprint, model_files, weights_digest
 from runtime.tokenizer import load_tokenizer
 
@@ -289,6 +290,28 @@ def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
     for name in ("pytorch_model.bin", "README.md", "extra.safetensors", "out.log"):  # no reader opens them
         (folder / name).write_bytes(b"0")
     assert weights_digest(str(folder)) == other
+
+
+@pytest.mark.parametrize("file,key", [("additional_chat_templates", None), ("adapter_config.json", None),
+                                      ("config.json", "configuration_files"),
+                                      ("tokenizer_config.json", "fast_tokenizer_files")])  # fmt: skip
+def test_what_leads_transformers_to_other_files(byte_model, tmp_path, file, key):
+    """They replace the chat template, the weights, the config or the tokenizer, and no digest would tell."""
+    folder = tmp_path / "ckpt_1"
+    shutil.copytree(byte_model, folder)
+    (folder / "state").mkdir()
+    body = json.dumps({"files": {name: fingerprint(folder / name) for name in model_files(folder)}})
+    (folder / "state" / "run.json").write_text(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    if key:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: []}))
+    elif file.endswith(".json"):
+        (folder / file).write_text("{}")
+    else:
+        (folder / file).mkdir()
+    words = f"{file} names other files by '{key}'" if key else f"{file} would change the model"
+    with pytest.raises(UserError, match=words):
+        weights_digest(str(folder))
+    assert words in fault_in(str(folder), {})  # on resume
 
 
 def test_a_checkpoint_is_compared_with_its_run_json(byte_model, tmp_path):
