@@ -335,6 +335,11 @@ def report(folder, paths):
         counts = f"{row['n']:>6}{row['k']:>4}" if "k" in row else f"{row['n']:>6}    "
         rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns)
         print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
+    for reason in ("error", "timeout"):
+        if n := sum(r["reason"].count(reason) for r in rows):
+            print(
+                f"note: {n} of {sum(len(r['reason']) for r in rows)} answers count as wrong because grading ended in {reason}"
+            )
     print("\n".join(best_and_worst(rows)))
     return table
 

@@ -624,6 +624,45 @@ def test_workers_are_limited(verifier):
     assert 5 <= int(re.search(r"Max cpu time +(\d+)", limits)[1]) < 60  # of this answer; it is raised with each
 
 
+def limited(limit, value):
+    """Grade an answer that needs a worker in a process with a hard limit. Returns what it prints, in one string."""
+    code = (
+        "import configurator, resource, reward\n"
+        "def main():\n"
+        f"    resource.setrlimit(resource.{limit}, ({value}, {value}))\n"
+        "    with reward.Verifier(1, grader='oat', require_think=False) as v: print(v.score(['so \\\\boxed{12}'], ['12']))\n"
+        "configurator.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_limits_of_the_shell():
+    """A worker lives under a limit that is low, and one that is too low is named."""
+    assert "reward=1.0, reason='correct'" in limited("RLIMIT_CPU", 30)
+    assert "reward=1.0, reason='correct'" in limited("RLIMIT_AS", 3 << 30)
+    words = f"error: the verifier's worker does not start: .*; this shell allows {50 << 20} bytes of memory \\(ulimit -v\\)\n"
+    assert re.fullmatch(words, limited("RLIMIT_AS", 50 << 20))
+
+
+def test_an_error_of_ours_is_no_verdict(capsys, monkeypatch):
+    """One answer on which the grader fails is wrong, and shown. A worker that fails at any answer ends the work."""
+    with Verifier(workers=1, grader="oat", require_think=False) as v:
+        ask, broken = v.workers[0].ask, {"bad"}
+
+        def failing(request, seconds):
+            return [0.0, "error", "", "ValueError: no"] if request[0] in broken else ask(request, seconds)
+
+        v.workers[0].ask = failing
+        assert [x.reason for x in v.score(["bad", "so \\boxed{12}"], ["12", "12"])] == ["error", "correct"]
+        assert (
+            capsys.readouterr().out == "warning: oat: ValueError: no; reward 0 for ground truth '12', answer ending in 'bad'\n"
+        )
+        broken.add("$x$")
+        with pytest.raises(UserError, match="the verifier's workers fail at every answer: ValueError: no"):
+            v.score(["bad"], ["12"])
+
+
 def test_expressions():
     """What sympy is asked about, parsed without Python's eval."""
     for text, value in (("3sqrt(2)/2-sqrt(9/2)", 0), ("-2^2", -4), ("2^-1-0.5", 0), ("1/2x-x/2", 0), ("xy-yx", 0),
