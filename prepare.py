@@ -336,9 +336,10 @@ def prepare_reanswer(args):
     Under torchrun the ranks share the work. Samples are kept in the folder *.work until out is written. The same command
     continues a killed run, and ends with the same files.
     """
-    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at reward_workers reward_timeout", "[> 0]")
-    check_range(args, "temperature", "")  # zero or more
-    check_range(args, "seed", "[0, 4294967295]")
+    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at", "[> 0]")
+    for name, written in (("reward_workers", "[1, 1024]"), ("reward_timeout", "[0.01, 86400]"),
+                          ("temperature", "[0 or 0.01, 100]"), ("seed", "[0, 4294967295]")):  # fmt: skip
+        check_range(args, name, written)
     out = repo_path(args.out)
     stem, ending = os.path.splitext(out)
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
