@@ -11,7 +11,7 @@ A knob's comment may end in its range. An int or a float without a range must be
 
     [> 0]     above zero                  [any]             any finite number
     [0, 1]    both ends included          [auto | float32]  one of these words
-    [0, 1)    the upper end excluded
+    [0, 1)    the upper end excluded  [0 or 1, 9]           zero, or between the two
 
 "# ---- text" is a heading for --help. "# ==== text" is one too, and a resumed run may change the knobs below it.
 """
@@ -36,6 +36,7 @@ RANGES = (  # of an int or a float: as the end of its comment writes it, whether
     ("", lambda v: v >= 0, "be zero or more"),
     (r"\[any\]", lambda v: True, ""),
     (rf"\[> {NUMBER}\]", lambda v, low: v > low, "be above {}"),
+    (rf"\[0 or {NUMBER}, {NUMBER}\]", lambda v, low, high: v == 0 or low <= v <= high, "be zero, or lie between {} and {}"),
     (rf"\[{NUMBER}, {NUMBER}\]", lambda v, low, high: low <= v <= high, "lie between {} and {}"),
     (rf"\[{NUMBER}, {NUMBER}\)", lambda v, low, high: low <= v < high, "be at least {} and below {}"),
 )
@@ -134,13 +135,14 @@ def parse(text, default):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two are of deep nesting
         return text
 
 
 def check_type(key, value, default, origin):
     """Return `value` in the default's type. An int becomes a float if the default is one; nothing else is converted.
-    Raises UserError for any other type, for a float that is not finite, and for an int from 2**53 on."""
+    Raises UserError for any other type, for a float that is not finite, for an int from 2**53 on, and for text that is
+    none to the system, such as "\\0": it may be a path."""
     if type(default) is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
@@ -150,6 +152,12 @@ def check_type(key, value, default, origin):
         raise UserError(f"{origin}: '{key}' must be {want}{finite}, not {shown}; the default is {default!r}")
     if type(value) is int and abs(value) >= 2**53:
         raise UserError(f"{origin}: '{key}' must be below 2**53; the default is {default!r}")
+    try:
+        is_text = type(value) is not str or b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise UserError(f"{origin}: '{key}' is {value!a:.60}, which no path and no text may be")
     return value
 
 

@@ -104,10 +104,10 @@ class Unusable(Exception):
 
 
 def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=8192, require_think=True, log=print,
-                  render=None, evaluated=False):  # fmt: skip
+                  render=None, content=None, evaluated=False):  # fmt: skip
     """Read the rows of a file or dataset (runtime/rows.py). Returns a list of Problem. render(messages, answer, source)
     returns the text before the response, and the answer to grade against; by default the chat template's text, and
-    the answer unchanged.
+    the answer unchanged. content: a hash object that is fed the rows.
 
     Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
     answer, prompts whose messages hold a control token such as <|im_end|>, and traces that plain_trace() refuses; `log`
@@ -116,7 +116,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     of another schema, if no row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
     """
     problems, dropped = [], Counter()
-    for index, row in read_rows(path):
+    for index, row in read_rows(path, content):
         answer = (row["reward_model"]["ground_truth"] or "").strip()
         messages = [m for m in row["prompt"] if m.get("content") is not None]  # an empty system turn is one, too
         if not answer or not messages or not messages[-1]["content"].strip():
@@ -178,11 +178,12 @@ def plain_trace(trace, control, opened):
     return trace
 
 
-def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None):
+def load_benchmark(path, tokenizer, max_problems, max_prompt_tokens, require_think, log=print, render=None,
+                   content=None):  # fmt: skip
     """load_problems, without repeats of a question and answer, then at most max_problems per source (0: all)."""
     first = {}
     limits = dict(max_prompt_tokens=max_prompt_tokens, require_think=require_think)
-    for p in load_problems(path, tokenizer, **limits, log=log, render=render, evaluated=True):
+    for p in load_problems(path, tokenizer, **limits, log=log, render=render, content=content, evaluated=True):
         first.setdefault(p.key, p)
     counts, kept = {}, []
     for p in first.values():

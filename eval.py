@@ -35,7 +35,7 @@ system = "remove"  # the data's system turn; without it the chat template may ad
 shuffle_options = ""  # sources whose multiple-choice options are permuted (by seed), such as arc_c,gpqa,mmlu_pro
 # ---------------------------------------------------------------- sampling
 k = "1,aime=32,aime25=32,amc=32"  # samples per problem: one number, then exceptions by source
-temperature = 0.6  # 0 is greedy; top_p is always 1
+temperature = 0.6  # 0 is greedy; below 0.01 logits overflow, and vLLM takes 0.01; top_p is always 1 [0 or 0.01, 100]
 sweep = ""  # temperatures, comma-separated: evaluate at each, and write sweep.json and sweep.png
 max_tokens = 8192  # response tokens at most [> 0]
 seed = 0  # of the samples [0, 4294967295]
@@ -46,8 +46,8 @@ grade_unclosed = False  # a response that never closes its thought is graded as 
 answer_line = False  # read "ANSWER: C" as \boxed{C} if the ground truth is a letter or digit and nothing is boxed
 refuse_unevaluated = False  # where the ground truth is a plain number, \binom{10}{3} for 120 is wrong
 solved_at = 1.0  # a reward from here on counts as solved, in pass@k and maj@k; of interest for your own grader [> 0]
-reward_workers = 2  # verifier processes per rank [> 0]
-reward_timeout = 2.0  # seconds of grading per answer [> 0]
+reward_workers = 2  # verifier processes per rank [1, 1024]
+reward_timeout = 2.0  # seconds of grading per answer [0.01, 86400]
 # ---------------------------------------------------------------- system
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
 dtype = "auto"  # of weights and matrix products; auto: bfloat16 on a GPU [auto | float32 | bfloat16]
@@ -55,7 +55,7 @@ gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 chunk = 256  # samples per chunk of work; a kill loses at most one chunk per rank [> 0]
 
-from configurator import UserError, configure, printable, run
+from configurator import UserError, configure, out_of_range, printable, run
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     if sys.argv[1:2] == ["compare"]:
@@ -70,7 +70,7 @@ from data import digest, load_benchmark, load_templates
 from model import pick_device
 from reward import Verifier, graded_text, letter_with_text
 from rollout import Sample, choose_sampler, open_sampler, request_seed
-from runtime.files import load_config, model_path, read_lines, write_json
+from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
 from runtime.preflight import check_ids
@@ -78,7 +78,7 @@ from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, pri
 from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
 from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt, response_text
-from runtime.work import chunk_files, open_work, settings_of, work_through
+from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 # Knobs that may change when a killed evaluation is continued: the samples do not depend on them, or what follows from
 # them is compared instead (the problems, the weights, k by source, each temperature).
@@ -319,8 +319,11 @@ def read_temperatures(text):
         values = [float(t) for t in text.split(",")]
     except ValueError:
         raise UserError(f"sweep={text!r}: write temperatures with commas, such as 0.1,0.4,0.7,1.0") from None
-    if not all(0 <= v < 100 for v in values):
-        raise UserError(f"sweep={text!r}: temperatures are zero or more, and below 100")
+    if wrong := next(filter(None, (out_of_range("temperature", v, "[0 or 0.01, 100]") for v in values)), None):
+        raise UserError(f"sweep={text!r}: {wrong}")
+    names = [f"{v:g}" for v in values]  # of the folders, too
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"sweep={text!r}: {twice[0]} is there twice; temperatures differ in their first six digits")
     return values
 
 
@@ -342,7 +345,7 @@ def gather_problems(render, tokenizer):
     """The problems of the chosen sources, from all files. A problem's id is its key, so its samples do not depend on
     the file that it comes from."""
     found = {}
-    for path in words(data):
+    for path in words(data) or [""]:  # which data_path refuses
         loaded = load_benchmark(
             data_path(path), tokenizer, max_problems=0, max_prompt_tokens=sys.maxsize, require_think=require_think,
             log=print0, render=render,
@@ -370,7 +373,7 @@ def cut(problems, k_of):
 
 def report(folder, paths):
     """Summarise the samples: write eval.json and averages.json, and print a table."""
-    rows = list(read_lines(paths))
+    rows = list(read_chunks(paths))
     table = summarize(rows)
     means = averages(rows, table)
     for source, row in table.items():  # for compare, which may have only this file
@@ -387,6 +390,11 @@ def report(folder, paths):
     for source, row in table.items():
         if n := row["letter_with_text"]:
             print(f"  {source}: {n} of {row['n'] * row['k']} samples box the right letter with more text, and count as wrong")
+    for reason in ("error", "timeout"):
+        if n := sum(r["reason"].count(reason) for r in rows):
+            print(
+                f"note: {n} of {sum(len(r['reason']) for r in rows)} answers count as wrong because grading ended in {reason}"
+            )
     print("\n".join(best_and_worst(rows)))
     return table
 

@@ -211,8 +211,11 @@ def trace(argv):
     folder = repo_path(folders[0])
     if not os.path.isfile(path := os.path.join(folder, "config.json")):
         raise UserError(f"{folder} has no config.json: give a folder that train.py wrote")
-    with open(path) as f:
-        config = json.load(f)
+    try:
+        with open(path) as f:
+            config = dict(json.load(f))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged: copy it again") from None
     names = os.listdir(rollouts) if os.path.isdir(rollouts := os.path.join(folder, "rollouts")) else []
     steps = sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
     step = options.get("step") or str(max(steps, default=""))
@@ -220,10 +223,15 @@ def trace(argv):
         raise UserError(f"{folder} has no rollouts: train with a rollout_interval")
     if step not in map(str, steps):
         raise UserError(f"{folder} has rollouts of the steps {steps}: choose one of them by --step=N")
-    with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
+    path, groups = os.path.join(folder, "rollouts", f"step_{step}.jsonl"), {}
+    try:
+        with open(path) as f:
+            for r in map(json.loads, f):
+                groups.setdefault(str(r["problem"]), []).append(r)
+    except (ValueError, TypeError, LookupError, RecursionError):
         groups = {}
-        for r in map(json.loads, f):
-            groups.setdefault(str(r["problem"]), []).append(r)
+    if not groups:
+        raise UserError(f"{path} is damaged: choose another step by --step=N")
     # By default the group with a trace, an advantage, and the least probable token of a teacher.
     if "written_by" not in next(iter(groups.values()))[0]:
         raise UserError(f"{folder}'s rollouts were written by an older version of this code: draw them with that one")

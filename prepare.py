@@ -100,13 +100,13 @@ from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler
-from runtime.files import load_config, model_path, partial_name, read_lines, remove_partials, weight_files, write_json
+from runtime.files import load_config, model_path, partial_name, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import tensor_files
 from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt
-from runtime.work import chunk_files, open_work, settings_of, work_through
+from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
 
@@ -355,9 +355,10 @@ def prepare_reanswer(args):
     Under torchrun the ranks share the work. Samples are kept in the folder *.work until out is written. The same command
     continues a killed run, and ends with the same files.
     """
-    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at reward_workers reward_timeout", "[> 0]")
-    check_range(args, "temperature", "")  # zero or more
-    check_range(args, "seed", "[0, 4294967295]")
+    check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at", "[> 0]")
+    for name, written in (("reward_workers", "[1, 1024]"), ("reward_timeout", "[0.01, 86400]"),
+                          ("temperature", "[0 or 0.01, 100]"), ("seed", "[0, 4294967295]")):  # fmt: skip
+        check_range(args, name, written)
     out = repo_path(args.out)
     stem, ending = os.path.splitext(out)
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
@@ -377,7 +378,8 @@ def prepare_reanswer(args):
                         solved_at=args.solved_at)  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(verifier)
-        problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0)
+        content = hashlib.sha256()
+        problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0, content=content)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
         device, dtype = pick_device(args.dtype)
@@ -405,9 +407,8 @@ def prepare_reanswer(args):
 
         work_through(place, chunks, answer, args.tensor_parallel)
         if RANK == 0 and not os.path.exists(ready):
-            counts = write_answers(
-                source, chunk_files(work, chunks), partial[out], partial[complement], THINK if opened else ""
-            )
+            files = chunk_files(work, chunks)
+            counts = write_answers(source, content.digest(), files, partial[out], partial[complement], THINK if opened else "")
             print("\n".join(f"{what:<32}{n:>10,}" for what, n in counts.items()))
             if not counts["samples kept"]:
                 for path in (out, complement):
@@ -428,14 +429,16 @@ def prepare_reanswer(args):
         engine.close()
 
 
-def write_answers(source, paths, out, complement, opening):
-    """The rows of source with their verified samples as target, in one pass over both. Returns counts."""
+def write_answers(source, read, paths, out, complement, opening):
+    """The rows of source with their verified samples as target, in one pass over both. Returns counts. read: the digest of
+    the rows that were answered; raises UserError if these are others."""
     counts = dict.fromkeys(("problems", "problems with a trace", "samples", "samples kept"), 0)
-    answers = read_lines(paths)
+    answers = read_chunks(paths)
     answer = next(answers)
     with pq.ParquetWriter(out, SCHEMA) as right, pq.ParquetWriter(complement, SCHEMA) as rest:
         waiting = {right: [], rest: []}
-        for index, row in read_rows(source):
+        content = hashlib.sha256()
+        for index, row in read_rows(source, content):
             if answer is None or index != answer["id"]:  # a row that load_problems dropped
                 continue
             traces = []
@@ -461,6 +464,8 @@ def write_answers(source, paths, out, complement, opening):
             answer = next(answers, None)
         for writer, rows in waiting.items():
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    if content.digest() != read:
+        raise UserError(f"{source} has changed while it was answered: restore it, and the same command continues")
     return counts
 
 

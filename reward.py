@@ -46,7 +46,7 @@ GRACE = 2.0  # seconds between the soft limit inside a worker and the hard one o
 MEMORY = 4 << 30  # bytes of a worker's address space
 LONGEST = 10_000  # bytes of a worker's reply, which names at most 200 characters of an answer and 300 of an error
 LARGEST = 1e6  # a reward's largest magnitude: float32 holds its square, summed over any batch
-SHOWN = 3  # errors of your own grader that are shown
+SHOWN = 3  # errors of a grader that are shown
 ANSWER_LINE = re.compile(r"(?i:\banswer)[*_ ]*:[*_ $(]*([A-J1-9])[*_ $).]*$", re.MULTILINE)
 
 
@@ -104,7 +104,7 @@ class Verifier:
     with the first answer that needs it, and takes a second or two to import math-verify.
 
     Raises UserError at once for a grader that does not exist or cannot do what is asked, on entering the
-    context if your own file fails, and in submit, score or collect if a worker cannot start.
+    context if your own file fails, and in submit, score or collect if a worker cannot start or fails at every answer.
     """
 
     def __init__(self, workers=2, timeout=2.0, require_think=True, grader="math_verify",
@@ -122,7 +122,7 @@ class Verifier:
             raise UserError(f"refuse_unevaluated is for {' and '.join(GRADERS)}: let your own grader decide, and leave it out")
         self.tick = lambda: None  # to be set: called after each answer; what it raises ends collect()
         self.broken = None  # the error, if a worker did not start
-        self.faults, self.n_shown = [], 0  # the first errors of your own grader, in words
+        self.faults, self.n_shown = [], 0  # the grader's first errors, in words
         self.threads = ThreadPoolExecutor(workers)
         self.idle = queue.SimpleQueue()
         self.workers = [Worker(timeout, self.grader, self.source) for _ in range(workers)]
@@ -176,6 +176,9 @@ class Verifier:
         worker = self.idle.get()
         try:
             verdict, fault = worker.grade(text, answer)
+            # An error is a verdict only if the worker can still grade: otherwise it is ours, and every answer would be wrong.
+            if verdict.reason == "error" and self.source is None and worker.grade("$x$", "x")[0].reason == "error":
+                raise UserError(f"the verifier's workers fail at every answer: {fault}{limits()}")
         except UserError as e:
             self.broken = e
             raise
@@ -185,7 +188,7 @@ class Verifier:
             if self.refuse_unevaluated and verdict.reward and unevaluated(verdict.answer, answer):
                 verdict = verdict._replace(reward=0.0)
             verdict = verdict._replace(reason="correct" if verdict.reward >= self.solved_at else "wrong")
-        if fault and self.source is not None and len(self.faults) < SHOWN:
+        if fault and len(self.faults) < SHOWN:
             what = f"ground truth {answer[:40]!r}, answer ending in {text[-80:]!r}"
             more = "; further errors are not shown" if len(self.faults) == SHOWN - 1 else ""
             self.faults.append(f"{self.grader}: {fault}; reward 0 for {what}{more}")
@@ -271,6 +274,7 @@ class Worker:
             reply = "it died"
         if reply != "ready":
             self.kill()
+            reply += limits()
             if self.source is not None:
                 reply += f"; {self.grader} must run and define grade(text, answer)"
             raise UserError(f"the verifier's worker does not start: {reply}")
@@ -359,6 +363,19 @@ def grade(grader, text, answer, timeout, errors=None):
     return float(reward), reason, vote((read or "")[:1000])[:200]  # cut first, because the timer is off
 
 
+def at_most(value, limit):
+    """The value, or the hard limit that this process inherited (ulimit) if that is lower."""
+    hard = resource.getrlimit(limit)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
+
+
+def limits():
+    """For an error: the limits under which a worker may die; "" if there are none."""
+    kinds = {"bytes of memory (ulimit -v)": resource.RLIMIT_AS, "seconds of CPU (ulimit -t)": resource.RLIMIT_CPU}
+    found = {what: resource.getrlimit(limit)[0] for what, limit in kinds.items()}
+    return "".join(f"; this shell allows {n} {what}" for what, n in found.items() if n != resource.RLIM_INFINITY)
+
+
 def in_words(error):
     """An exception in one line, even if it cannot be printed."""
     return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
@@ -392,11 +409,13 @@ def work(descriptor):
                 grader, reply = load_grader(name, source), "ready"
             except BaseException as e:
                 reply = in_words(e)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            memory = at_most(MEMORY, resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         else:
             # Above it the kernel kills the worker, even if it ignores signals and its parent is busy.
             cpu_seconds = math.ceil(time.process_time() + timeout + GRACE) + 1
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, resource.RLIM_INFINITY))
+            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]  # not lowered: each answer raises the soft one
+            resource.setrlimit(resource.RLIMIT_CPU, (at_most(cpu_seconds, resource.RLIMIT_CPU), hard))
             errors = []
             fields = grade(grader, *request, timeout, errors)
             reply = [*fields, in_words(errors[0]) if errors else ""]

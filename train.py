@@ -22,6 +22,7 @@ out_dir. SIGTERM, SIGINT and SIGHUP save and end, SIGUSR1 saves; docs/long_run.m
 """
 
 import contextlib
+import hashlib
 import inspect
 import math
 import os
@@ -46,7 +47,7 @@ n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
 teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
 verified_only = False  # drop traces that the verifier rejects before training
-temperature = 1.0  # logits are divided by it, in sampling and in training alike [> 0]
+temperature = 1.0  # logits are divided by it, in sampling and training; vLLM has none below 0.01 [0.01, 100]
 max_tokens = 40  # response tokens at most [> 0]
 max_prompt_tokens = 64  # longer prompts are dropped [> 0]
 max_teacher_tokens = 40  # longer traces are dropped [> 0]
@@ -92,7 +93,7 @@ holdout = 0  # questions of `data` set aside for evaluation, in addition to eval
 require_think = True  # the prompt must end in "<think>\n" and a response must close its thought
 refuse_unevaluated = False  # where the ground truth is a plain number, \binom{10}{3} for 120 is wrong
 solved_at = 1.0  # a reward from here on counts as solved: metrics, memories, verified traces; for your own grader [> 0]
-reward_timeout = 2.0  # seconds of grading per answer [> 0]
+reward_timeout = 2.0  # seconds of grading per answer [0.01, 86400]
 sampler = "auto"  # vLLM where it is installed, else the torch sampler [auto | vllm | torch]
 dtype = "auto"  # of matrix products and the engine; auto is bfloat16 on a GPU, else float32 [auto | float32 | bfloat16]
 # ================================================================ below: how it is run; these may change when a run is resumed
@@ -111,12 +112,12 @@ min_teacher_pass = 0.6  # refuse to start if fewer teacher traces verify (the to
 preflight_traces = 512  # traces graded for that; 0 is all
 canary_interval = 20  # steps between comparisons of the engine's log-probs with the trainer's, on one prompt; 0 is none
 canary_limit = 0.001  # stop if their mean |difference| is above it, there or over a batch; bfloat16 needs about 0.1 [> 0]
-hang_timeout = 300.0  # end the run after so many seconds without progress on any rank [> 0]
+hang_timeout = 300.0  # end the run after so many seconds without progress on any rank [0.1, 604800]
 # ---------------------------------------------------------------- evaluation, logging, checkpoints
 eval_interval = 10  # steps between evaluations, in addition to the first and the last; 0 is none
 eval_greedy = True  # evaluate one greedy answer per problem
 eval_k = 4  # samples per problem that are evaluated, too; 0 is none
-eval_temperature = 1.0  # of these samples
+eval_temperature = 1.0  # of these samples [0 or 0.01, 100]
 eval_max_problems = 0  # problems per source that are evaluated; 0 is all
 save_interval = 0  # steps between checkpoints, in addition to the last; 0 is none
 keep_last = 2  # keep the newest N checkpoints; 0 keeps all
@@ -130,7 +131,7 @@ micro_tokens = 8192  # tokens per forward pass and rank; the result does not dep
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 teacher_offload = False  # keep the teacher model's weights on the host between uses
-reward_workers = 2  # verifier processes per rank [> 0]
+reward_workers = 2  # verifier processes per rank [1, 1024]
 dry_run = False  # print the plan and stop; needs only the model's config.json
 plan_gpus = 8  # GPUs a dry run plans for [> 0]
 plan_gib = 80.0  # memory of each of these GPUs, GiB [> 0]
@@ -189,14 +190,14 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         base = checkpoint.path if checkpoint else model_path(model)
         tokenizer, model_config = load_tokenizer(base), load_config(base)
         teacher_config = preflight.check_models(knobs, base, tokenizer, model_config)
-        problems, held_out = load_data(tokenizer)
+        problems, held_out, read = load_data(tokenizer)
         preflight.check_ids(problems + held_out, tokenizer, model_config)
         verifier = Verifier(reward_workers, reward_timeout, require_think, grader, solved_at=solved_at,
                             refuse_unevaluated=refuse_unevaluated)  # fmt: skip
         stack.enter_context(verifier)
         problems = preflight.check_traces(knobs, problems, tokenizer, verifier)
         preflight.check_problems(knobs, problems)
-        identity = identify(config, problems, engine_kind, precision, verifier, checkpoint)
+        identity = identify(config, problems, read, engine_kind, precision, verifier, checkpoint)
         if checkpoint:
             check_same_run(checkpoint, identity, configurator.free_knobs(__file__), resume)
         preflight.show_plan(knobs, model_config, teacher_config, problems, device)
@@ -334,14 +335,17 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
 
 def load_data(tokenizer):
-    """The problems to train on, and those to evaluate on: held out from `data`, and of eval_data."""
+    """The problems to train on; those to evaluate on: held out from `data`, and of eval_data; and for each of these two knobs
+    a digest of the rows that were read."""
     print0(ends_in_words(tokenizer))
-    problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0)
+    read = {name: hashlib.sha256() for name in ("data", "eval_data")}
+    problems = load_problems(data_path(data), tokenizer, max_prompt_tokens, max_teacher_tokens, require_think, log=print0,
+                             content=read["data"])  # fmt: skip
     problems, held_out = set_aside(problems, holdout)
     if eval_data:
-        path = data_path(eval_data)
-        held_out += load_benchmark(path, tokenizer, eval_max_problems, max_prompt_tokens, require_think, log=print0)
-    return problems, held_out
+        held_out += load_benchmark(data_path(eval_data), tokenizer, eval_max_problems, max_prompt_tokens, require_think,
+                                   log=print0, content=read["eval_data"])  # fmt: skip
+    return problems, held_out, {name: content.hexdigest() for name, content in read.items()}
 
 
 def engine_options(tokenizer, kind, precision):

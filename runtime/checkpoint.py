@@ -31,7 +31,7 @@ from runtime.plan import show
 from runtime.ranks import RANK, WORLD, all_ranks, print0
 from runtime.tensors import read_rows_of, tensors_in, whole_tensors
 
-FORMAT = 2  # of run.json; older ones name no format
+FORMAT = 3  # of run.json; older ones name no format
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 NAME = "ckpt_(0|[1-9][0-9]*)"  # a checkpoint's
 REPLACED = ".old.partial"  # what is added to the name of a checkpoint that is being replaced

@@ -3,6 +3,7 @@ Files that are written whole or not at all, digests of their content, and the fo
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -62,15 +63,6 @@ def remove_partials(path):
 def write_lines(path, rows):
     with whole(path) as f:
         f.writelines(json.dumps(r) + "\n" for r in rows)
-
-
-def read_lines(paths):
-    for path in paths:
-        with open(path) as f:
-            try:
-                yield from map(json.loads, f)
-            except ValueError:
-                raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from None
 
 
 def write_json(path, value):
@@ -137,8 +129,20 @@ OTHERS = (
 )  # fmt: skip
 
 
+# What would make transformers read yet other files: beside a model, and in its files.
+ASIDE = ("additional_chat_templates", "adapter_config.json")
+POINTERS = (("config.json", "configuration_files"), ("tokenizer_config.json", "fast_tokenizer_files"))
+
+
 def model_files(folder):
-    """The names of the files that make up a model: config, tokenizer and weight_files(). No other file counts."""
+    """The names of the files that make up a model: config, tokenizer and weight_files(). No other file counts. Raises OSError
+    if a file of weights is missing, and for ASIDE and POINTERS."""
+    for name in ASIDE:
+        if os.path.lexists(os.path.join(folder, name)):
+            raise OSError(f"{name} would change the model: remove it from the folder")
+    for name, key in POINTERS:
+        if key in read_object(folder, name):
+            raise OSError(f"{name} names other files by {key!r}: remove that entry")
     return [name for name in OTHERS if os.path.isfile(os.path.join(folder, name))] + weight_files(folder)
 
 
@@ -146,8 +150,7 @@ def weight_files(folder):
     """The names of the files with a model's weights, as transformers chooses: the one that config.json names, else the
     first of WEIGHTS; behind an index, the files in it. Empty if there are none. Raises OSError if one is missing."""
     first = next((name for name in WEIGHTS if os.path.isfile(os.path.join(folder, name))), None)
-    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.path.join(folder, "config.json")) as f:
-        first = json.load(f).get("transformers_weights") or first
+    first = read_object(folder, "config.json").get("transformers_weights") or first
     names = [first] if first else []
     if first and first.endswith(".index.json"):
         names += sorted(set(read_index(folder, first).values()))
@@ -156,6 +159,13 @@ def weight_files(folder):
             by = first if name != first else "config.json"
             raise OSError(f"{by} names {name}, which is no file in the folder: copy the model again")
     return names
+
+
+def read_object(folder, name):
+    """The object in a JSON file; {} if there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError), open(os.path.join(folder, name)) as f:
+        return dict(json.load(f))
+    return {}
 
 
 def read_index(folder, name):
@@ -170,12 +180,13 @@ def read_index(folder, name):
     raise OSError(f"{name} is no index of weights: copy the model again")
 
 
+@functools.cache
 def model_path(model):
-    """The knob `model` -> the path of a folder, or a hub name (USER/NAME, if there is no folder USER here). Raises UserError
-    if it is neither."""
+    """The knob `model` -> the path of a folder, or a hub name (USER/NAME, if there is no folder USER here). A link is followed
+    once per process: a live run's `latest` may move between two looks. Raises UserError if it is neither."""
     path, user = repo_path(model), model.split("/")[0]
     if os.path.isdir(path):
-        return path
+        return os.path.realpath(path)
     if model.count("/") == 1 and model[0] not in "./~" and user != "models" and not os.path.isdir(repo_path(user)):
         return model
     raise UserError(f"there is no model folder {path}: python prepare.py model makes one (docs/data.md)")

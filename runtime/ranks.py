@@ -20,12 +20,18 @@ from runtime.process import die_with_parent
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, MACHINES = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells every process
 ROLL_CALL = 300.0  # seconds that a rank waits for those of other machines to start
 
 
 def start_processes(device, shard, knobs):
     """Join torchrun's process group. Call it before an engine starts, which would make a group of its own. knobs: all of
-    them, {name: value}; several machines must have the same ones. Raises UserError, see roll_call()."""
+    them, {name: value}; several machines must have the same ones. Raises UserError, see roll_call(), and if the environment
+    has only some of TORCHRUN."""
+    found, missing = ([n for n in TORCHRUN[:3] if n in os.environ], [n for n in TORCHRUN if n not in os.environ])
+    if found and missing:
+        raise UserError(f"{found[0]} is set in the environment, but {missing[0]} is not: unset {' '.join(found)}, or start by"
+                        " torchrun")  # fmt: skip
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         die_with_parent()  # torchrun ends its ranks, unless it is killed itself

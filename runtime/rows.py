@@ -23,6 +23,8 @@ HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::
 def data_path(name):
     """The knob `data` -> the path of a file or folder, or a name on the hub. USER/NAME is a path if it exists, if its ending
     is that of a file, or if there is a folder USER."""
+    if not name.strip():
+        raise UserError("data is empty: name a file, a folder or a dataset on the hub (docs/data.md)")
     path, folder = repo_path(name), name.split("/")[0]
     if name.startswith("hf://"):
         return name
@@ -30,12 +32,16 @@ def data_path(name):
     return name if HUB.fullmatch(name) and not is_file and not os.path.isdir(repo_path(folder)) else path
 
 
-def read_rows(path):
-    """Yield (index, row in the long form) of what data_path() names, with one batch in memory at a time. Raises UserError if
-    it is missing, damaged, or of another schema."""
+def read_rows(path, content=None):
+    """Yield (index, row in the long form) of what data_path() names, with one batch in memory at a time. content: a hash
+    object; it is fed each row, so that at the end it stands for what was read. Raises UserError if the data is missing,
+    damaged, or of another schema."""
     source = rows_of_dataset if os.path.isdir(path) or not os.path.isabs(path) else rows_of_file
     for index, row in enumerate(source(path)):
-        yield index, long_form(row, f"{path} row {index}")
+        row = long_form(row, f"{path} row {index}")
+        if content:
+            content.update(repr(row).encode())
+        yield index, row
 
 
 def long_form(row, where):

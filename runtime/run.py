@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from configurator import UserError, printable, provenance, repo_path
 from runtime.checkpoint import NotSaved, check_same, find, on_rank_0, prune, put_aside, restore, save, writer
-from runtime.files import fingerprint, make_folder, model_path, weights_digest, write_json
+from runtime.files import make_folder, model_path, weights_digest, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import (
     batch_warnings,
@@ -173,22 +173,24 @@ def find_checkpoint(output, resume):
     return Checkpoint(path, run)
 
 
-def identify(config, problems, sampler, dtype, verifier, checkpoint):
-    """What must stay the same when a run is resumed; also which code wrote it, and how many ranks. config: all knobs;
-    sampler, dtype: as resolved. Files are compared by content, not by name; the grader's is what the verifier runs. A
-    model folder that is gone is not compared, because resuming does not need it. Raises UserError if the files of another
-    machine differ."""
-    source, inputs, eval_data = agreed(verifier.source, config["grader"]), {}, {}
-    if LOCAL_RANK == 0:  # only one rank of a machine, because every file is read whole
-        inputs = {"data": fingerprint(repo_path(config["data"]))}
+def identify(config, problems, read, sampler, dtype, verifier, checkpoint):
+    """What must stay the same when a run is resumed; also which code wrote it, and how many ranks. config: all knobs; read:
+    digests of the data and eval_data that were read; sampler, dtype: as resolved. All is compared by content, not by name;
+    the grader's is what the verifier runs. A model folder that is gone is not compared, because resuming does not need it.
+    Raises UserError if the files of another machine or rank differ."""
+    source, inputs = agreed(verifier.source, config["grader"]), {}
+    folders = [config[name] for name in ("model", "teacher_model") if config[name] and os.path.isdir(repo_path(config[name]))]
+    agreed([os.path.basename(model_path(folder)) for folder in folders], "model")  # where `latest` led each rank
+    if LOCAL_RANK == 0:  # only one rank of a machine, because the weights are read whole
+        inputs = {"data": read["data"]}
         inputs["grader"] = config["grader"] if source is None else [len(source), hashlib.sha256(source).hexdigest()]
         for name in ("model", "teacher_model"):
             if folder := config[name]:
                 there = not checkpoint or os.path.isdir(repo_path(folder))
                 inputs[name] = weights_digest(model_path(folder)) if there else checkpoint.run["inputs"].get(name)
-        if config["eval_data"]:  # a resumed run may have another one, but not some of its machines
-            eval_data = {"eval_data": fingerprint(repo_path(config["eval_data"]))}
-    check_same_on_machines(inputs | eval_data)
+    check_same_on_machines(inputs | read)  # a resumed run may have another eval_data, but not some of its machines
+    for name in read:
+        agreed(read[name], config[name])
     return {
         "knobs": {**config, "sampler": sampler, "dtype": dtype},
         "inputs": {**all_ranks(inputs)[0], "problems": len(problems)},

@@ -3,8 +3,8 @@ The statistics of an evaluation: avg@k and its interval, unbiased pass@k, maj@k,
 bootstrap that compares two evaluations. The functions take rows as eval.evaluate returns them.
 """
 
-import contextlib
 import json
+import math
 import os
 
 import numpy as np
@@ -146,13 +146,19 @@ def read_scores(path):
     """Read an eval.json: ({source: {problem's key: its mean reward}}, the knobs in the settings.json beside it, if there
     is one)."""
     path, knobs = repo_path(path), {}
+    settings = os.path.join(os.path.dirname(path), "settings.json")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+        raise UserError(f"{path} is no file")
     try:
         with open(path) as f:
             scores = {s: {key: float(x) for key, x in row["problems"].items()} for s, row in json.load(f).items()}
-        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "settings.json")) as f:
-            knobs = json.load(f)["knobs"]
+        if not all(math.isfinite(x) for row in scores.values() for x in row.values()):
+            raise ValueError
+        if os.path.isfile(settings):
+            with open(settings) as f:
+                knobs = dict(json.load(f)["knobs"])
         return scores, knobs
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path} is not an eval.json that this eval.py wrote") from None

@@ -3,13 +3,14 @@ Long work in chunks that survives a kill: each chunk's rows are one file, and th
 that are missing.
 """
 
+import hashlib
 import json
 import os
 import time
 
-from configurator import ROOT, provenance
+from configurator import ROOT, UserError, provenance
 from data import digest
-from runtime.files import make_folder, weights_digest, write_json, write_lines
+from runtime.files import make_folder, weights_digest, whole, write_json
 from runtime.ranks import LOCAL_RANK, RANK, WORLD, agreed, barrier, check_same_on_machines, print0
 
 WRITTEN = ("ready", "eval.json", "averages.json", "samples", "settings.json")  # moved in this order
@@ -21,6 +22,7 @@ def settings_of(knobs, problems, model, sampler, dtype, verifier):
     names = ["data", "eval", "model", "reward", "rollout"]
     names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "tensors", "torch_sampler")]
     source = agreed(verifier.source, verifier.grader)
+    agreed(os.path.basename(model), "model")  # where `latest` led each rank
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
     return {
         **knobs,
@@ -43,13 +45,13 @@ def open_work(output, settings, knobs):
         try:
             with open(path) as f:
                 before = json.load(f)
-        except (OSError, ValueError):  # without settings the samples there cannot be trusted
-            before = {"settings": {}, "written_by": {}}
-        old = before["settings"]
+            old, written_by = dict(before["settings"]), before["written_by"]
+        except (OSError, ValueError, LookupError, TypeError):  # without settings the samples there cannot be trusted
+            old, written_by = {}, {}
         if old != settings:
             move_aside(folder, [name for name in sorted(old.keys() | settings.keys()) if old.get(name) != settings.get(name)])
             write_json(path, {"settings": settings, "knobs": knobs, "written_by": provenance()})
-        elif before["written_by"] != provenance():
+        elif written_by != provenance():
             print0(f"note: {folder} was started by another commit or with other packages (settings.json names them)")
         make_folder(os.path.join(folder, "samples"))
     barrier()
@@ -71,7 +73,8 @@ def move_aside(folder, differ):
 
 def work_through(output, chunks, work, tensor_parallel=1):
     """Call work(chunk) for each chunk whose file in the OutputFolder's samples/ is missing. Every engine takes its share of
-    them. A file has a JSON line per row, and is written whole or not at all. Returns when the files of all ranks exist."""
+    them. A file has a digest, then a JSON line per row, and is written whole or not at all. Returns when the files of all
+    ranks exist."""
     paths, start, rewards = chunk_files(output.path, chunks), time.time(), []
     for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
         if os.path.exists(paths[i]):
@@ -79,7 +82,7 @@ def work_through(output, chunks, work, tensor_parallel=1):
         rows = work(chunks[i])
         if RANK % tensor_parallel == 0:
             output.check()
-            write_lines(paths[i], rows)
+            write_chunk(paths[i], rows)
         rewards += [reward for row in rows for reward in row["reward"]]
         n_done, seconds = sum(map(os.path.exists, paths)), time.time() - start
         print0(
@@ -92,3 +95,27 @@ def work_through(output, chunks, work, tensor_parallel=1):
 
 def chunk_files(folder, chunks):
     return [os.path.join(folder, "samples", f"{i:05d}.jsonl") for i in range(len(chunks))]
+
+
+def write_chunk(path, rows):
+    body = "".join(json.dumps(row) + "\n" for row in rows)
+    with whole(path) as f:
+        f.write(chunk_digest(path, body) + body)
+
+
+def read_chunks(paths):
+    """Yield the rows of chunks' files. Raises UserError for a file that is not what work_through() wrote there."""
+    for path in paths:
+        with open(path, errors="replace") as f:
+            first, body = f.readline(), f.read()
+        if first != chunk_digest(path, body):
+            raise UserError(f"{path} is damaged: remove it, and the same command makes it again")
+        yield from map(json.loads, body.splitlines())
+
+
+def chunk_digest(path, body):
+    """The first line of a chunk's file. It stands for the rows, for which chunk they are, and for the work's settings."""
+    with open(os.path.join(os.path.dirname(path), "..", "settings.json")) as f:
+        settings = json.load(f)["settings"]
+    name = os.path.basename(path)
+    return json.dumps({"sha256": hashlib.sha256(json.dumps([settings, name, body]).encode()).hexdigest()}) + "\n"

@@ -32,6 +32,7 @@ rate = 0.5  # how fast [> 0]
 share = 1.0  # of the batch [0, 1]
 beta = 0.9  # AdamW (its first) [0, 1)
 shift = 0.0  # any number [any]
+heat = 1.0  # zero, or not near it [0 or 0.01, 100]
 warm = -1.5  # between two others [-2, 0.5]
 steps = 10  # how many
 seed = 0  # of all [0, 4294967295]
@@ -104,6 +105,8 @@ def test_left_to_right(knobs, tmp_path, capsys):
         ("--rate=nan", "must be float, not str"),
         ("--rate=1e999", "must be float and finite, not float inf"),
         ("--steps=" + "9" * 5000, "must be int"),
+        ("--steps=" + "-" * 100_000, "'steps' must be int, not str '-----"),
+        ("--steps=" + "[" * 100_000, "'steps' must be int, not str '[[[[["),
         (f"--steps={2**53}", "'steps' must be below 2**53"),
     ],
 )
@@ -126,6 +129,8 @@ def test_mistakes_on_the_command_line(knobs, argument, words):
         ("half = 5", "a config's local names start with _"),
         ("include('config/nowhere.py')", "c.py: there is no config file"),
         ("include(5)", "c.py: TypeError"),
+        ("data = 'a\\0b'", "c.py: 'data' is 'a\\x00b', which no path and no text may be"),
+        ("data = '\\ud800'", "c.py: 'data' is '\\ud800', which no path"),
         ("include = 5", "c.py: there is no knob 'include'"),
     ],
 )
@@ -156,6 +161,8 @@ def test_nothing_is_set_when_something_is_wrong(tmp_path, wrong):
         ("--share=1.1", "share=1.1 must lie between zero and one"),
         ("--beta=1", "beta=1.0 must be at least zero and below one"),
         ("--beta=-0.1", "beta=-0.1 must be at least zero and below one"),
+        ("--heat=1e-320", "heat=1e-320 must be zero, or lie between 0.01 and 100"),
+        ("--heat=101", "heat=101.0 must be zero, or lie between 0.01 and 100"),
         ("--warm=0.6", "warm=0.6 must lie between -2 and 0.5"),
         ("--steps=-1", "steps=-1 must be zero or more"),
         ("--seed=-1", "seed=-1 must lie between zero and 4294967295"),
@@ -173,7 +180,7 @@ def test_a_value_out_of_range(ranged, argument, words):
 def test_values_at_the_ends_of_their_ranges(ranged):
     for argument in (
         "--rate=1e-9 --share=0 --share=1 --beta=0 --beta=0.999 --shift=-5 --warm=-2 --warm=0.5 --steps=0 --seed=0"
-        " --seed=4294967295 --dtype=float32 --dtype=bfloat16 --workers=1 --name=x"
+        " --heat=0 --heat=0.01 --heat=100 --seed=4294967295 --dtype=float32 --dtype=bfloat16 --workers=1 --name=x"
     ).split():
         ranged(argument)
 

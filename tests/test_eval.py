@@ -14,6 +14,7 @@ from tokenizers import processors
 from configurator import ROOT, UserError
 from data import load_templates
 from eval import not_shuffled, options, renderer, samples_per_source, shuffled
+from runtime.checkpoint import fault_in
 from runtime.files import fingerprint, model_files, weights_digest
 from runtime.tokenizer import load_tokenizer
 
@@ -197,7 +198,7 @@ def read(folder):
 
 
 def samples_of(folder):
-    return [row for f in sorted(os.listdir(folder / "samples")) for row in lines_of(folder / "samples" / f)]
+    return [row for f in sorted(os.listdir(folder / "samples")) for row in lines_of(folder / "samples" / f)[1:]]
 
 
 @pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
@@ -309,7 +310,7 @@ def test_samples_without_settings_are_void(run_eval, tmp_path, capsys):
     """After a kill while old files were moved aside, or an edit of settings.json, old samples are not used."""
     argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
     first = run_eval(*argv)
-    for content in (None, "{", '{"settings": {}, "written_by": {}}'):
+    for content in (None, "{", "{}", "[]", "null", '{"settings": {}, "written_by": {}}'):
         settings = tmp_path / "out" / "settings.json"
         settings.unlink() if content is None else settings.write_text(content)
         marked = tmp_path / "out" / "samples" / "00000.jsonl"
@@ -336,6 +337,28 @@ def test_a_changed_model_is_another_evaluation(byte_model, tmp_path):
     for name in ("pytorch_model.bin", "README.md", "extra.safetensors", "out.log"):  # no reader opens them
         (folder / name).write_bytes(b"0")
     assert weights_digest(str(folder)) == other
+
+
+@pytest.mark.parametrize("file,key", [("additional_chat_templates", None), ("adapter_config.json", None),
+                                      ("config.json", "configuration_files"),
+                                      ("tokenizer_config.json", "fast_tokenizer_files")])  # fmt: skip
+def test_what_leads_transformers_to_other_files(byte_model, tmp_path, file, key):
+    """They replace the chat template, the weights, the config or the tokenizer, and no digest would tell."""
+    folder = tmp_path / "ckpt_1"
+    shutil.copytree(byte_model, folder)
+    (folder / "state").mkdir()
+    body = json.dumps({"files": {name: fingerprint(folder / name) for name in model_files(folder)}})
+    (folder / "state" / "run.json").write_text(hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    if key:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {key: []}))
+    elif file.endswith(".json"):
+        (folder / file).write_text("{}")
+    else:
+        (folder / file).mkdir()
+    words = f"{file} names other files by '{key}'" if key else f"{file} would change the model"
+    with pytest.raises(UserError, match=words):
+        weights_digest(str(folder))
+    assert words in fault_in(str(folder), {})  # on resume
 
 
 def test_a_checkpoint_is_compared_with_its_run_json(byte_model, tmp_path):
@@ -367,10 +390,19 @@ def test_a_prompt_beyond_the_context_is_wrong(run_eval, tmp_path):
 def test_damaged_samples_are_named(run_eval, tmp_path):
     argv = [f"--data={benchmark(tmp_path)}", "--k=1", "--max_problems=1"]
     run_eval(*argv)
-    path = tmp_path / "out" / "samples" / "00002.jsonl"
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(UserError, match="00002.jsonl is damaged: remove it, and the same command makes it again"):
-        run_eval(*argv)
+    path, other = (tmp_path / "out" / "samples" / f"{i:05d}.jsonl" for i in (2, 3))
+    first, text = path.read_text().split("\n", 1)
+    another_temperature = run_eval(*argv, "--temperature=1", out="warm")["samples/00002.jsonl"].decode()
+    whole = f"{first}\n{text}"
+    for content in (whole[:-9], f"{first}\n", "", text, "3\n", "\ufeff", whole + text, other.read_text(), another_temperature,
+                    whole.replace('"reward": [0.0]', '"reward": [1.0]')):  # fmt: skip
+        assert content != whole
+        path.write_text(content)
+        with pytest.raises(UserError, match="00002.jsonl is damaged: remove it, and the same command makes it again"):
+            run_eval(*argv)
+    path.unlink()
+    run_eval(*argv)
+    assert path.read_text() == whole
 
 
 def test_a_broken_grader_is_found_before_anything_is_sampled(run_eval, tmp_path, monkeypatch):
@@ -442,19 +474,25 @@ def test_killed_again_and_again(sampler, kills, byte_model, tmp_path):
     [
         ("--model={tmp}/model", "has no tokenizer"),
         ("--data=nowhere.parquet", "there is no data file"),
+        ("--data=", "data is empty: name a file"),
+        ("--data= , ", "data is empty: name a file"),
         ("--k=0", "k='0': write a number above zero"),
         ("--template=foo", "template='foo': choose one of own"),
         ("--system=foo", "system='foo': choose keep or remove"),
         ("--sources=aime", "sources: the data has no 'aime', it has toy"),
         ("--shuffle_options=arc_c", "shuffle_options: the data has no 'arc_c', it has toy"),
-        ("--sweep=nan", "sweep='nan': temperatures are zero or more"),
+        ("--sweep=nan", "sweep='nan': temperature=nan must be zero, or lie between 0.01 and 100"),
+        ("--sweep=1,1.0000001", "sweep='1,1.0000001': 1 is there twice"),
+        ("--temperature=1e-320", "temperature=1e-320 must be zero, or lie between 0.01 and 100"),
+        ("--reward_timeout=1e10", "reward_timeout=10000000000.0 must lie between 0.01 and 86400"),
+        (f"--reward_workers={10**12}", "reward_workers=1000000000000 must lie between one and 1024"),
         ("--sweep=0.1,x", "sweep='0.1,x': write temperatures"),
-        ("--sweep=-1", "sweep='-1': temperatures are zero or more"),
+        ("--sweep=-1", "sweep='-1': temperature=-1.0 must be zero, or lie"),
         ("--chunk=0", "chunk=0 must be above zero"),
         ("--tensor_parallel=2", "tensor_parallel=2 must divide the 1 process"),
         ("--grader=foo", "grader"),
         ("--grader=nowhere.py", "nowhere.py"),
-        ("--reward_timeout=-1", "reward_timeout=-1.0 must be above zero"),
+        ("--reward_timeout=-1", "reward_timeout=-1.0 must lie between"),
         ("--max_problems=-1", "max_problems=-1 must be zero or more"),
         ("--dtype=foo", "dtype='foo'"),
         ("--sampler=foo", "sampler='foo'"),

@@ -159,6 +159,17 @@ def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
         trace([str(done), f"--out={tmp_path / 'no' / 'x.html'}"])
 
 
+def test_damaged_rollouts(done, tmp_path):
+    shutil.copytree(done, tmp_path / "run", symlinks=True)
+    for text in ("[]\n", "3\n", "", "{", '{"x": 1}\n'):
+        (tmp_path / "run" / "rollouts" / "step_2.jsonl").write_text(text)
+        with pytest.raises(UserError, match="step_2.jsonl is damaged: choose another step"):
+            trace([str(tmp_path / "run"), "--step=2", f"--out={tmp_path / 'page.html'}"])
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        trace([str(tmp_path / "run")])
+
+
 def test_rollouts_of_an_older_version(done, tmp_path):
     out = tmp_path / "old"
     shutil.copytree(done, out, symlinks=True)

@@ -365,6 +365,25 @@ def test_what_a_resumed_run_must_notice(tmp_path, reanswer, monkeypatch, capsys)
     assert sorted(r["extra_info"]["index"] for r in written_rows) == list(range(1, 61))
 
 
+def test_rows_that_change_while_they_are_answered(tmp_path, reanswer, monkeypatch):
+    """Their answers would stand beside other questions."""
+    old, real = (tmp_path / "old.parquet").read_bytes(), prepare.work_through
+
+    def swap(*arguments):
+        real(*arguments)
+        rows = pq.read_table(tmp_path / "old.parquet").to_pylist()
+        pq.write_table(pa.Table.from_pylist(rows[::-1], build.SCHEMA), tmp_path / "old.parquet")
+
+    monkeypatch.setattr(prepare, "work_through", swap)
+    with pytest.raises(UserError, match="old.parquet has changed while it was answered: restore it, and the same command"):
+        call(*reanswer("new.parquet"))
+    assert not (tmp_path / "new.parquet").exists()
+    monkeypatch.undo()
+    (tmp_path / "old.parquet").write_bytes(old)
+    call(*reanswer("new.parquet"))
+    assert (tmp_path / "new.parquet").exists()
+
+
 def test_files_of_others_are_never_overwritten(tmp_path, reanswer, monkeypatch):
     """Also not where unfinished work is found; except after a kill between the run's own two renames."""
     monkeypatch.setattr(prepare, "write_answers", lambda *_: 1 / 0)

@@ -67,3 +67,15 @@ def test_the_launch_lines_are_on_their_pages(page):
     line = launch_line(page, node=1, n_processes=2)
     assert line[0] == "--nnodes=2" and "--nproc_per_node=2" in line and line[-1] == "train.py"
     assert "10.77.0.1" in " ".join(line)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_part_of_torchruns_environment(script, tmp_path, monkeypatch, name):
+    """A cluster or a notebook may leave some of its variables: one line, and no folder."""
+    for left, missing in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        for variable in ranks.TORCHRUN:
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(left, "0")
+        with pytest.raises(UserError, match=f"^{left} is set in the environment, but {missing} is not: unset {left}, or start"):
+            script(name, ["--sampler=torch", f"--out_dir={tmp_path / 'out'}"]).main()
+        assert not (tmp_path / "out").exists()

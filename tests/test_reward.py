@@ -551,13 +551,13 @@ def test_a_grader_is_read_once(tmp_path, monkeypatch):
         path.write_text("def grade(text, answer): return 0.5")
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
         config = {"grader": str(path), "data": str(path), "model": "", "teacher_model": "", "eval_data": ""}
-        inputs = identify(config, [], "torch", "float32", v, None)["inputs"]
+        inputs = identify(config, [], {"data": "1"}, "torch", "float32", v, None)["inputs"]
         assert inputs["grader"] == [len(OWN_BYTES), hashlib.sha256(OWN_BYTES).hexdigest()] != inputs["data"]
         settings = settings_of({}, [], os.path.join(ROOT, "toy", "base"), "torch", "float32", v)
         assert settings["grader"].encode("latin-1") == OWN_BYTES
         monkeypatch.setattr("runtime.ranks.all_ranks", lambda item: [item, path.read_bytes()])  # what another rank read
         with pytest.raises(UserError, match="own.py is not the same on all ranks"):
-            identify(config, [], "torch", "float32", v, None)
+            identify(config, [], {"data": "1"}, "torch", "float32", v, None)
         os.remove(path)
         v.workers[0].kill()
         assert v.score(["a"], ["a"]) == [(1.0, "correct", "own.py\xe4")]
@@ -750,6 +750,45 @@ def test_workers_are_limited(verifier):
     limits = open(f"/proc/{next(w.process.pid for w in verifier.workers if w.process)}/limits").read()
     assert f"Max address space         {4 << 30}" in limits
     assert 5 <= int(re.search(r"Max cpu time +(\d+)", limits)[1]) < 60  # of this answer; it is raised with each
+
+
+def limited(limit, value):
+    """Grade an answer that needs a worker in a process with a hard limit. Returns what it prints, in one string."""
+    code = (
+        "import configurator, resource, reward\n"
+        "def main():\n"
+        f"    resource.setrlimit(resource.{limit}, ({value}, {value}))\n"
+        "    with reward.Verifier(1, grader='oat', require_think=False) as v: print(v.score(['so \\\\boxed{12}'], ['12']))\n"
+        "configurator.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_limits_of_the_shell():
+    """A worker lives under a limit that is low, and one that is too low is named."""
+    assert "reward=1.0, reason='correct'" in limited("RLIMIT_CPU", 30)
+    assert "reward=1.0, reason='correct'" in limited("RLIMIT_AS", 3 << 30)
+    words = f"error: the verifier's worker does not start: .*; this shell allows {50 << 20} bytes of memory \\(ulimit -v\\)\n"
+    assert re.fullmatch(words, limited("RLIMIT_AS", 50 << 20))
+
+
+def test_an_error_of_ours_is_no_verdict(capsys, monkeypatch):
+    """One answer on which the grader fails is wrong, and shown. A worker that fails at any answer ends the work."""
+    with Verifier(workers=1, grader="oat", require_think=False) as v:
+        ask, broken = v.workers[0].ask, {"bad"}
+
+        def failing(request, seconds):
+            return [0.0, "error", "", "ValueError: no"] if request[0] in broken else ask(request, seconds)
+
+        v.workers[0].ask = failing
+        assert [x.reason for x in v.score(["bad", "so \\boxed{12}"], ["12", "12"])] == ["error", "correct"]
+        assert (
+            capsys.readouterr().out == "warning: oat: ValueError: no; reward 0 for ground truth '12', answer ending in 'bad'\n"
+        )
+        broken.add("$x$")
+        with pytest.raises(UserError, match="the verifier's workers fail at every answer: ValueError: no"):
+            v.score(["bad"], ["12"])
 
 
 def test_expressions():

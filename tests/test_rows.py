@@ -118,6 +118,15 @@ def test_a_model_that_is_missing_here_is_not_asked_for_on_the_hub():
             model_path(name)
 
 
+def test_a_link_to_a_model_is_followed_once(tmp_path):
+    """What is loaded is what the digest was taken of, even if a live run moves its `latest` in between."""
+    for n in (4, 5):
+        (tmp_path / f"ckpt_{n}").mkdir()
+        os.symlink(f"ckpt_{n}", tmp_path / f"link_{n}")
+        os.replace(tmp_path / f"link_{n}", tmp_path / "latest")
+        assert model_path(str(tmp_path / "latest")) == str(tmp_path / "ckpt_4")
+
+
 # ---------------------------------------------------------------- datasets
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -160,6 +161,11 @@ def test_compare(tmp_path, capsys):
         (["a.json", "c.json"], "no problem in common"),
         (["a.json", "list.json"], "is not an eval.json that this"),
         (["a.json", "d.json"], "no problem in common"),
+        (["a.json", "nan.json"], "is not an eval.json that this"),
+        (["a.json", "large.json"], "is not an eval.json that this"),
+        (["a.json", "deep.json"], "is not an eval.json that this"),
+        (["a.json", "pipe.json"], "pipe.json is no file"),
+        (["a.json", "."], "is no file"),
     ],
 )
 def test_compare_refuses(tmp_path, paths, words):
@@ -169,5 +175,8 @@ def test_compare_refuses(tmp_path, paths, words):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text('{"math": {"problems": [1]}}')
     (tmp_path / "old.json").write_text('{"math": {"n": 1}}')
+    for name, score in (("nan", "NaN"), ("large", "1" + "0" * 400), ("deep", "[" * 100_000)):
+        (tmp_path / f"{name}.json").write_text(f'{{"math": {{"problems": {{"1": {score}}}}}}}')
+    os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match=words):
         compare([str(tmp_path / p) for p in paths])

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import build
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import BASE, TRAIN, a_row, launch, metrics, run, write
@@ -384,6 +385,23 @@ def test_verified_only_drops_the_wrong_traces(script, tmp_path):
     assert "reward/own" not in rows[1]
 
 
+def test_a_runs_identity_names_the_rows_that_were_read(script, tmp_path, tokenizer):
+    """Not those that lie under the name later, nor the file: the same rows as JSON lines are the same data."""
+    read, path = [], tmp_path / "train.parquet"
+    rows = pq.read_table(TRAIN).to_pylist()[:20]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, changed in ((path, rows), (tmp_path / "rows.jsonl", rows), (path, [*rows[:-1], a_row(target=None)])):
+        write(path, changed)
+        module = script("train", [f"--data={name}", f"--eval_data={path}"])
+        problems, _, digests = module.load_data(tokenizer)
+        write(path, rows[:5])
+        with Verifier(workers=1) as verifier:
+            inputs = module.identify(module.config, problems, digests, "torch", "float32", verifier, None)["inputs"]
+        assert inputs["data"] == digests["data"]
+        read.append(digests)
+    assert read[0]["data"] == read[0]["eval_data"] == read[1]["data"] != read[2]["data"]
+
+
 def test_an_earlier_run_is_moved_aside(script, tmp_path):
     run(script, tmp_path, "run", "--max_steps=1")
     run(script, tmp_path, "run", "--max_steps=2")
@@ -404,6 +422,7 @@ def bad(tmp_path, name):
         (["--data={wrong_teacher}"], "only 50.0% of the teacher traces"),
         (["--data={few}"], "prompts_per_step=16 but .*few.parquet has only 3"),
         (["--data=nowhere.parquet"], "no data file"),
+        (["--data="], "data is empty: name a file"),
         (["--model=nowhere/at_all"], "no tokenizer loads from model nowhere/at_all"),
         (["--model=nowhere"], "there is no model folder .*nowhere"),
         (["--learning_rate=-1"], "learning_rate=-1.0 must be above zero"),
