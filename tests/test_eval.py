@@ -425,7 +425,7 @@ def test_letters_with_text_are_counted(run_eval, tmp_path, capsys, monkeypatch):
     words = ["C", "C.", "C)", "C: 12", "\\textbf{(C)}\\ 12", "D.", "Cat", "C or D"]
     prompts = [[{"content": f"{i}", "role": "user"}] for i in range(8)]
     rows = [a_row(data_source="arc_c", prompt=p, target=None, reward_model={"ground_truth": "C"}) for p in prompts]
-    monkeypatch.setattr("data.response_text", lambda *_: f"</think>\\boxed{{{words.pop(0)}}}")
+    monkeypatch.setattr("runtime.tokenizer.response_text", lambda *_: f"</think>\\boxed{{{words.pop(0)}}}")
     table = json.loads(run_eval(f"--data={write(tmp_path / 'a.parquet', rows)}", "--k=1", "--grader=oat")["eval.json"])["arc_c"]
     assert not words and table["avg@k"] == 1 / 8 and table["letter_with_text"] == 4
     assert "arc_c: 4 of 8 samples box the right letter with more text, and count as wrong" in capsys.readouterr().out
