@@ -74,7 +74,7 @@ def by_method(folders):
     have the same name."""
     groups = {}
     for folder in dict.fromkeys(map(os.path.normpath, map(repo_path, folders))):
-        groups.setdefault(re.sub(r"_\d+$", "", folder), []).append(read_run(folder))
+        groups.setdefault(re.sub(r"_[0-9]+$", "", folder), []).append(read_run(folder))
     names = [os.path.basename(path) for path in groups]
     shorten = lambda path, name: name if names.count(name) == 1 else os.path.relpath(path, ROOT)
     return {shorten(path, name): runs for (path, runs), name in zip(groups.items(), names, strict=True)}
@@ -217,7 +217,7 @@ def trace(argv):
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: copy it again") from None
     names = os.listdir(rollouts) if os.path.isdir(rollouts := os.path.join(folder, "rollouts")) else []
-    steps = sorted(int(m[1]) for m in map(re.compile(r"step_(\d+)\.jsonl").fullmatch, names) if m)
+    steps = sorted(int(m[1]) for m in map(re.compile(r"step_(0|[1-9][0-9]*)\.jsonl").fullmatch, names) if m)
     step = options.get("step") or str(max(steps, default=""))
     if not steps:
         raise UserError(f"{folder} has no rollouts: train with a rollout_interval")
@@ -285,7 +285,10 @@ def write_trace(out, config, folder, step, group):
         before, mark, after = f.read().partition("{{data}}")
     if not mark:
         raise UserError("trace.html, the page's template, has no {{data}} any more: git checkout trace.html")
+    title = re.search("<title>.*</title>", before)[0]
     try:
+        if os.path.isfile(out) and title not in open(out, errors="replace").read(2000):
+            raise UserError(f"--out={out} is there already and is no such page: choose another name")
         f = open(out, "w")
     except OSError as e:
         raise UserError(f"--out={out} cannot be written: {e.strerror}") from None

@@ -138,7 +138,7 @@ def resumed_after(text):
 def newest_checkpoint(out):
     """Its step, after which the run must resume. Only the step under way may be lost: its line in metrics.jsonl is written
     before its checkpoint."""
-    saved = max(int(n[5:]) for n in os.listdir(out) if re.fullmatch(r"ckpt_\d+", n))
+    saved = max(int(n[5:]) for n in os.listdir(out) if re.fullmatch("ckpt_[0-9]+", n))
     lines = [line for line in open(os.path.join(out, "metrics.jsonl")) if line.endswith("\n")]
     done = json.loads(lines[-1])["step"]
     assert done - 1 <= saved <= done, f"step {done} is done, {saved} is saved"

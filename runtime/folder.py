@@ -215,7 +215,10 @@ class OutputFolder:
             return True
 
     def check_movable(self):
-        """Raise UserError if the folder cannot be moved aside, because another run lies inside it."""
+        """Raise UserError if the folder cannot be moved aside, because another run lies inside it or it is a mount point."""
+        if RANK == 0 and os.path.ismount(self.path) and set(os.listdir(self.path)) - {MARK}:
+            raise UserError(f"{self.path} is not empty and cannot be moved aside, because it is a mount point: choose a folder"
+                            " in it")  # fmt: skip
         for folder, _, names in os.walk(self.path) if RANK == 0 else ():
             if MARK in names and folder != self.path:
                 raise UserError(f"{self.path} cannot be moved aside, because {folder} lies in it: choose another out_dir")

@@ -202,7 +202,8 @@ def finite(record):
 
 def write_metrics(folder, records):
     """Append a line per record to metrics.jsonl: all lines or none."""
-    with open(os.path.join(folder, "metrics.jsonl"), "ab", buffering=0) as f:
+    at_once = lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe in its place is not waited for
+    with open(os.path.join(folder, "metrics.jsonl"), "ab", buffering=0, opener=at_once) as f:
         end = f.tell()
         try:
             written = f.write(lines := "".join(json.dumps(finite(r)) + "\n" for r in records).encode())
@@ -322,6 +323,7 @@ def write_rollouts(folder, step, rollouts, update_logps, by_id, tokenizer):
     """Write rollouts/step_N.jsonl, a line per rollout; whole or not at all. update_logps: from logps_of_given_tokens, for the
     trace page; by_id: {id: Problem}."""
     path = os.path.join(folder, "rollouts", f"step_{step}.jsonl")
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # somebody may have removed the folder
     rows = (rollout_row(by_id[r.problem], r, update_logps.get(i, []), tokenizer) for i, r in enumerate(rollouts))
     write_lines(path, rows)
 

@@ -164,6 +164,8 @@ def find_checkpoint(output, resume):
     path, run = find(output.path, print0) if resume != "no" else (None, None)
     if not path:
         return output.check_movable()  # now, not after the models are loaded
+    if os.path.lexists(lines := os.path.join(output.path, "metrics.jsonl")) and not os.path.isfile(lines):
+        raise UserError(f"{lines} is no file, so no line can be written into it: move it away")
     wanted = (*PROGRESS, "files", "optimizer_steps", "knobs", "inputs", "world_size", "written_by")
     if missing := [name for name in wanted if name not in run]:
         raise UserError(

@@ -589,6 +589,24 @@ def test_a_failed_save_is_tried_again_after_the_next_step(script, tmp_path, monk
     assert module.main() == 0 and calls == [2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file(script, peace, tmp_path, make):
+    """It is said at the start, and not waited for."""
+    out = copy_of(peace, tmp_path, newest=2)
+    os.remove(out / "metrics.jsonl")
+    make(out / "metrics.jsonl")
+    with pytest.raises(UserError, match="metrics.jsonl is no file"):
+        train(script, out, "--max_steps=4", "--resume=auto")
+    with pytest.raises(OSError):
+        write_metrics(str(out), [{"step": 3}])
+
+
+def test_names_with_other_digits_are_no_steps(tmp_path):
+    for name in ("ckpt_1٣", "ckpt_٣", "ckpt_01", "ckpt_2"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps_in(tmp_path) == [2]
+
+
 def test_find_says_nothing_of_an_empty_folder(tmp_path):
     assert find(str(tmp_path), print) == (None, None) == find(str(tmp_path / "none"), print)
 

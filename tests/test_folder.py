@@ -224,6 +224,15 @@ def test_moved_aside(tmp_path):
         folder.check_movable()
 
 
+def test_a_mount_point_cannot_be_moved_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path))
+    with OutputFolder(str(tmp_path), "train.py") as folder:
+        folder.check_movable()  # it is empty
+        (tmp_path / "metrics.jsonl").touch()
+        with pytest.raises(UserError, match="it is a mount point: choose a folder in it"):
+            folder.check_movable()
+
+
 def forked(work):
     """Call work in a forked process, to which this process's locks do not belong. Returns (its process, a pipe with what it
     wrote)."""

@@ -16,7 +16,7 @@ import torch
 from configurator import ROOT, UserError
 from measure.kill import outcome
 from runtime.guard import Guard, Stopped
-from runtime.metrics import collapse, rewind
+from runtime.metrics import collapse, rewind, write_rollouts
 
 # ---------------------------------------------------------------- one process
 
@@ -199,6 +199,11 @@ def test_rewind(tmp_path):
     assert found == {f"{name}.json" for name in ("eval_0", "eval_1", "eval_2")} | {"metrics.jsonl", *mine} | {
         f"rollouts/step_{n}.jsonl" for n in range(3)
     }
+
+
+def test_a_folder_of_rollouts_that_was_removed_is_made_again(tmp_path):
+    write_rollouts(str(tmp_path), 3, [], {}, {}, None)
+    assert os.listdir(tmp_path / "rollouts") == ["step_3.jsonl"]
 
 
 # ---------------------------------------------------------------- two ranks under torchrun

@@ -207,6 +207,15 @@ def test_the_template_is_never_overwritten(done, monkeypatch, tmp_path):
         trace([str(done), f"--out={tmp_path / 'x.html'}"])
 
 
+def test_a_page_replaces_only_a_page(done, tmp_path):
+    (tmp_path / "notes.html").write_text("<!doctype html><title>mine</title>")
+    with pytest.raises(UserError, match="notes.html is there already and is no such page"):
+        trace([str(done), f"--out={tmp_path / 'notes.html'}"])
+    assert "mine" in (tmp_path / "notes.html").read_text()
+    for step in (1, 2):
+        trace([str(done), f"--step={step}", f"--out={tmp_path / 'x.html'}"])
+
+
 def test_the_most_telling_group_is_shown_first(done, tmp_path):
     """Without --problem it is the group with the least probable teacher token."""
     trace([str(done), "--step=2", f"--out={tmp_path / 'x.html'}"])
