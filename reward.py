@@ -177,7 +177,7 @@ class Verifier:
         try:
             verdict, fault = worker.grade(text, answer)
             # An error is a verdict only if the worker can still grade: otherwise it is ours, and every answer would be wrong.
-            if verdict.reason == "error" and self.source is None and worker.grade("$x$", "x")[0].reason == "error":
+            if verdict.reason == "error" and self.source is None and not worker.works():
                 raise UserError(f"the verifier's workers fail at every answer: {fault}{limits()}")
         except UserError as e:
             self.broken = e
@@ -236,6 +236,14 @@ class Worker:
                 self.kill()  # a program of that answer may still run, or talk to the grader out of turn
             return verdict, fault
         return Verdict(0.0, "error"), "its worker died twice, or something else wrote to the channel"
+
+    def works(self):
+        """Whether it can grade what any grader of ours can, if necessary after a new start."""
+        for _ in range(2):
+            if self.grade("$x$", "x")[0].reason != "error":
+                return True
+            self.kill()
+        return False
 
     def ask(self, request, seconds):
         """The reply to a request. Raises TimeoutError after `seconds` in all, for writing and reading; OSError or
