@@ -75,7 +75,7 @@ def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
         (b'{"question": "1", "answer": "1", "trace": {"text": "1"}}', "row 0: the content in 'target' is "),
         (b'{"question": "\\ud800", "answer": "1"}', r"row 0: the content in 'prompt' is '\\ud800', not text"),
         (b"question,answer\n1,1\n", "line 1 is no JSON"),
-        (gzip.compress(b"{}"), "neither a parquet file nor JSON lines"),
+        (gzip.compress(b"{}", mtime=0), "neither a parquet file nor JSON lines"),
         (b"", "no usable row"),
         (b"\n\n", "no usable row"),
     ],
