@@ -148,6 +148,7 @@ def test_what_is_half_written_is_removed():
     process = start(text, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     for _ in range(2):  # the second one ends even what swallows the first
+        time.sleep(0.3)  # behind "ready" it enters its try
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "interrupted by SIGINT\n"
     assert process.wait(60) == 130
