@@ -20,7 +20,7 @@ def settings_of(knobs, problems, model, sampler, dtype, verifier):
     """What the samples depend on, so what must be the same to continue: knobs, questions and prompts, weights, and the
     code that samples and grades. Small enough for a JSON file."""
     names = ["data", "eval", "model", "reward", "rollout"]
-    names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "tensors", "torch_sampler")]
+    names += [f"runtime/{name}" for name in ("latex", "oat", "requests", "rows", "tensors", "tokenizer", "torch_sampler")]
     source = agreed(verifier.source, verifier.grader)
     agreed(os.path.basename(model), "model")  # where `latest` led each rank
     own = [open(os.path.join(ROOT, f"{name}.py"), "rb").read() for name in names]
