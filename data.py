@@ -115,7 +115,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     benchmark has as many problems for one tokenizer as for another. Raises UserError if the file is missing, damaged or
     of another schema, if no row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
     """
-    problems, dropped = [], Counter()
+    problems, dropped, kept = [], Counter(), Counter()
     for index, row in read_rows(path, content):
         answer = (row["reward_model"]["ground_truth"] or "").strip()
         messages = [m for m in row["prompt"] if m.get("content") is not None]  # an empty system turn is one, too
@@ -123,7 +123,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             dropped["rows without prompt or answer"] += 1
             continue
         if found := [c[0] for m in messages if (c := tokenizer.control.search(m["content"]))]:
-            dropped[f"prompts with a control token such as {found[0]}" + " (kept)" * evaluated] += 1
+            (kept if evaluated else dropped)[f"prompts with a control token such as {found[0]}"] += 1
             if not evaluated:
                 continue
         source, raw_answer = row["data_source"] or "unknown", answer
@@ -153,10 +153,11 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                 dropped[f"traces {e}"] += 1
         key = digest(source, messages[-1]["content"], raw_answer)
         problems.append(Problem(index, prompt_ids, answer, teacher, source=printable(source), key=key))
-    counts = ", ".join(f"{n} {what}" for what, n in sorted(dropped.items())) or "none"
+    in_words = lambda counts: ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "none"
     if not problems:
-        raise UserError(f"{path} has no usable row (dropped: {counts}): check its columns and the length limits")
-    log(f"{path}: {len(problems)} problems, {sum(bool(p.teacher) for p in problems)} with a teacher trace; dropped: {counts}")
+        raise UserError(f"{path} has no usable row (dropped: {in_words(dropped)}): check its columns and the length limits")
+    traced, note = sum(bool(p.teacher) for p in problems), f"; kept: {in_words(kept)}" if kept else ""
+    log(f"{path}: {len(problems)} problems, {traced} with a teacher trace; dropped: {in_words(dropped)}{note}")
     return problems
 
 

@@ -171,7 +171,7 @@ def test_an_evaluation_keeps_every_problem(tmp_path, chat):
     path = write(tmp_path / "a.parquet", [a_row(), a_row(prompt=[{"role": "user", "content": "What does <s> do?"}])])
     shown = []
     problems = load_benchmark(path, chat, 0, 100, require_think=True, log=shown.append)
-    assert len(problems) == 2 and "1 prompts with a control token such as <s> (kept)" in shown[0]
+    assert len(problems) == 2 and "dropped: none; kept: 1 prompts with a control token such as <s>" in shown[0]
 
 
 def test_a_token_without_an_embedding_is_named(tmp_path, chat):
