@@ -30,6 +30,7 @@ def test_sequences_fill_the_budget():
     assert max(rollouts[0].prompt_ids) < 100
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     argv = [
         "bench.py",

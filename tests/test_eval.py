@@ -224,7 +224,8 @@ def test_the_command(sampler, tmp_path, byte_model):
         assert line in done.stdout
 
 
-@pytest.mark.parametrize("sampler", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["torch", "vllm"])
 def test_a_response_ends_at_each_end_of_turn(sampler, tmp_path):
     """Of a model with two EOS ids, by generation_config.json. Before, a response ran on behind the second one."""
     model = str(build_model(tmp_path / "model"))

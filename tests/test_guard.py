@@ -133,6 +133,7 @@ def test_a_process_that_was_stopped_is_not_a_hang():
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_store_that_never_answers_stops_no_clock():
     """As when the machine of torchrun's store froze: the connection stands, and nothing comes."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -30,6 +30,7 @@ def test_printable():
     assert shown.isprintable() and shown.startswith("\\x1b]0;owned\\x07") and "\\u202e" in shown
 
 
+@pytest.mark.slow
 def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
     """In a source's name, a prompt, a trace and an answer: in a whole run, and in an error."""
     rows = [
@@ -118,6 +119,7 @@ def test_no_eval_and_no_pickle_in_the_code():
     assert found == allowed
 
 
+@pytest.mark.slow
 def test_secrets_stay_in_the_environment(tmp_path):
     secrets = {"HF_TOKEN": "hf_secretA", "WANDB_API_KEY": "secretB", "AWS_SECRET_ACCESS_KEY": "secretC"}
     argv = ["--sampler=torch", "--eval_data=", "--max_steps=1", f"--out_dir={tmp_path / 'out'}"]

@@ -11,9 +11,10 @@ from urllib.parse import parse_qs, unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import BASE, TRAIN, a_row, write
+from helpers import TRAIN, a_row, write
 from test_data import load
 
+import prepare
 from configurator import ROOT, UserError
 from runtime.files import model_path
 from runtime.rows import count_rows, data_path, read_rows
@@ -89,9 +90,8 @@ def test_what_is_no_row(tmp_path, tokenizer, content, words):
 
 def test_json_where_parquet_is_wanted(tmp_path):
     path = lines(tmp_path / "a.parquet", [SHORT])
-    command = [sys.executable, f"{ROOT}/prepare.py", "openr1", f"--src={path}", f"--tokenizer={BASE}"]
-    done = run([*command, f"--out={tmp_path}/o.parquet"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"error: {path} is no parquet file, but JSON\n"
+    with pytest.raises(UserError, match=f"^{path} is no parquet file, but JSON$"):
+        prepare.openr1_files(path)
 
 
 # ---------------------------------------------------------------- names
