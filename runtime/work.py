@@ -117,5 +117,5 @@ def chunk_digest(path, body):
     """The first line of a chunk's file. It stands for the rows, for which chunk they are, and for the work's settings."""
     with open(os.path.join(os.path.dirname(path), "..", "settings.json")) as f:
         settings = json.load(f)["settings"]
-    name = os.path.basename(path)
-    return json.dumps({"sha256": hashlib.sha256(json.dumps([settings, name, body]).encode()).hexdigest()}) + "\n"
+    what = json.dumps([settings, os.path.basename(path), body], sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(what.encode()).hexdigest()}) + "\n"
