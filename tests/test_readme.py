@@ -27,8 +27,12 @@ def test_own_questions_and_own_reward(tmp_path):
     with open(tmp_path / "questions.jsonl", "w") as f:
         for i, row in enumerate(rows):
             trace = {"trace": row["target"][0]["content"]} if i % 2 else {}
-            line = {"question": row["prompt"][0]["content"], "answer": int(row["reward_model"]["ground_truth"]), **trace}
-            f.write(json.dumps(line) + "\n")
+            line = {
+                "question": row["prompt"][0]["content"],
+                "answer": int(row["reward_model"]["ground_truth"]),
+                "data_source": "mine",
+            }
+            f.write(json.dumps(line | trace) + "\n")
     (tmp_path / "mine.py").write_text(code_under("Your own reward"))
     common = [f"--grader={tmp_path / 'mine.py'}", "--sampler=torch", "--max_tokens=40"]
     file = tmp_path / "questions.jsonl"
