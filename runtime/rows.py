@@ -36,7 +36,8 @@ def read_rows(path, content=None):
     """Yield (index, row in the long form) of what data_path() names, with one batch in memory at a time. content: a hash
     object; it is fed each row, so that at the end it stands for what was read. Raises UserError if the data is missing,
     damaged, or of another schema."""
-    source = rows_of_dataset if os.path.isdir(path) or not os.path.isabs(path) else rows_of_file
+    is_name = not os.path.isabs(path) and not os.path.isfile(path)
+    source = rows_of_dataset if os.path.isdir(path) or is_name else rows_of_file
     for index, row in enumerate(source(path)):
         row = long_form(row, f"{path} row {index}")
         if content:
