@@ -91,13 +91,18 @@ def check_text(text, what):
 
 
 def rows_of_file(path):
-    if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
-    with open(path, "rb") as f:
-        head = f.read(512)
+    head = head_of(path)
     if head.startswith(b"PAR1") or (path.endswith(".parquet") and head.lstrip()[:1] not in (b"{", b"[")):
         return rows_of_parquet(path)
     return rows_of_json_lines(path)
+
+
+def head_of(path):
+    """A file's first bytes, which tell its kind. Raises UserError if there is no such file."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no data file {path}")
+    with open(path, "rb") as f:
+        return f.read(512)
 
 
 def rows_of_parquet(path):
@@ -123,10 +128,7 @@ def columns_of(names, path):
 
 def open_parquet(path):
     """Open a parquet file. Raises UserError if it is missing, cut short, or something else."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
-    with open(path, "rb") as f:
-        head = f.read(512)
+    head = head_of(path)
     if head and not head.startswith(b"PAR1"):
         kind = "JSON" if head.lstrip().startswith((b"{", b"[")) else f"something that begins with {head[:8]!r}"
         raise UserError(f"{path} is no parquet file, but {kind}")
