@@ -135,9 +135,12 @@ class Verifier:
         return self
 
     def __exit__(self, *_):
-        self.threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self.workers:
-            worker.kill()
+        self.broken = self.broken or UserError("the verifier was closed")  # what still waits is not graded
+        # While the threads live: the kernel kills a worker when the thread that started it ends, and what a dead worker
+        # started in other groups is not found.
+        for done in [self.threads.submit(lambda: self.idle.get().kill()) for _ in self.workers]:
+            done.result()
+        self.threads.shutdown()
 
     def score(self, responses, answers):
         """list[str], list[str] -> list[Verdict]"""
@@ -165,6 +168,8 @@ class Verifier:
 
     def verdict(self, response, answer):
         """Grade one response, in a thread of the pool."""
+        if self.broken:
+            raise self.broken
         text = graded_text(response, self.require_think, self.grade_unclosed)
         if text is None:
             return Verdict(0.0, "no_think")

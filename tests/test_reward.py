@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sympy import simplify
@@ -522,7 +523,13 @@ def test_nothing_blocks_a_request(tmp_path):
             assert [x.reason for x in found] == ["timeout", "correct"] and time.time() - start < 0.5 + 2 + 10
 
 
-def test_what_a_grader_started_ends_with_its_worker(tmp_path):
+def test_what_a_grader_started_ends_with_its_worker(tmp_path, monkeypatch):
+    class Pool(ThreadPoolExecutor):  # its threads have surely ended when it returns
+        def shutdown(self, **options):
+            super().shutdown(**options)
+            time.sleep(0.3)
+
+    monkeypatch.setattr("reward.ThreadPoolExecutor", Pool)
     pid_of = lambda name: int((tmp_path / name).read_text())
     with attacked(tmp_path, workers=1, timeout=0.5) as v:
         v.score(["hang"], ["right"])  # a soft timeout
