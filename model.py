@@ -7,6 +7,7 @@ cases the weights are fp32 and matrix products run in `dtype`.
 """
 
 import contextlib
+import functools
 import inspect
 import os
 
@@ -132,51 +133,84 @@ def chunk_of(hidden, weight):
     return HEAD_CHUNK if hidden.is_cuda else max(HEAD_CHUNK // 8, 2**20 // len(weight))
 
 
-def log_probabilities(hidden, weight, temperature):
-    """(n, d), (V, d) -> log-softmax of the logits / temperature: (n, V), at least fp32. A second matrix of that
-    size exists for a moment."""
-    logits = (hidden @ weight.T).to(torch.promote_types(weight.dtype, torch.float32)).div_(temperature)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+def compiled_on_gpu(function):
+    """One or two kernels instead of one per operation, made at the first call with a tensor on a GPU. On a CPU the function
+    as it is."""
+    compiled = functools.cache(lambda: torch.compile(function))
+    return lambda first, *rest: (compiled() if first.is_cuda else function)(first, *rest)
+
+
+@compiled_on_gpu
+def statistics(logits, targets):
+    """(n, V), (n, k) -> logsumexp (n, 1), the targets' log-probs (n, k), entropy (n, 1); at least fp32. fp32 logits are
+    overwritten."""
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = logp.logsumexp(-1, keepdim=True)
+    logp = logp.sub_(normaliser)
+    return normaliser, logp.gather(-1, targets), -logp.exp().mul_(logp).sum(-1, keepdim=True)
+
+
+def slope_(logp, entropy, grad, grad_entropy):
+    """The gradient of a logit that is no target, -p (grad + grad_entropy (log p + entropy)), in place of log p. grad (n, 1) is
+    the sum over the row's targets. With logits z: d log p_t / dz = onehot_t - p, d entropy / dz = -p (log p + entropy)."""
+    p = logp.exp()
+    return logp.add_(entropy).mul_(grad_entropy).add_(grad).mul_(p).neg_()
+
+
+@compiled_on_gpu
+def to_slope(logits, normaliser, entropy, grad, grad_entropy):
+    """slope_() in place of logits."""
+    logp = logits.to(normaliser.dtype).sub_(normaliser)
+    logits.copy_(slope_(logp, entropy, grad, grad_entropy))
 
 
 class Head(torch.autograd.Function):
     """(n, d), (V, d), (n, k) -> (n, k + 1), at least fp32: the targets' log-probs, and the entropy.
 
-    Backward recomputes a chunk's log-probs and turns them into the gradient of the logits in place. So only two
-    matrices of vocabulary width exist at a time, and none between forward and backward.
+    Products have hidden's dtype, and so have the logits, in one buffer for a chunk of tokens; all else is fp32. The weight
+    may have another dtype, which its gradient gets, too. Backward computes a chunk's logits again and turns them into their
+    gradient in place, so nothing of the vocabulary's width is kept between the two.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        parts, n = [], chunk_of(hidden, weight)
-        for h, t in zip(hidden.split(n), targets.split(n), strict=True):
-            logp = log_probabilities(h, weight, temperature)
-            parts.append(torch.cat([logp.gather(-1, t), -logp.exp().mul_(logp).sum(-1, keepdim=True)], -1))
-        out = torch.cat(parts)
-        ctx.save_for_backward(hidden, weight, targets, out)
-        ctx.temperature = temperature
+    def forward(ctx, hidden, weight, targets):
+        weight, dtype = weight.to(hidden.dtype), weight.dtype
+        n = chunk_of(hidden, weight)
+        logits = hidden.new_empty(min(n, len(hidden)), len(weight))
+        out = hidden.new_empty(len(hidden), targets.size(1) + 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        normaliser = torch.empty_like(out[:, :1])
+        for start in range(0, len(hidden), n):
+            rows = slice(start, start + n)
+            z = torch.mm(hidden[rows], weight.T, out=logits[: len(hidden[rows])])
+            normaliser[rows], out[rows, :-1], out[rows, -1:] = statistics(z, targets[rows])
+        ctx.save_for_backward(hidden, weight, targets, normaliser, out)
+        ctx.dtype = dtype
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, out = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=out.dtype)
+        hidden, weight, targets, normaliser, out = ctx.saved_tensors
         n = chunk_of(hidden, weight)
+        logits = hidden.new_empty(min(n, len(hidden)), len(weight))
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=out.dtype)
         for start in range(0, len(hidden), n):
             rows = slice(start, start + n)
-            g, g_entropy, entropy = grad[rows, :-1], grad[rows, -1:], out[rows, -1:]
-            logp = log_probabilities(hidden[rows], weight, ctx.temperature)
-            p = logp.exp()
-            # With logits z: d log p_t / dz = onehot_t - p, and d entropy / dz = -p (log p + entropy).
-            dz = logp.add_(entropy).mul_(g_entropy).add_(g.sum(-1, keepdim=True)).mul_(p).neg_()
-            del logp, p
-            dz = dz.scatter_add_(-1, targets[rows], g).div_(ctx.temperature).to(weight.dtype)
-            grad_hidden[rows] = dz @ weight
-            if dz.dtype == grad_weight.dtype:
-                grad_weight.addmm_(dz.T, hidden[rows])
-            else:  # the product has lower precision, the sum does not
-                grad_weight += dz.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            h, t, g, logp = hidden[rows], targets[rows], grad[rows, :-1], out[rows, :-1]
+            common = out[rows, -1:], g.sum(-1, keepdim=True), grad[rows, -1:]
+            z = torch.mm(h, weight.T, out=logits[: len(h)])
+            to_slope(z, normaliser[rows], *common)
+            # A target's column has its own gradient, too. Summed before it is rounded, because near p = 1 they cancel; and
+            # a token may be a target twice.
+            same = t[:, :, None] == t[:, None, :]
+            z.scatter_(-1, t, ((same * g[:, None, :]).sum(-1) + slope_(logp.clone(), *common)).to(z.dtype))
+            torch.mm(z, weight, out=grad_hidden[rows])
+            if z.dtype == out.dtype:
+                grad_weight.addmm_(z.T, h)
+            elif z.is_cuda:
+                torch.addmm(grad_weight, z.T, h, out_dtype=out.dtype, out=grad_weight)
+            else:  # a product in the lower precision, a sum in the higher one
+                grad_weight += z.T @ h
+        return grad_hidden, grad_weight.to(ctx.dtype), None
 
 
 # ---------------------------------------------------------------- the policy
@@ -200,8 +234,7 @@ class Policy(torch.nn.Module):
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
         # Inside forward, because outside it FSDP's head weight is a shard.
-        weight = self.hf.lm_head.weight.to(self.product)
-        found = Head.apply(hidden[before].to(self.product), weight, targets, self.temperature)
+        found = Head.apply(self.before_head(hidden[before]), self.hf.lm_head.weight, targets)
         zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # with a gradient also on a rank without tokens
         *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
@@ -215,8 +248,9 @@ class Policy(torch.nn.Module):
         weight = self.hf.lm_head.weight.to(self.product)
         n = chunk_of(hidden, weight)
         for r, b in zip(rows.split(n), before.split(n), strict=True):
-            logprobs = log_probabilities(hidden[b].to(self.product), weight, self.temperature)
-            logp[r], top1[r] = logprobs.gather(-1, batch.input_ids[0, r, None])[:, 0], logprobs.argmax(-1)
+            logits = self.before_head(hidden[b]) @ weight.T
+            top1[r] = logits.argmax(-1)
+            logp[r] = statistics(logits, batch.input_ids[0, r, None])[1][:, 0]
         return logp, top1
 
     def hidden_states(self, batch):
@@ -232,6 +266,10 @@ class Policy(torch.nn.Module):
             ).last_hidden_state[0]
         rows = batch.loss_mask.nonzero()[:, 0]
         return hidden, rows, rows - 1 if packing["where"] is None else packing["where"][rows - 1]
+
+    def before_head(self, hidden):
+        """What the head takes: divided by the temperature here, where it costs d products a token and not V."""
+        return (hidden / self.temperature).to(self.product)
 
     @property
     def product(self):

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import shutil
@@ -161,7 +162,75 @@ def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
     hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (11, 3)))
     targets = torch.randint(0, 11, (5, 2), generator=g)
     take = {"logp": slice(0, 2), "entropy": slice(2, 3), "both": slice(0, 3)}[how]
-    torch.autograd.gradcheck(lambda h, w: model.Head.apply(h, w, targets, 0.7)[:, take], (hidden, weight))
+    torch.autograd.gradcheck(lambda h, w: model.Head.apply(h, w, targets)[:, take], (hidden, weight))
+
+
+def head_and_reference(dtype, n=70, d=24, vocabulary=1003):
+    """The head in a dtype and plain torch in float64 from the same numbers, two targets per token: results, gradients of
+    hidden and weight, for each. Among the rows: the last column as target, a target twice, one that is nearly certain."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g) for shape in ((n, d), (vocabulary, d)))
+    targets = torch.randint(0, vocabulary, (n, 2), generator=g)
+    targets[0], targets[1] = vocabulary - 1, targets[1, 0]
+    hidden[2] = weight[targets[2, 0]]
+    weigh = torch.randn(n, 3, generator=g)
+    found = []
+    for number, head in ((dtype, model.Head.apply), (torch.float64, plain_head)):
+        h, w = (x.to(dtype).to(number).detach().requires_grad_() for x in (hidden, weight))
+        out = head(h, w, targets)
+        (out * weigh.to(out.dtype)).sum().backward()
+        found.append([x.double() for x in (out.detach(), h.grad, w.grad)])
+    assert found[1][0][2, 0] > -0.05  # it is nearly certain
+    return found
+
+
+def plain_head(hidden, weight, targets):
+    logp = (hidden @ weight.T).log_softmax(-1)
+    return torch.cat([logp.gather(-1, targets), -(logp.exp() * logp).sum(-1, keepdim=True)], -1)
+
+
+# bfloat16 has 8 bits: a logit of 16 to 32 is rounded by at most 0.0625, and a gradient then by some per cent.
+BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-5, 1e-5), torch.bfloat16: (0.07, 0.02)}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("chunk", [7, 70, 100])
+def test_the_head_is_the_plain_computation(monkeypatch, dtype, chunk):
+    """Log-probs and entropies within an absolute bound, gradients within a relative one, whatever the chunk."""
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: chunk)
+    (out, *grads), (want, *want_grads) = head_and_reference(dtype)
+    absolute, relative = BOUNDS[dtype]
+    torch.testing.assert_close(out, want, rtol=0, atol=absolute)
+    for found, wanted in zip(grads, want_grads, strict=True):
+        assert (found - wanted).norm() <= relative * wanted.norm()
+
+
+def test_a_certain_tokens_gradient_is_not_lost_to_rounding():
+    """Near p = 1 a target's two parts, 1 and -p, cancel: in bfloat16 they are summed before they are rounded."""
+    hidden, targets = torch.tensor([[8.0]], dtype=torch.bfloat16), torch.tensor([[0]])
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    model.Head.apply(hidden, weight, targets)[0, 0].backward()
+    p = torch.tensor(8.0).sigmoid()  # 0.99966, which is 1 in bfloat16
+    torch.testing.assert_close(weight.grad[:, 0].float(), 8 * torch.stack([1 - p, p - 1]), rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_head_is_the_plain_computation(monkeypatch, dtype):
+    """What a GPU runs, compiled here for the CPU: several chunks, of which the last is shorter, in few variants."""
+    for name in ("statistics", "to_slope"):
+        plain = getattr(model, name)
+        monkeypatch.setattr(model, name, torch.compile(inspect.getclosurevars(plain).nonlocals["function"]))
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 32)
+    torch._dynamo.reset()
+    (out, *grads), (want, *want_grads) = head_and_reference(dtype)
+    absolute, relative = BOUNDS[dtype]
+    torch.testing.assert_close(out, want, rtol=0, atol=absolute)
+    for found, wanted in zip(grads, want_grads, strict=True):
+        assert (found - wanted).norm() <= relative * wanted.norm()
+    for n in (40, 50, 33, 61):
+        head_and_reference(dtype, n=n)
+    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(inspect.getclosurevars(plain).nonlocals["function"])) <= 3
 
 
 @pytest.mark.parametrize("tied", [False, True])
