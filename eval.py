@@ -117,15 +117,15 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0, left_alone=None):
 
 def options(question, answer):
     """Where a question's options stand: a list of (label, start of its text, end of its text). The labels A) B) C), (A) (B),
-    A. B., A: B: or 1. 2. begin a line and are all of one form; of several runs A, B, C, ... the last one counts, because
-    the question itself may have such a list. An option ends before the next label, the last one before a blank line.
+    A. B. or A: B: begin a line and are all of one form, not 1. 2., which may be steps where "2" is a number; of several
+    runs A, B, C, ... the last one counts, because the question itself may have such a list. An option ends before the next label, the last one before a blank line.
     Why they cannot be permuted, a string, if there are no options, the answer is no label, or an option refers to others."""
     runs = {}  # the form of a label -> its last run
-    for m in re.finditer(r"(?m)^[ \t]*(\(?)([A-Z]|[1-9]\d?)([).:])[ \t]+", question):
-        run = runs.setdefault((m[1], m[2].isdigit(), m[3]), [])
-        if m[2] in "A1":
+    for m in re.finditer(r"(?m)^[ \t]*(\(?)([A-Z])([).:])[ \t]+", question):
+        run = runs.setdefault((m[1], m[3]), [])
+        if m[2] == "A":
             run[:] = [m]
-        elif run and m[2] == next_label(run[-1][2]):
+        elif run and ord(m[2]) == ord(run[-1][2]) + 1:
             run.append(m)
     known = [run for run in runs.values() if len(run) > 1]
     if not known:
@@ -141,11 +141,10 @@ def options(question, answer):
     return found
 
 
-REFERS = re.compile(r"(?i)\b(above|below|both [A-J]|[A-J] and [A-J])\b")
-
-
-def next_label(label):
-    return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
+REFERS = re.compile(  # "both A", "A and B", "(A) or (B)", "option C", "none of the others"
+    r"(?i:\b(?:above|below|(?:both|n?either|options?|choices?|answers?) \(?[A-J]\b|(?:all|none|any|both) of (?:the )?(?:others?|other options|options|previous)"
+    r"|(?:same|true) as \(?[A-J]\b))|\b[A-J]\)? (?:and|or|nor|&) \(?[A-J]\b"
+)
 
 
 def shuffled(question, answer, seed):

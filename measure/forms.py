@@ -339,9 +339,9 @@ def exponent(gold):
 
 
 def rounded(gold):
-    """A few digits of a number that has more."""
+    """A few digits of a number that has more: fewer than runtime/oat.py's places() takes."""
     v = number(gold)
-    return [f"{float(v):.{n}f}" for n in (2, 3, 6)] if v is not None and decimal(v) is None and abs(v) < 10**6 else []
+    return [f"{float(v):.{n}f}" for n in (2, 3, 5)] if v is not None and decimal(v) is None and abs(v) < 10**6 else []
 
 
 def factor(gold):

@@ -8,8 +8,8 @@ read one string, PLAIN: without LaTeX's spacing, and with powers of ten written 
 0.065 and 6.5\times10^{-2} are one number.
 
 Accepted there, rejected here:
-    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer,
-    5.00000001 for 5, 2.666667 for 8/3 and math-verify rounds to six places; here numbers are exact
+    1.39e-10 for 3.61e-10              there every number within 1e-7 of an integer is that integer, and
+    5.00000001 for 5                   math-verify rounds to six places; here numbers are exact, but see places()
     5\text{ million} for 5             there the words are deleted as a unit
     1.2 e - 3 for 1.2e-3               there spaces are deleted first; here this is no number
     (c) for (a), c^2+b for a^2+b       there units of MathQA, a and c among them, are deleted
@@ -47,13 +47,29 @@ def by_oat(text, answer):
     ours, theirs = (rational(rewrite(s, MATHD)) for s in (given, gold))
     if ours == theirs:
         return True, read
-    if isinstance(ours, Fraction) and isinstance(theirs, Fraction) and "%" not in given + gold:  # 50% is both 50 and 0.5
+    if any(SIDE_BY_SIDE.fullmatch(s) for s in (given, gold)):
         return False, read
+    n = places(given)
+    if isinstance(ours, Fraction) and isinstance(theirs, Fraction) and "%" not in given + gold:  # 50% is both 50 and 0.5
+        return n < EXACT and not terminates(theirs) and ours == round(theirs, n), read
     if prm800k_equal(given, gold):
         return True, read
     how = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
     gold, found = (parse(f"${s}$", **how) for s in (gold, given))
-    return verify(gold, found, float_rounding=EXACT, timeout_seconds=None), read
+    return verify(gold, found, float_rounding=n, timeout_seconds=None), read
+
+
+def places(given):
+    """The decimal places to which numbers are compared. Six places and six digits are enough for what has no end, 0.333333
+    for 1/3 and 1.414214 for \\sqrt{2}, as for the published grader, which takes them because it rounds everything."""
+    whole, _, rest = given.strip("+- ").partition(".")
+    decimal = (whole + rest).isdecimal() and len(rest) >= 6 <= len((whole + rest).lstrip("0"))
+    return len(rest) if decimal else EXACT
+
+
+def terminates(value):
+    """Whether a fraction's decimal has an end."""
+    return pow(10, value.denominator.bit_length(), value.denominator) == 0
 
 
 def last_boxed(text):
@@ -74,7 +90,7 @@ def last_boxed(text):
 # ---------------------------------------------------------------- strings
 # (pattern, replacement), applied in order
 
-EXACT = 99  # decimal places to which math-verify rounds: numbers that differ are not equal
+EXACT = 99  # places(): numbers that differ are not equal
 LARGEST = 400  # the largest power of ten that is written out
 DECIMAL = r"\d+(?:\.\d*)?|\.\d+"
 ALONE = r"(?<![\w.^_/})])(?<![\w.^_/}] )(?<!\^\{)"  # before a number that is not the end of another, of a power or a quotient
@@ -106,8 +122,21 @@ MIXED = (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}")  # 7 3/4 is not 73/4
 PLAIN = [  # what all comparisons and all votes read: none may see two numbers where another sees one
     # spacing, sizes and signs
     (f"[{''.join(UNICODE)}]", lambda m: UNICODE[m[0]]),
+    # what only changes the looks
+    (r"\\(?:operatorname\*?|rm)(?= *\{)", r"\\mathrm"),
+    (r"\\(?:bm|boldsymbol|mathbf|underline|emph|ensuremath)(?![a-zA-Z]) *|\\(?:text)?color *\{[^{}]*\}|\\tag\*? *\{[^{}]*\}",
+     ""),
+    (r"\\(?:bf|rm|tt|it|sf|tiny|small|large|Large|LARGE|huge|Huge|nonumber|notag|hfill|therefore)(?![a-zA-Z])|\{ *\}"
+     r"|\\(?:begin|end)\{(?:aligned|gathered|align\*?|equation\*?)\}", " "),
+    (r"\\(?:nice|s)frac(?![a-z])", r"\\frac"),
+    (r"\\([lr])brace(?![a-zA-Z])", lambda m: r"\{" if m[1] == "l" else r"\}"), (r"\\bar *(?=\{\d+\})", r"\\overline"),
+    (r"(?: *\{ *\})? *\\(?:text)?degrees?(?![a-z])", r"^\\circ"), (r"\\\\ *\[\d[^\[\]]*\]", r"\\\\"),
+    (r"^ *\\\[(.*)\\\] *$|^ *\\\((.*)\\\) *$", lambda m: m[1] or m[2] or ""),
+    (r"(?i)^ *\\text *\{[^{}]*\banswer\b[^{}\d]*\}", ""),
+    (r"\\(?:text|math)[a-z]* *\{[ $]*((?:[ei]|\\[a-z]+)(?:\{[^{}]*\})*)[ $]*\}", r" \1 "),  # no unit
+    (r"\\(?:text|mbox)\{( *, *)\}", r"\1"),
     (r",(?:\\[,;: ]|[\s~]){0,3}\\!\s*|\{ *, *\}\\!", ","),  # 10,\!080
-    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"\{ *, *\}", ","),  # 1{,}234
+    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""), (r"(?<![a-zA-Z])\{ *, *\}", ","),  # 1{,}234
     (r"\\!|[\u200b-\u200f\u2060\ufeff]", ""),
     (r"\\(?:display|text|script)style(?![a-z])|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", " "),
     (r"\\[hv]space\*?\{[^{}]*\}|\\(?:(?:thin|med|thick|en)space|q?quad)(?![a-z])|(?<!\\)(?:\\[,;:> ]|\$)|~|\s", " "),
@@ -117,25 +146,28 @@ PLAIN = [  # what all comparisons and all votes read: none may see two numbers w
      r" \1 "),
     (r"\\emptyset(?![a-z])", r"\\varnothing"), (r"\\([lg]e)qslant(?![a-z])", r"\\\1"),
     (r"^ *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\} *$", r"\1"),
-    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *\. *$", r"\1"),  # a full stop, but C. is not C
+    (r"^ *= *", ""),
+    # a full stop, but C. is not C
+    (r"^(?!\W*(?:(?:text|math|mbox)[a-z]*\W*)?[A-Ja-j]\W*$)(.*[^. ]) *(?:[.,;]|\\\\) *$", r"\1"),
     # numbers
     MIXED,
     (r"(?<![\d(\[{,.])\d{1,3}(?:,\d{3})+(?![\d)\]},])", lambda m: m[0].replace(",", "")),  # not in (1,234)
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m[0].replace(" ", "")),
+    # Not in 2^4 125, \log_2 125 or 4 125^2, which are products and functions.
+    (r"(?<![\w.^}])(?<![\w.^}\\] )\d{1,3}(?: \d{3})+(?!\d| ?[\^_])", lambda m: m[0].replace(" ", "")),
     (rf"(?<=\d) *({'|'.join(MILLIONS)})(?![a-z])", lambda m: rf"\times 10^{{{MILLIONS[m[1]]}}}"),
     (rf"{ALONE}({DECIMAL})[eE]([+-]?\d+)(?!\w|\.\d)", written_out),  # 6.5e-2
-    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?\{{?10\}}? *\^ *"  # 6.5\times10^{-2}
+    (r"(\\times|\\cdot|\*) *\{ *(10 *\^ *(?:\d|\{[^{}]*\})) *\}", r"\1 \2"),
+    (rf"{ALONE}(?:({DECIMAL}) *(?:\\times|\\cdot|\*) *)?(?:10|\{{10\}}) *\^ *"  # 6.5\times10^{-2}
      r"(?:\{ *([+-]? *\d+) *\}|([+-]\d+)(?!\w|\.\d)|(\d)(?!\w|\.\d))", written_out),
-    (r"(?<!frac\d)(?<!frac \d)(?<=\d) +(?=\d)", ","),  # 3 8 is neither 38 nor 11
 ]  # fmt: skip
 MATHD = [
     (r"\\\\", r"\\"),
     (r"\^ *(?:\\circ|\{ *\\circ *\})|\\?[$%]", " "),
-    (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{(.+)\}\s*$", r"\1"),
-    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}]{2})|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))"  # a unit
-     r"[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),
+    (r"^\s*\\(?:text|math|mbox)[a-z]*\s*\{((?:[^{}]|\{[^{}]*\})+)\}\s*$", r"\1"),
+    (r"(?<=\S)\s*(?:\\(?:text|mbox)\s*\{|\\mathrm\s*\{(?=\s|[^{}\\]{2})|\s\\mathrm\s*\{(?=[mgsJNKWVL]\}))"  # a unit
+     r"[^{}\\]*\}(?:\^\{?[23]\}?)?\s*$", ""),
     (r"\\(?:[tdc](frac)|(ne|le|ge)q(?![a-z]))", r"\\\1\2"),
-    (r"\{array\}(?:\{[^{}]*\})?|\{bmatrix\}", "{pmatrix}"),
+    (r"\{array\}(?:\{[^{}]*\})?|\{(?:b|small)matrix\}", "{pmatrix}"),
     (r"(^|[ {])\.(?=\d)", r"\g<1>0."), (r"(?<=\d)\.(?!\d)", ""),
     (r"^\s*[a-zA-Z]\s*=([^=]*)$", r"\1"), MIXED,
     (r"\\(sqrt|frac)\s*(\\pi|[^{\[\\\s])", r"\\\1{\2}"),  # \sqrt3, \frac1{72} and, with the next one, \frac12
@@ -150,7 +182,7 @@ PRM800K = [
     *MATHD,
     (r"(?:degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
      r"(?:es)?s?(?:\^[23])?(?!\d)", ""),
-    (r"\\[{},;:]", ""), (r"([\^_])\{(\w+)\}|\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1\2\3"),
+    (r"\\[{},;:]", ""), (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"), (r"([\^_])\{(\w+)\}", r"\1\2"),
     (r"(?<![\w/.^)}])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     # After / and ^ it would bind differently: it stays, and keeps sympy out.
     (r"(?<![/^])\\frac\{((?:[^{}]|\{[^{}]*\})*)\}(?=\{)", r"(\1)/"),
@@ -168,7 +200,7 @@ def rewrite(s, rules):
 
 def vote(read):
     """What an answer is counted as in a majority vote: its normalised string."""
-    return integer(rewrite(rewrite(read, PLAIN), MATHD))
+    return integer(re.sub(r"([\^_])\{(\w)\}", r"\1\2", rewrite(rewrite(read, PLAIN), MATHD)))
 
 
 def integer(s):
@@ -188,6 +220,7 @@ def rational(s):
 
 
 SIMPLE = re.compile(rf"([+-]?)({DECIMAL})?(?:\\frac\{{(-?(?:{DECIMAL}))\}}\{{((?:{DECIMAL}))\}})?", re.ASCII)
+SIDE_BY_SIDE = re.compile(rf" *(?:{DECIMAL})(?: +(?:{DECIMAL}))+ *")  # 3 8 is neither 38 nor 24 nor a list
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 FRACTION = rf"{NUMBER}|[-+]?\d*\\frac\{{-?\d+\}}\{{-?\d+\}}|-?\d+/\d+"
 UNIT = r"(?:[A-Za-z]+(?:\^[23])?)?"

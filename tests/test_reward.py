@@ -175,7 +175,9 @@ POWERS = {  # a ground truth: right answers, and wrong ones
     "4.6e-24": ([r"4.6 \times 10^{-24}"], ["4.7e-24", "4.6e-23", "0"]),
     "3e8": ([r"3.0\times10^8", "300000000", "300 million", r"300 \text{ million}"], ["24e", "3e", "3", "8", "3000000000"]),
     "5": ([r"5 \text{ cm}"], [r"5 \text{ million}", "5.00000001", r"5 \text{ thousand}"]),
-    r"\frac{8}{3}": (["8/3", r"2\frac{2}{3}"], ["2.666667", "2.67"]),
+    r"\frac{8}{3}": (["8/3", r"2\frac{2}{3}", "2.666667", "2.66666666667"], ["2.67", "2.66667", "2.666666", "2.6666667001"]),
+    r"\sqrt{2}": (["1.414214", "1.41421356"], ["1.41421", "1.414213", "1.4142135"]),
+    "0.1234567": ([], ["0.123457"]),
     "(10^{2},10^{-1})": (["(100, 0.1)"], ["(10^{3},10^{-1})"]),
     "(1.39e-10, 1)": ([r"(1.39\times10^{-10}, 1)"], ["(3.61e-10, 1)"]),
     "x^{2000}": ([], [r"x^2\times10^3"]),
@@ -214,6 +216,57 @@ def test_spacing_and_words_do_not_matter():
             assert right and read == vote(ways[0]), (ways[0], given, read)
             assert grade(by_oat, f"\\boxed{{{ways[0]}}}", given, 20.0)[0], (given, ways[0])
     assert majority(["0.25", r"\frac{1}{4}", "7", "7", r"\frac{2}{8}"], [True, True, False, False, True]) == 1.0
+
+
+WRITTEN = {  # ground truth -> other ways to write it, and answers that are wrong
+    "5": ([r"\log_2 32", r"5 \text{,}", "=5"], ["5 5", r"5\,5", r"5\quad 5", r"5\mathrm{\sqrt{2}}", r"5\mathrm{i}",
+        r"5\mathrm{e}", r"5\text{ $\pi$}"]),
+    r"\log_2 3": ([r"\log_2(3)", r"\frac{\ln 3}{\ln 2}"], []),
+    "144": (["2^4 3^2", "2^4 9"], []),
+    r"2^{4}\cdot3^{2}": ([r"2^4\,3^2"], []),
+    "2000": (["2^4 125", r"2\times{10^{3}}"], []),
+    r"3\sqrt{2}": ([r"\sqrt2 3"], []),
+    r"\frac{1}{2} \cdot 3": ([r"\frac12 3"], []),
+    r"\frac{3 \sqrt{3}}{4}": ([r"\frac{3 3^{1/2}}{4}"], []),
+    r"$\frac{4 \cdot 999^{4}}{27}$": ([r"\frac{4\,999^4}{27}", r"\frac{2^2 999^4}{27}"], []),
+    "6.5e-2": ([r"6.5\times{10^{-2}}"], []),
+    "3e8": ([r"3\times{10^8}"], []),
+    r"\{1,2,3\}": ([r"1\text{, }2\text{, }3"], []),
+    "10080": ([r"10\text{,}080"], []),
+    r"12\pi": ([r"12\mathrm{\pi}"], []),
+    "e^{2}": ([r"\mathrm{e}^{2}"], []),
+    r"\frac{e^{2 i t}}{(2+2 i)}": ([r"\frac{e^{2 \mathrm{i} t}}{(2+2 \mathrm{i})}"], []),
+    r"\frac{4 A}{3+3 i} e^{i t}": ([r"\frac{4 A}{3+3 \mathrm{i}} e^{\mathrm{i} t}"], []),
+    "42": ([r"\boldsymbol{42}", r"\textcolor{blue}{42}", r"\emph{42}", r"\ensuremath{42}", r"\bf{42}", r"{\bf 42}",
+        r"{\rm 42}", r"\tt 42", r"{\Large 42}", r"\small{42}", r"\hfill 42", "42{}", "{}42", r"42\nonumber",
+        r"\begin{aligned}42\end{aligned}", r"42\tag{1}", r"42\\", "42,", "42;", r"\therefore 42", r"\[42\]",
+        r"\text{Answer: }42", r"\text{The answer is }42"], []),
+    "-7": ([r"\bm{-7}"], []),
+    "C": ([r"\underline{C}", r"\operatorname{C}", "=C"], []),
+    r"\{1,2\}": ([r"\lbrace 1,2\rbrace"], []),
+    r"\frac{1}{2}": ([r"\nicefrac{1}{2}"], []),
+    "90": ([r"90{}^\circ"], []),
+    r"90^\circ": ([r"90\textdegree", r"90\degree"], []),
+    "4": ([r"4\operatorname{cm}", r"4\,\rm{cm}"], []),
+    r"0.\overline{3}": ([r"0.\bar{3}"], []),
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}": ([r"\begin{pmatrix}1&2\\[4pt]3&4\end{pmatrix}"], []),
+    "1234": (["1 234"], []),
+    "12345": ([r"12\,345"], []),
+    "-1234": ([r"-1\ 234"], []),
+    "2^4 3^2": ([], ["9, 16", r"\{16,9\}"]),
+    "2^{4125}": ([], ["2^4 125"]),
+    "12": ([], [r"12\mathrm{\pi}"]),
+    "2": ([], [r"2\mathrm{\pi}"]),
+    "38": ([], ["3 8"]),
+    "24": ([], ["3 8"]),
+    "3 8": ([], ["8"]),
+}  # fmt: skip
+
+
+def test_what_only_changes_the_looks_does_not_matter():
+    for gold, (right, wrong) in WRITTEN.items():
+        for given in right + wrong:
+            assert grade(by_oat, f"\\boxed{{{given}}}", gold, 20.0)[0] == (given in right), (gold, given)
 
 
 FORMED = ["6.5e-2", "1e11", "58,500", r"$-\frac{35}{9}$", r"\$18.90", r"106^\circ", "17.5%", r"\text{(C)}", r"\text{east}",
