@@ -168,7 +168,9 @@ def plain_trace(trace, control, opened):
 
     Raises Unusable for an empty trace, and for one with a control token inside: what follows EOS would be learnt.
     """
-    trace = re.sub(rf"(?:(?:{control.pattern})\s*)+$", "", trace)
+    runs = list(re.finditer(rf"(?:(?:{control.pattern})\s*+)++", trace))  # one pass: a search for those at the end takes n²
+    if runs and runs[-1].end() == len(trace):
+        trace = trace[: runs[-1].start()]
     if opened:
         as_released = re.match(r"<think>\n(?!\s*<think>)", trace)
         trace = trace[(as_released or OPENINGS.match(trace)).end() :]

@@ -26,10 +26,9 @@ def data_path(name):
     if not name.strip():
         raise UserError("data is empty: name a file, a folder or a dataset on the hub (docs/data.md)")
     path, folder = repo_path(name), name.split("/")[0]
-    if name.startswith("hf://"):
-        return name
     is_file = os.path.exists(path) or re.search(r"\.\w*(parquet|json|jsonl|csv|gz|zst)$", name) or name[:1] in (".", "~")
-    return name if HUB.fullmatch(name) and not is_file and not os.path.isdir(repo_path(folder)) else path
+    is_local = not name.startswith("hf://") and (is_file or os.path.isdir(repo_path(folder)))
+    return name if HUB.fullmatch(name) and not is_local else path
 
 
 def read_rows(path, content=None):
@@ -100,7 +99,8 @@ def rows_of_file(path):
 def head_of(path):
     """A file's first bytes, which tell its kind. Raises UserError if there is no such file."""
     if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
+        raise UserError(f"there is no data file {path}; a dataset on the hub is USER/NAME:SUBSET:SPLIT, a file there"
+                        " hf://datasets/USER/NAME/FILE:SPLIT")  # fmt: skip
     with open(path, "rb") as f:
         return f.read(512)
 
@@ -151,8 +151,8 @@ def rows_of_json_lines(path):
                 yield row
     except UnicodeDecodeError:
         raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8") from None
-    except ValueError as e:
-        raise UserError(f"{path} line {number} is no JSON ({first_line(e)}): write one {{...}} per line") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} line {number} cannot be read as JSON ({first_line(e)}): write one {{...}} per line") from None
 
 
 def count_rows(path):

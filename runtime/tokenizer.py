@@ -3,7 +3,6 @@ The tokenizer beside a model: read as its own tokenizer.json says, with the toke
 text may hold.
 """
 
-import contextlib
 import os
 import re
 
@@ -24,10 +23,11 @@ TAGS = ("<think>", "</think>")  # text here, although some tokenizers call them 
 
 
 def load_tokenizer(model):
-    """The tokenizer of a folder or hub name, with two more attributes:
+    """The tokenizer of a folder or hub name, with more attributes:
 
-    stop_ids   list of the ids at which a response ends: those of generation_config.json, or else of config.json, and EOS
-    control    regular expression for a control token in text, such as <|im_end|>
+    stop_ids     list of the ids at which a response ends: those of generation_config.json, or else of config.json, and EOS
+    ignored_ids  other ids that these files call ends
+    control      regular expression for a control token in text, such as <|im_end|>
 
     transformers chooses a class by the model's config, and the class may read tokenizer.json in a way of its own: a byte-level
     tokenizer beside a Llama loses all spaces. So a probe is compared with what the library `tokenizers` makes of that file. If
@@ -59,7 +59,7 @@ def load_tokenizer(model):
         raise UserError(f"the tokenizer of {model} corrupts text: {fault}; copy the files of the model's first release")
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
-    tokenizer.stop_ids = stop_ids(model, tokenizer)
+    tokenizer.stop_ids, tokenizer.ignored_ids = stop_ids(model, tokenizer)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = {*special, *tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)} - {*TAGS, None}
     tokenizer.control = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
@@ -95,25 +95,36 @@ def fault_of(tokenizer, own):
 
 
 def stop_ids(model, tokenizer):
-    """The ids at which a response ends, the tokenizer's EOS first. Of the configs' ids only those of added tokens count: a
-    config may hold the default of its family, which is some piece of text to this tokenizer."""
+    """The ids at which a response ends, the tokenizer's EOS first, and the configs' other ids, which do not end it: only those
+    of added tokens count, because a config may hold the default of its family, some piece of text to this tokenizer."""
+
+    def of_config():
+        config = PreTrainedConfig.get_config_dict(model)[0]
+        return next((c["eos_token_id"] for c in (config, config.get("text_config") or {}) if "eos_token_id" in c), None)
+
+    sources = {
+        "generation_config.json": lambda: GenerationConfig.from_pretrained(model).eos_token_id,
+        "config.json": of_config,  # the second choice, as in transformers
+    }
     found = None
-    try:
-        found = GenerationConfig.from_pretrained(model).eos_token_id
-    except (OSError, ValueError, TypeError) as e:  # it may be missing
-        if os.path.exists(file := os.path.join(model, "generation_config.json")):
-            raise UserError(f"{file} is damaged ({first_line(e)}): copy it again") from None
-    if found is None:  # then config.json, as in transformers
-        with contextlib.suppress(OSError):
-            found = PreTrainedConfig.get_config_dict(model)[0].get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in found if i in tokenizer.added_tokens_decoder)]))
+    for name, read in sources.items():
+        try:
+            found = read() if found is None else found
+        except Exception as e:  # it may be missing
+            if os.path.exists(file := os.path.join(model, name)):
+                raise UserError(f"{file} is damaged ({first_line(e)}): copy it again") from None
+    found = found if isinstance(found, list) else [] if found is None else [found]
+    if odd := [i for i in found if type(i) is not int]:
+        raise UserError(f"the eos_token_id of {model} is {odd[0]!r:.80}: write a token's id, or a list of ids, in its configs")
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(i for i in found if i in tokenizer.added_tokens_decoder)])
+    return list(ends), [i for i in found if i not in ends]
 
 
 def ends_in_words(tokenizer):
     """For the log: where responses and traces end."""
     names = [f"{tokenizer.decode([i])!r} ({i})" for i in tokenizer.stop_ids]
-    return f"responses end at {' or '.join(names)}, traces in {names[0]}"
+    ignored = f"; no special tokens, so no ends: {tokenizer.ignored_ids}" if tokenizer.ignored_ids else ""
+    return f"responses end at {' or '.join(names)}, traces in {names[0]}{ignored}"
 
 
 def check_same_tokens(ours, theirs):

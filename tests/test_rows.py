@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -67,15 +68,17 @@ def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
     "content, words",
     [
         (b'[{"question": "1", "answer": "1"}]', "line 1 is no object: write one {...} per line, not a list"),
-        (b"[\n  {\n", "line 1 is no JSON"),
-        (b'{"question": "1", "answer": "1"}\n{"question": ', "line 2 is no JSON"),
+        (b"[\n  {\n", "line 1 cannot be read as JSON"),
+        (b'{"question": "1", "answer": "1"}\n{"question": ', "line 2 cannot be read as JSON"),
         (b'{"question": "1", "answer": "1"}\n{"prompt": []}', "line 2 lacks the column 'reward_model'"),
         (b'{"problem": "1"}', "line 1 lacks the column 'prompt', it has .'problem'."),
         (b'{"question": ["1"], "answer": "1"}', "row 0: the content in 'prompt' is "),
         (b'{"question": "1", "answer": true}', "row 0: the ground truth is True, not text"),
         (b'{"question": "1", "answer": "1", "trace": {"text": "1"}}', "row 0: the content in 'target' is "),
         (b'{"question": "\\ud800", "answer": "1"}', r"row 0: the content in 'prompt' is '\\ud800', not text"),
-        (b"question,answer\n1,1\n", "line 1 is no JSON"),
+        (b"question,answer\n1,1\n", "line 1 cannot be read as JSON"),
+        (b"[" * 100_000, r"line 1 cannot be read as JSON .*recursion"),
+        (b'{"question": "1", "answer": %s}' % (b"1" * 5000), r"line 1 cannot be read as JSON .*digits"),
         (gzip.compress(b"{}", mtime=0), "neither a parquet file nor JSON lines"),
         (b"", "no usable row"),
         (b"\n\n", "no usable row"),
@@ -109,6 +112,16 @@ def test_names_on_the_hub(name):
 )
 def test_names_of_files(name):
     assert os.path.isabs(data_path(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://a/b", "hf://datasets", "Elliott/X@main", "a/b:train+test", "a/b:c:d:e", "gsm8k", "toy/*.parquet",
+             "https://huggingface.co/datasets/a/b", "x.parquet:train[:10]"]
+)  # fmt: skip
+def test_names_of_nothing(name):
+    last = re.escape(name.split("/")[-1])
+    with pytest.raises(UserError, match=f"^there is no data file .*{last}; a dataset on the hub is USER"):
+        list(read_rows(data_path(name)))
 
 
 def test_a_model_that_is_missing_here_is_not_asked_for_on_the_hub():

@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from configurator import UserError
-from data import load_benchmark, plain_trace
+from data import Unusable, load_benchmark, plain_trace
 from runtime.preflight import check_ids
 from runtime.tokenizer import PROBE, ends_in_words, load_tokenizer, response_text
 
@@ -98,6 +100,7 @@ def test_other_formats_are_refused(tmp_path):
         ({"generation_config.json": {}, "config.json": {"eos_token_id": 258}}, [256, 258]),
         ({"generation_config.json": {"eos_token_id": None}}, [256]),
         ({"generation_config.json": {"eos_token_id": [2, 257]}}, [256, 257]),  # 2 is "#" here, and the EOS of Llama 2
+        ({"config.json": {"text_config": {"eos_token_id": 258}}}, [256, 258]),
         ({}, [256]),
     ],
 )
@@ -111,7 +114,19 @@ def test_stop_ids(tmp_path, files, wanted):
         assert response_text(tokenizer, [*tokenizer.encode("x"), i]) == "x"
     assert response_text(tokenizer, tokenizer.encode("x")) == "x" and response_text(tokenizer, []) == ""
     words = ends_in_words(tokenizer)
-    assert words.endswith("traces in '<|end|>' (256)") and all(f"({i})" in words for i in wanted)
+    assert "traces in '<|end|>' (256)" in words and all(f"({i})" in words for i in wanted)
+    assert ("no ends: [2]" in words) == ("2, 257" in str(files))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("eos", [[258.0], [[258]], {"a": 1}, "258", [256, "258"], True, None])
+def test_odd_ends_are_refused(tmp_path, name, eos):
+    folder = save(tmp_path, byte_tokenizer(["<|end|>", "<|eot|>", "<|eom|>"]))
+    content = {"model_type": "llama", "eos_token_id": eos} if eos is not None else []
+    json.dump(content, open(tmp_path / name, "w"))
+    with pytest.raises(UserError, match=r"the eos_token_id of .* is .*: write a token's id|json is damaged") as e:
+        load_tokenizer(folder)
+    assert "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------- traces and prompts
@@ -148,6 +163,15 @@ def test_what_the_released_data_holds_is_left_as_it_is(chat):
     assert plain_trace("<think>\n\n  Okay\n</think> 1 \n", chat.control, opened=True) == "\n  Okay\n</think> 1 \n"
     assert plain_trace(" <think> 1</think>\n", chat.control, opened=False) == " <think> 1</think>\n"
     assert plain_trace("Say <think> again</think>", chat.control, opened=True) == "Say <think> again</think>"
+
+
+def test_a_long_run_of_control_tokens_takes_one_pass(chat):
+    """It took 9 s. The limit is generous, for a busy machine."""
+    start = time.process_time()
+    for ending in ("x", ""):
+        with contextlib.suppress(Unusable):
+            assert plain_trace("</think>1" + "<|end|> " * 8000 + ending, chat.control, opened=True) == "</think>1"
+    assert time.process_time() - start < 1
 
 
 def test_control_tokens_are_counted(tmp_path, chat):
