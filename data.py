@@ -19,7 +19,7 @@ import torch
 
 from configurator import ROOT, UserError, first_line, printable
 from runtime.rows import read_rows
-from runtime.tokenizer import render_prompt
+from runtime.tokenizer import gives_back, render_prompt
 
 THINK = "<think>\n"
 OPENINGS = re.compile(r"[\s\ufeff]*(?:<think>[\s\ufeff]*)*")  # of a trace, as people write it
@@ -110,10 +110,12 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     the answer unchanged. content: a hash object that is fed the rows.
 
     Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
-    answer, prompts whose messages hold a control token such as <|im_end|>, and traces that plain_trace() refuses; `log`
-    gets one line that counts them by kind. With `evaluated` a prompt with a control token is kept, and counted, so that a
-    benchmark has as many problems for one tokenizer as for another. Raises UserError if the file is missing, damaged or
-    of another schema, if no row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
+    answer, prompts whose messages hold a control token such as <|im_end|>, traces that plain_trace() refuses, and texts that
+    the tokenizer cannot give back; `log` gets one line that counts them by kind. With `evaluated` a prompt is kept, and
+    counted, whatever the tokenizer makes of it, so that a benchmark has as many problems for one as for another.
+
+    Raises UserError if the file is missing, damaged or of another schema, if no row is usable, or if require_think is set
+    and the rendered prompt does not end in "<think>\n".
     """
     problems, dropped, kept = [], Counter(), Counter()
     for index, row in read_rows(path, content):
@@ -138,6 +140,10 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                 "prompt in the model's chat template (tokenizer_config.json), or set require_think=False"
             )
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
+        if not gives_back(tokenizer, prompt_ids, text):
+            (kept if evaluated else dropped)["prompts changed by the tokenizer"] += 1
+            if not evaluated:
+                continue
         if len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
             continue
@@ -145,10 +151,12 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         for trace in [m["content"] for m in row["target"] if m.get("content") is not None]:
             try:
                 trace = plain_trace(trace, tokenizer.control, opened=thinks)
-                ids = [*tokenizer.encode(trace, add_special_tokens=False), tokenizer.eos_token_id]
-                if len(ids) > max_teacher_tokens:
+                ids = tokenizer.encode(trace, add_special_tokens=False)
+                if len(ids) >= max_teacher_tokens:
                     raise Unusable(f"over {max_teacher_tokens} tokens")
-                teacher.append(ids)
+                if not gives_back(tokenizer, ids, trace):
+                    raise Unusable("changed by the tokenizer")
+                teacher.append([*ids, tokenizer.eos_token_id])
             except Unusable as e:
                 dropped[f"traces {e}"] += 1
         key = digest(source, messages[-1]["content"], raw_answer)

@@ -28,12 +28,14 @@ def load_tokenizer(model):
     stop_ids     list of the ids at which a response ends: those of generation_config.json, or else of config.json, and EOS
     ignored_ids  other ids that these files call ends
     control      regular expression for a control token in text, such as <|im_end|>
+    lossless     does it give every text back? If not, gives_back() looks at each
 
     transformers chooses a class by the model's config, and the class may read tokenizer.json in a way of its own: a byte-level
     tokenizer beside a Llama loses all spaces. So a probe is compared with what the library `tokenizers` makes of that file. If
     they differ, the file is loaded as it is.
 
-    Raises UserError without tokenizer.json, EOS or chat template, and if the probe still differs or loses characters.
+    Raises UserError without tokenizer.json, EOS or chat template, if the probe still differs or loses characters, and if a
+    trace that follows a prompt would begin with a space of the tokenizer's.
     """
     try:
         path = os.path.join(model, "tokenizer.json") if os.path.isdir(model) else cached_file(model, "tokenizer.json")
@@ -57,11 +59,17 @@ def load_tokenizer(model):
         raise UserError(f"the tokenizer of {model} has no eos_token: name one in its tokenizer_config.json")
     if fault:
         raise UserError(f"the tokenizer of {model} corrupts text: {fault}; copy the files of the model's first release")
+    if (joined := tokenizer.decode([i for text in "12" for i in tokenizer.encode(text, add_special_tokens=False)])) != "12":
+        raise UserError(f"the tokenizer of {model} begins each text with a space: '1' and '2' after it give {joined!r}; choose"
+                        " a model whose tokenizer adds none")  # fmt: skip
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {model} has no chat template: add one to its tokenizer_config.json")
     tokenizer.stop_ids, tokenizer.ignored_ids = stop_ids(model, tokenizer)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = {*special, *tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)} - {*TAGS, None}
+    added = [*own.get_added_tokens_decoder().values(), *tokenizer.added_tokens_decoder.values()]
+    tokenizer.lossless = is_byte_level(own) and not any(token.lstrip or token.rstrip for token in added)
+    # A template's own tokens are control tokens, too: DeepSeek's are not called special.
+    used = {t.content for t in added if t.special or (t.content.strip() and t.content in str(tokenizer.chat_template))}
+    names = {*used.difference(TAGS), *tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)}
     tokenizer.control = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
     return tokenizer
 
@@ -80,18 +88,36 @@ def fault_of(tokenizer, own):
     for mark in marks:
         if own.token_to_id(mark) != added[mark]:
             return f"{mark} is {added[mark]} by tokenizer_config.json, {own.token_to_id(mark)} by tokenizer.json"
+    if getattr(own.model, "dropout", None):
+        return "dropout in its tokenizer.json cuts one text in several ways"
     own.no_truncation()
     own.no_padding()
     text = PROBE + "".join(marks)
     ids = own.encode(text, add_special_tokens=False).ids
     read = tokenizer.encode(text, add_special_tokens=False)
-    has_all_bytes = own.get_vocab().keys() >= {*ByteLevel.alphabet()} or own.token_to_id("<0x0A>") is not None
-    wanted = text if has_all_bytes else own.decode(ids, skip_special_tokens=False)
+    wanted = text if has_all_bytes(own) else own.decode(ids, skip_special_tokens=False)
     for found in (tokenizer.decode(ids), tokenizer.decode(read)):
         if found != wanted:
             at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
             return f"{wanted[at : at + 12]!r} comes back as {found[at : at + 12]!r}"
     return None if read == ids else "transformers cuts it into other tokens than its tokenizer.json"
+
+
+def has_all_bytes(own):
+    return own.get_vocab().keys() >= {*ByteLevel.alphabet()} or own.token_to_id("<0x0A>") is not None
+
+
+def is_byte_level(own):
+    """Has the tokenizer a token for every byte, and no step that changes text? NFC (Qwen) is none: it composes accents, which
+    Unicode calls the same text."""
+    steps = b"".join(step.__getstate__() for step in (own.normalizer, own.pre_tokenizer) if step)
+    kinds = {*re.findall(rb'"type":"(\w+)"', steps)}
+    return has_all_bytes(own) and b"Removed" not in steps and kinds <= {b"Sequence", b"NFC", b"Split", b"Digits", b"ByteLevel"}
+
+
+def gives_back(tokenizer, ids, text):
+    """Do a text's ids decode to that text? It costs nothing where every text's do."""
+    return tokenizer.lossless or tokenizer.decode(ids) == text
 
 
 def stop_ids(model, tokenizer):

@@ -91,6 +91,7 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
         "trace dropped: lists of different lengths": 3, "trace dropped: null": 1, "trace dropped: not complete": 2,
         "trace dropped: not correct": 2, "trace dropped: not UTF-8": 1, "trace dropped: thought never closed": 2,
         "trace dropped: with a control token inside": 1, "trace dropped: too long": 3,
+        "trace dropped: changed by the tokenizer": 0,
     }  # fmt: skip
     assert counts == want and tuple(counts) == prepare.COUNTS
     assert all(f"{what:<44}{n:>9,}" in shown for what, n in counts.items())
