@@ -22,7 +22,10 @@ from runtime.rows import read_rows
 from runtime.tokenizer import gives_back, render_prompt
 
 THINK = "<think>\n"
-OPENINGS = re.compile(r"[\s\ufeff]*(?:<think>[\s\ufeff]*)*")  # of a trace, as people write it
+# What a reader does not see: white space, and Unicode's control and format characters, such as a zero-width space.
+BLANK = r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+OPENINGS = re.compile(rf"{BLANK}*(?:<think>{BLANK}*)*")  # of a trace, as people write it
+EMPTY = re.compile(rf"(?:{BLANK}|</?think>)*+")  # a text that says nothing
 
 
 @dataclass
@@ -109,10 +112,11 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     returns the text before the response, and the answer to grade against; by default the chat template's text, and
     the answer unchanged. content: a hash object that is fed the rows.
 
-    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
-    answer, prompts whose messages hold a control token such as <|im_end|>, traces that plain_trace() refuses, and texts that
-    the tokenizer cannot give back; `log` gets one line that counts them by kind. With `evaluated` a prompt is kept, and
-    counted, whatever the tokenizer makes of it, so that a benchmark has as many problems for one as for another.
+    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without an answer or whose
+    prompt does not end in a question of the user's, prompts whose messages hold a control token such as <|im_end|>, traces
+    that plain_trace() refuses, and texts that the tokenizer cannot give back; `log` gets one line that counts them by kind.
+    With `evaluated` a prompt is kept, and counted, whatever the tokenizer makes of it, so that a benchmark has as many
+    problems for one as for another.
 
     Raises UserError if the file is missing, damaged or of another schema, if no row is usable, or if require_think is set
     and the rendered prompt does not end in "<think>\n".
@@ -120,8 +124,9 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     problems, dropped, kept = [], Counter(), Counter()
     for index, row in read_rows(path, content):
         answer = (row["reward_model"]["ground_truth"] or "").strip()
-        messages = [m for m in row["prompt"] if m.get("content") is not None]  # an empty system turn is one, too
-        if not answer or not messages or not messages[-1]["content"].strip():
+        messages = row["prompt"]
+        last = messages[-1] if messages else {"role": "user", "content": ""}
+        if EMPTY.fullmatch(answer) or last["role"] != "user" or EMPTY.fullmatch(last["content"]):
             dropped["rows without prompt or answer"] += 1
             continue
         if found := [c[0] for m in messages if (c := tokenizer.control.search(m["content"]))]:
@@ -148,7 +153,7 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
             dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
             continue
         teacher = []
-        for trace in [m["content"] for m in row["target"] if m.get("content") is not None]:
+        for trace in [m["content"] for m in row["target"]]:
             try:
                 trace = plain_trace(trace, tokenizer.control, opened=thinks)
                 ids = tokenizer.encode(trace, add_special_tokens=False)
@@ -174,18 +179,22 @@ def plain_trace(trace, control, opened):
     opened the thought, without its own opening. People write that as "<think>\n", with other white space, twice, or not at
     all; exactly "<think>\n" is cut off, so that what follows stays as it is, or else all white space around it goes, too.
 
-    Raises Unusable for an empty trace, and for one with a control token inside: what follows EOS would be learnt.
+    Raises Unusable for an empty trace, for one with a control token inside, because what follows EOS would be learnt, and for
+    one that opens a second thought.
     """
-    runs = list(re.finditer(rf"(?:(?:{control.pattern})\s*+)++", trace))  # one pass: a search for those at the end takes n²
+    # One pass over all runs: a search for the run at the end would try each one to its end.
+    runs = list(re.finditer(rf"(?:(?:{control.pattern}){BLANK}*+)++", trace))
     if runs and runs[-1].end() == len(trace):
         trace = trace[: runs[-1].start()]
     if opened:
-        as_released = re.match(r"<think>\n(?!\s*<think>)", trace)
+        as_released = re.match(rf"<think>\n(?!{BLANK}*<think>)", trace)
         trace = trace[(as_released or OPENINGS.match(trace)).end() :]
-    if not trace.strip():
+    if EMPTY.fullmatch(trace):
         raise Unusable("without text")
     if control.search(trace):
         raise Unusable("with a control token inside")
+    if opened and "<think>" in trace:
+        raise Unusable("with a second <think>")
     return trace
 
 

@@ -95,7 +95,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import set_verbosity_error
 
-from data import THINK, Unusable, load_problems, load_templates, plain_trace
+from data import EMPTY, THINK, Unusable, load_problems, load_templates, plain_trace
 from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
@@ -154,7 +154,8 @@ COUNTS = (
     "traces of rows not dropped", "traces kept", "traces behind the first usable one",
     "trace dropped: lists of different lengths", "trace dropped: null", "trace dropped: not complete",
     "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed",
-    "trace dropped: with a control token inside", "trace dropped: too long", "trace dropped: changed by the tokenizer",
+    "trace dropped: without text", "trace dropped: with a control token inside", "trace dropped: with a second <think>",
+    "trace dropped: too long", "trace dropped: changed by the tokenizer",
 )  # fmt: skip
 
 
@@ -304,7 +305,7 @@ def question_of(row, seen):
     """A row's problem and answer. Raises Unusable. seen: digests of the problems so far."""
     problem, answer = text_of(row["problem"]), text_of(row["answer"])
     for text, fault in ((problem, "no problem"), (answer, "no answer")):
-        if not text.strip():
+        if EMPTY.fullmatch(text):
             raise Unusable(fault)
     key = hashlib.blake2b(row["problem"], digest_size=16).digest()
     if key in seen:

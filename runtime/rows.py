@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 
 from configurator import UserError, first_line, repo_path
 
-COLUMNS = ("prompt", "target", "reward_model", "data_source", "question", "answer", "trace")
+LONG, SHORT = ("prompt", "target", "reward_model"), ("question", "answer", "trace")
+COLUMNS = (*LONG, "data_source", *SHORT)
+ROLES = ("system", "user", "assistant")
 # USER/NAME, and behind colons a subset and a split in the syntax of `datasets`; or one file there, and a split.
 HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::(\w+(?:\[\S+\])?))?")
 
@@ -45,8 +47,12 @@ def read_rows(path, content=None):
 
 
 def long_form(row, where):
-    """A row in the long form, checked. `where` names it in a UserError."""
-    if row.get("prompt") is None and "question" in row:
+    """A row in the long form, checked, with messages whose content is null left out. `where` names it in a UserError."""
+    is_short = row.get("prompt") is None and "question" in row
+    if mixed := [name for name in (LONG if is_short else SHORT) if row.get(name)]:
+        raise UserError(f"{where} has {mixed[0]!r} beside {(SHORT if is_short else LONG)[0]!r}: write it in one form, see"
+                        " docs/data.md")  # fmt: skip
+    if is_short:
         traces = row.get("trace")
         message = lambda role, text: {"role": role, "content": text}
         row = {
@@ -55,22 +61,29 @@ def long_form(row, where):
             "reward_model": {"ground_truth": row.get("answer")},
             "data_source": row.get("data_source"),
         }
-    for name in ("prompt", "target"):
+    turns = {}
+    for name, roles in (("prompt", ROLES), ("target", ("assistant",))):
         messages = row.get(name)
         if not isinstance(messages, (list, type(None))) or not all(isinstance(m, (dict, type(None))) for m in messages or []):
             raise UserError(f"{where}: {name!r} is {messages!r:.80}, not a list of {{role, content}}: see docs/data.md")
-        for text in [(m or {}).get("content") for m in messages or []]:
-            check_text(text, f"{where}: the content in {name!r}")
+        messages = [m for m in messages or [] if m]
+        if unread := [key for m in messages for key in m if key not in ("role", "content") and m[key] is not None]:
+            raise UserError(f"{where}: {name!r} has a message with {unread[0]!r}: put its text into 'content', or remove it")
+        turns[name] = [m for m in messages if m.get("content") is not None]  # an empty system turn stays
+        for m in turns[name]:
+            check_text(m["content"], f"{where}: the content in {name!r}")
+            if m.get("role") not in roles:
+                raise UserError(f"{where}: a role in {name!r} is {m.get('role')!a:.80}, not {' or '.join(roles)}")
     graded = row.get("reward_model")
     if not isinstance(graded, (dict, type(None))):
         raise UserError(f"{where}: 'reward_model' is {graded!r:.80}, not {{ground_truth}}: see docs/data.md")
     answer = (graded or {}).get("ground_truth")
     answer = str(answer) if type(answer) in (int, float) else answer
     check_text(answer, f"{where}: the ground truth")
+    check_text((graded or {}).get("style"), f"{where}: the style in 'reward_model'")
     check_text(row.get("data_source"), f"{where}: 'data_source'")
     return {
-        "prompt": [m for m in row.get("prompt") or [] if m],
-        "target": [m for m in row.get("target") or [] if m],
+        **turns,
         "reward_model": {**(graded or {}), "ground_truth": answer},
         "data_source": row.get("data_source"),
     }
@@ -118,10 +131,14 @@ def rows_of_parquet(path):
 
 
 def columns_of(names, path):
-    """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row."""
-    columns = [name for name in COLUMNS if name in names]
-    needed = ("question", "answer") if "question" in columns and "prompt" not in columns else ("prompt", "reward_model")
-    if missing := [name for name in needed if name not in columns]:
+    """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row, or one of them misspelt."""
+    columns, forms = [name for name in COLUMNS if name in names], [("prompt", "reward_model"), ("question", "answer")]
+    for name in names:
+        if name not in COLUMNS and (ours := name.lower().rstrip("s")) in COLUMNS and ours not in names:
+            raise UserError(f"{path} has {name!r}, which is {ours!r} here: rename it")
+    needed = forms["question" in columns and "prompt" not in columns]
+    missing = [name for name in needed if name not in columns]
+    if missing and not any({*form} <= {*columns} for form in forms):
         raise UserError(f"{path} lacks the column {missing[0]!r}, it has {list(names)}: see docs/data.md for the schema")
     return columns
 

@@ -59,9 +59,10 @@ def test_a_category_column_is_read(tmp_path, tokenizer, column):
 
 def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
     rows = [{**SHORT, "trace": None}, {k: SHORT[k] for k in ("question", "answer")}, {**SHORT, "trace": [TRACE, TRACE, None]},
-            {**SHORT, "trace": []}, {**SHORT, "answer": None}, {**SHORT, "question": ""}]  # fmt: skip
+            {**SHORT, "trace": []}, {**SHORT, "answer": None}, {**SHORT, "question": ""}, {**SHORT, "answer": "\u200b"},
+            {**SHORT, "prompt": None}]  # fmt: skip
     problems, line = load(lines(tmp_path / "a.jsonl", rows), tokenizer)
-    assert [len(p.teacher) for p in problems] == [0, 0, 2, 0] and "2 rows without prompt or answer" in line
+    assert [len(p.teacher) for p in problems] == [0, 0, 2, 0, 1] and "3 rows without prompt or answer" in line
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,10 @@ def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
         (b'{"question": "1", "answer": true}', "row 0: the ground truth is True, not text"),
         (b'{"question": "1", "answer": "1", "trace": {"text": "1"}}', "row 0: the content in 'target' is "),
         (b'{"question": "\\ud800", "answer": "1"}', r"row 0: the content in 'prompt' is '\\ud800', not text"),
+        (b'{"question": "1", "answer": "1", "target": [{"content": "1"}]}', "row 0 has 'target' beside 'question'"),
+        (b'{"prompt": [{"role": "\\ud800", "content": "1"}], "reward_model": {}}', r"row 0: a role in 'prompt' is '.ud800', not"),
+        (b'{"prompt": [], "reward_model": {}, "trace": "1"}', "row 0 has 'trace' beside 'prompt': write it in one form"),
+        (b'{"question": "1", "answer": "1", "traces": ["1"]}', "line 1 has 'traces', which is 'trace' here: rename it"),
         (b"question,answer\n1,1\n", "line 1 cannot be read as JSON"),
         (b"[" * 100_000, r"line 1 cannot be read as JSON .*recursion"),
         (b'{"question": "1", "answer": %s}' % (b"1" * 5000), r"line 1 cannot be read as JSON .*digits"),

@@ -213,7 +213,8 @@ BODY = "One  and\n one. </think>\n\\boxed{2}"
 @pytest.mark.parametrize(
     "opening",
     ["<think>\n", "<think>", "<think> ", "<think>\r\n", "\n<think>\n", " \n<think>\n\n", "<think>\n<think>\n", "<think><think>",
-     "\t<think>\t", "\ufeff<think>\n", "", "\n", "\u00a0<think>\u2003"],
+     "\t<think>\t", "\ufeff<think>\n", "", "\n", "\u00a0<think>\u2003", "\u200b<think>\n", "\x00<think>\x1b", "<think>\ufeff\n",
+     "<think>\n\u2060<think>\n", "\u00ad<think>\u200e\n"],
 )  # fmt: skip
 @pytest.mark.parametrize("ending", ["", "<|end|>", "<|end|>\n", "<|end|><|end|>", "<|end|> \r\n<s>\n"])
 def test_traces_as_people_write_them(tmp_path, chat, opening, ending):
@@ -226,7 +227,7 @@ def test_traces_as_people_write_them(tmp_path, chat, opening, ending):
 def test_what_the_released_data_holds_is_left_as_it_is(chat):
     assert plain_trace("<think>\n\n  Okay\n</think> 1 \n", chat.control, opened=True) == "\n  Okay\n</think> 1 \n"
     assert plain_trace(" <think> 1</think>\n", chat.control, opened=False) == " <think> 1</think>\n"
-    assert plain_trace("Say <think> again</think>", chat.control, opened=True) == "Say <think> again</think>"
+    assert plain_trace("Say <think> again</think>", chat.control, opened=False) == "Say <think> again</think>"
 
 
 def test_a_long_run_of_control_tokens_takes_one_pass(chat):
@@ -239,7 +240,9 @@ def test_a_long_run_of_control_tokens_takes_one_pass(chat):
 
 
 def test_control_tokens_are_counted(tmp_path, chat):
-    traces = ["1</think>1<|end|>2", "<|start|>assistant\n<think>\n1</think>1", "<|end|>", "  ", "<think>\n", "1</think>1"]
+    traces = ["1</think>1<|end|>2", "<|start|>assistant\n<think>\n1</think>1", "<|end|>", "  ", "<think>\n", "1</think>1",
+              "\u200b", "<think>\n\x00\n</think>\n", "Okay. <think>\n1</think>1", "<think>\n</think>\n<think>\n1</think>1",
+              "\u200b<|end|>\u200b"]  # fmt: skip
     rows = [
         a_row(target=[{"role": "assistant", "content": t} for t in traces]),
         a_row(prompt=[{"role": "user", "content": "1<|end|><|start|>system"}]),
@@ -249,7 +252,8 @@ def test_control_tokens_are_counted(tmp_path, chat):
     problems, line = load(write(tmp_path / "a.parquet", rows), chat)
     assert [len(p.teacher) for p in problems] == [1, 0]
     for words in ("1 prompts with a control token such as <|end|>", "1 prompts with a control token such as <s>",
-                  "2 traces with a control token inside", "3 traces without text"):  # fmt: skip
+                  "2 traces with a control token inside", "2 traces with a second <think>",
+                  "6 traces without text"):  # fmt: skip
         assert words in line
     with pytest.raises(UserError, match=r"no usable row \(dropped: 1 prompts with a control token such as <\|end\|>\)"):
         load(write(tmp_path / "b.parquet", rows[1:2]), chat)
@@ -291,7 +295,18 @@ def test_an_empty_system_turn_is_a_turn(tmp_path, chat):
     problems, line = load(write(tmp_path / "a.parquet", rows), chat)
     # With null content the system turn is no turn. A question of null content leaves the system turn as the last one.
     assert ["DEFAULT" in chat.decode(p.prompt_ids) for p in problems][:3] == [False, True, False]
-    assert "2 rows without prompt or answer" in line or "3 rows without prompt or answer" in line
+    assert len(problems) == 3 and "3 rows without prompt or answer" in line
+
+
+@pytest.mark.parametrize(
+    "last",
+    [[("system", "x")], [("user", "1"), ("system", "x")], [("user", ""), ("assistant", "x")], [("system", "x"), ("user", None)],
+     [("user", "\u200b")], [("user", "1"), ("assistant", "x")], []],
+)  # fmt: skip
+def test_a_prompt_without_a_question_is_dropped(tmp_path, chat, last):
+    rows = [a_row(), a_row(prompt=[{"role": role, "content": content} for role, content in last])]
+    problems, line = load(write(tmp_path / "a.parquet", rows), chat)
+    assert [p.id for p in problems] == [0] and "dropped: 1 rows without prompt or answer" in line
 
 
 # ---------------------------------------------------------------- the real thing
