@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from configurator import UserError, first_line
+from configurator import UserError, first_line, not_here
 
 # What a tokenizer must give back: spaces, tabs, line breaks, digits, LaTeX, tags, other scripts, an emoji of three code points,
 # and punctuation that "clean up" would move. Letters with accents are composed, because many tokenizers compose them (NFC).
@@ -54,7 +54,7 @@ def load_tokenizer(model):
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"no tokenizer loads from model {model}: {first_line(e)}") from None
+        raise UserError(f"no tokenizer loads from model {model}{not_here(model)}: {first_line(e)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no eos_token: name one in its tokenizer_config.json")
     if fault:
