@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT, UserError, first_line, printable
-from runtime.rows import read_rows
+from runtime.rows import files_in_words, read_rows
 from runtime.tokenizer import gives_back, render_prompt
 
 THINK = "<think>\n"
@@ -141,8 +141,8 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         thinks = text.endswith(THINK)
         if require_think and not thinks:
             raise UserError(
-                f"{path}: the rendered prompt ends in {text[-20:]!r}, not in {THINK!r}: append that to the generation "
-                "prompt in the model's chat template (tokenizer_config.json), or set require_think=False"
+                f"{path}: the rendered prompt ends in {text[-20:]!r}, not in {THINK!r}: append {{{{ {THINK!r} }}}} to the "
+                "generation prompt in the model's chat template (its last line break is lost), or set require_think=False"
             )
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
         if not gives_back(tokenizer, prompt_ids, text):
@@ -170,7 +170,8 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {in_words(dropped)}): check its columns and the length limits")
     traced, note = sum(bool(p.teacher) for p in problems), f"; kept: {in_words(kept)}" if kept else ""
-    log(f"{path}: {len(problems)} problems, {traced} with a teacher trace; dropped: {in_words(dropped)}{note}")
+    found = f"{len(problems)} problems, {traced} with a teacher trace"
+    log(f"{path}{files_in_words(path)}: {found}; dropped: {in_words(dropped)}{note}")
     return problems
 
 

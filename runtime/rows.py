@@ -9,7 +9,9 @@ long form and the last of the short one may be missing.
 import json
 import os
 import re
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -78,7 +80,7 @@ def long_form(row, where):
     if not isinstance(graded, (dict, type(None))):
         raise UserError(f"{where}: 'reward_model' is {graded!r:.80}, not {{ground_truth}}: see docs/data.md")
     answer = (graded or {}).get("ground_truth")
-    answer = str(answer) if type(answer) in (int, float) else answer
+    answer = plain_number(answer)
     check_text(answer, f"{where}: the ground truth")
     check_text((graded or {}).get("style"), f"{where}: the style in 'reward_model'")
     check_text(row.get("data_source"), f"{where}: 'data_source'")
@@ -87,6 +89,14 @@ def long_form(row, where):
         "reward_model": {**(graded or {}), "ground_truth": answer},
         "data_source": row.get("data_source"),
     }
+
+
+def plain_number(answer):
+    """An int, float or Decimal as decimal digits without an exponent; anything else, be it NaN or 1e400, as it is."""
+    if type(answer) in (float, Decimal):
+        number = Decimal(str(answer))
+        return f"{number:f}" if number.is_finite() and abs(number.adjusted()) < 400 else answer
+    return str(answer) if type(answer) is int else answer
 
 
 def check_text(text, what):
@@ -104,18 +114,28 @@ def check_text(text, what):
 
 def rows_of_file(path):
     head = head_of(path)
-    if head.startswith(b"PAR1") or (path.endswith(".parquet") and head.lstrip()[:1] not in (b"{", b"[")):
+    if head.startswith(b"PAR1") or (path.endswith(".parquet") and not (head and is_json(head))):
         return rows_of_parquet(path)
     return rows_of_json_lines(path)
 
 
+def is_json(head):
+    """May a file that begins like this be JSON? Only white space may."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
+
+
 def head_of(path):
-    """A file's first bytes, which tell its kind. Raises UserError if there is no such file."""
+    """A file's first bytes, which tell its kind. Raises UserError if there is no such file, or it has to be unpacked."""
     if not os.path.isfile(path):
         raise UserError(f"there is no data file {path}; a dataset on the hub is USER/NAME:SUBSET:SPLIT, a file there"
                         " hf://datasets/USER/NAME/FILE:SPLIT")  # fmt: skip
     with open(path, "rb") as f:
-        return f.read(512)
+        head = f.read(512)
+    remedies = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"version https://git-lfs": "git lfs pull"}
+    for magic, remedy in remedies.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} does not hold the data itself: {remedy} makes it")
+    return head
 
 
 def rows_of_parquet(path):
@@ -124,10 +144,29 @@ def rows_of_parquet(path):
     n = 0
     try:
         for batch in file.iter_batches(batch_size=1024, columns=columns):
-            yield from batch.to_pylist()
+            yield from rows_of_batch(batch, file.schema_arrow)
             n += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is damaged after row {n} ({first_line(e)}): copy it again") from None
+
+
+def rows_of_batch(batch, schema):
+    """An Arrow batch as rows. What stands in another form there is read as it was written: class labels and columns of JSON,
+    which `datasets` describes in the schema's metadata, and a float32's digits."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    as_written = {}
+    for name in batch.schema.names:
+        feature = features.get(name)
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            as_written[name] = dict(enumerate(feature["names"])).get
+        elif isinstance(feature, dict) and feature.get("_type") == "Json":
+            as_written[name] = json.loads
+        elif schema.field(name).type == pa.float32():
+            as_written[name] = lambda value: float(str(np.float32(value)))
+    rows = batch.to_pylist()
+    for row in rows:
+        row.update({name: read(row[name]) for name, read in as_written.items() if row[name] is not None})
+    return rows
 
 
 def columns_of(names, path):
@@ -147,7 +186,7 @@ def open_parquet(path):
     """Open a parquet file. Raises UserError if it is missing, cut short, or something else."""
     head = head_of(path)
     if head and not head.startswith(b"PAR1"):
-        kind = "JSON" if head.lstrip().startswith((b"{", b"[")) else f"something that begins with {head[:8]!r}"
+        kind = "JSON" if is_json(head) else f"something that begins with {head[:8]!r}"
         raise UserError(f"{path} is no parquet file, but {kind}")
     try:
         return pq.ParquetFile(path)
@@ -161,14 +200,14 @@ def rows_of_json_lines(path):
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(line, parse_float=Decimal)  # it keeps the digits
                 if not isinstance(row, dict):
-                    raise UserError(f"{path} line {number} is no object: write one {{...}} per line, not a list")
+                    raise UserError(f"{path} line {number} is {line.strip()[:20]!r}, no object: write one {{...}} per line")
                 columns_of(row, f"{path} line {number}")
                 yield row
     except UnicodeDecodeError:
-        raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8") from None
-    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8: iconv -t utf-8 converts text") from None
+    except (ValueError, RecursionError, ArithmeticError) as e:
         raise UserError(f"{path} line {number} cannot be read as JSON ({first_line(e)}): write one {{...}} per line") from None
 
 
@@ -201,7 +240,20 @@ def rows_of_dataset(name):
         table = datasets.load_dataset(path, subset, split=split or "train", **options)
     except Exception as e:
         there = "" if folder else f"there is no {repo_path(name)}, and "
-        raise UserError(f"{there}datasets loads no {name}: {first_line(e)}") from None
+        cause = f" ({first_line(e.__cause__)})" if e.__cause__ else ""  # it names the file and the columns
+        raise UserError(f"{there}datasets loads no {name}: {first_line(e)}{cause}") from None
+    if (kind := table.info.builder_name) not in ("parquet", "json", "arrow", None):
+        raise UserError(f"{name} holds files of the kind {kind!r}, which may turn 007 into 7: write JSON lines or parquet")
     columns = columns_of(table.column_names, name)
     for batch in table.select_columns(columns).with_format("arrow").iter(1024):
-        yield from batch.to_pylist()
+        yield from rows_of_batch(batch, table.features.arrow_schema)
+
+
+def files_in_words(path):
+    """For the log: the files of a folder that are its split "train". Other data has its name only."""
+    if not os.path.isdir(path):
+        return ""
+    import datasets
+
+    files = [os.path.relpath(file, path) for file in datasets.load_dataset_builder(path).config.data_files["train"]]
+    return f" ({', '.join(files[:8])}{f' and {len(files) - 8} more' if len(files) > 8 else ''})"

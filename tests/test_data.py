@@ -98,7 +98,7 @@ def test_the_prompt_must_open_a_thought(tmp_path):
     tokenizer = load_tokenizer(BASE)
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     path = write(tmp_path / "a.parquet", [a_row()])
-    with pytest.raises(UserError, match="require_think"):
+    with pytest.raises(UserError, match=r"append {{ '<think>\\n' }} to .*require_think"):
         load(path, tokenizer)
     problems, _ = load(path, tokenizer, require_think=False)
     assert tokenizer.decode(problems[0].teacher[0]).startswith("<think>\n")  # nothing is stripped then
