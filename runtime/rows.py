@@ -200,7 +200,7 @@ def rows_of_json_lines(path):
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line, parse_float=Decimal)  # it keeps the digits
+                row = json.loads(line, parse_float=Decimal, object_pairs_hook=object_of)  # Decimal keeps the digits
                 if not isinstance(row, dict):
                     raise UserError(f"{path} line {number} is {line.strip()[:20]!r}, no object: write one {{...}} per line")
                 columns_of(row, f"{path} line {number}")
@@ -209,6 +209,14 @@ def rows_of_json_lines(path):
         raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8: iconv -t utf-8 converts text") from None
     except (ValueError, RecursionError, ArithmeticError) as e:
         raise UserError(f"{path} line {number} cannot be read as JSON ({first_line(e)}): write one {{...}} per line") from None
+
+
+def object_of(pairs):
+    """A JSON object. Of two values of one key Python would take the last, in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key stands twice in {list(row)!r:.80}")
+    return row
 
 
 def count_rows(path):

@@ -67,8 +67,8 @@ def load_tokenizer(model):
     tokenizer.stop_ids, tokenizer.ignored_ids = stop_ids(model, tokenizer)
     added = [*own.get_added_tokens_decoder().values(), *tokenizer.added_tokens_decoder.values()]
     tokenizer.lossless = is_byte_level(own) and not any(token.lstrip or token.rstrip for token in added)
-    # A template's own tokens are control tokens, too: DeepSeek's are not called special.
-    used = {t.content for t in added if t.special or (t.content.strip() and t.content in str(tokenizer.chat_template))}
+    # A template's own marks are control tokens, too: DeepSeek's are not called special. An added word, or spaces, are no marks.
+    used = {t.content for t in added if t.special or (t.content[:1] in "<[" and t.content in str(tokenizer.chat_template))}
     names = {*used.difference(TAGS), *tokenizer.convert_ids_to_tokens(tokenizer.stop_ids)}
     tokenizer.control = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
     return tokenizer

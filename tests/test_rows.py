@@ -95,6 +95,7 @@ def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
         (gzip.compress(b"{}", mtime=0), "does not hold the data itself: gunzip makes it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "does not hold the data itself: git lfs pull makes it"),
         ("{}".encode("utf-16"), "neither a parquet file nor JSON lines in UTF-8: iconv"),
+        (b'{"question": "1", "answer": "1", "answer": "2"}', "line 1 cannot be read as JSON .a key stands twice in"),
         (b"null", "line 1 is 'null', no object"),
         (b"", "no usable row"),
         (b"\n\n", "no usable row"),

@@ -263,14 +263,14 @@ def test_control_tokens_are_counted(tmp_path, chat):
 def test_what_a_control_token_is(tmp_path, eos):
     """Those that either file calls special, the template's own (DeepSeek's <|User|> is not called special), and the ends."""
     tokenizer = byte_tokenizer([eos, "<|hidden|>", "<think>"])
-    tokenizer.add_tokens([AddedToken(t, special=False) for t in ("<|User|>", "</think>", "<|unused|>", "  ")])
-    tokenizer.chat_template = "{% for m in messages %}  <|User|>{{ m.content }}{% endfor %}<think>\n</think>"
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in ("<|User|>", "</think>", "<|unused|>", "  ", "\\boxed{")])
+    tokenizer.chat_template = "Use \\boxed{}.{% for m in messages %}  <|User|>{{ m.content }}{% endfor %}<think>\n</think>"
     folder = save(tmp_path, tokenizer)
     path = tmp_path / "tokenizer_config.json"
     added = {"257": {"content": "<|hidden|>", "special": False}}
     path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": added}))
     control = load_tokenizer(folder).control
-    found = [t for t in (eos, "<|hidden|>", "<|User|>", "<think>", "<|unused|>", "  ") if control.search(t)]
+    found = [t for t in (eos, "<|hidden|>", "<|User|>", "<think>", "<|unused|>", "  ", "\\boxed{") if control.search(t)]
     assert found == [eos, "<|hidden|>", "<|User|>"] and bool(control.search("</think>")) == (eos == "</think>")
 
 
@@ -343,7 +343,7 @@ def test_public_byte_level_tokenizers(tmp_path, package, file, eos):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token=eos)
     folder = save(tmp_path / "model", tokenizer, tokenizer_class="LlamaTokenizerFast", backend=None)
     own, loaded = Tokenizer.from_file(f"{folder}/tokenizer.json"), load_tokenizer(folder)
-    assert len(own.get_vocab()) > 60_000
+    assert len(own.get_vocab()) > 60_000 and loaded.lossless == ("anthropic" not in package)  # that one has NFKC
     for text in (TEXT, PROBE, open(__file__).read()):
         ids = loaded.encode(text, add_special_tokens=False)
         assert ids == own.encode(text, add_special_tokens=False).ids and loaded.decode(ids) == text
