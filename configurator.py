@@ -82,6 +82,11 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:200]
 
 
+def not_here(model):
+    """For an error about a model that was looked for on the hub: no folder of this name is here."""
+    return "" if os.path.isdir(model) else f" (nor is there a folder {repo_path(model)}, as python prepare.py model makes one)"
+
+
 def printable(text):
     """Escape every unprintable character except line breaks: data may contain control codes for the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

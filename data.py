@@ -18,11 +18,14 @@ import numpy as np
 import torch
 
 from configurator import ROOT, UserError, first_line, printable
-from runtime.rows import read_rows
-from runtime.tokenizer import render_prompt
+from runtime.rows import files_in_words, read_rows
+from runtime.tokenizer import gives_back, render_prompt
 
 THINK = "<think>\n"
-OPENINGS = re.compile(r"[\s\ufeff]*(?:<think>[\s\ufeff]*)*")  # of a trace, as people write it
+# What a reader does not see: white space, and Unicode's control and format characters, such as a zero-width space.
+BLANK = r"[\s\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+OPENINGS = re.compile(rf"{BLANK}*(?:<think>{BLANK}*)*")  # of a trace, as people write it
+EMPTY = re.compile(rf"(?:{BLANK}|</?think>)*+")  # a text that says nothing
 
 
 @dataclass
@@ -109,17 +112,21 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     returns the text before the response, and the answer to grade against; by default the chat template's text, and
     the answer unchanged. content: a hash object that is fed the rows.
 
-    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without a prompt or an
-    answer, prompts whose messages hold a control token such as <|im_end|>, and traces that plain_trace() refuses; `log`
-    gets one line that counts them by kind. With `evaluated` a prompt with a control token is kept, and counted, so that a
-    benchmark has as many problems for one tokenizer as for another. Raises UserError if the file is missing, damaged or
-    of another schema, if no row is usable, or if require_think is set and the rendered prompt does not end in "<think>\n".
+    Prompts and traces over their limits (in tokens, EOS included) are dropped, and so are rows without an answer or whose
+    prompt does not end in a question of the user's, prompts whose messages hold a control token such as <|im_end|>, traces
+    that plain_trace() refuses, and texts that the tokenizer cannot give back; `log` gets one line that counts them by kind.
+    With `evaluated` a prompt is kept, and counted, whatever the tokenizer makes of it, so that a benchmark has as many
+    problems for one as for another.
+
+    Raises UserError if the file is missing, damaged or of another schema, if no row is usable, or if require_think is set
+    and the rendered prompt does not end in "<think>\n".
     """
     problems, dropped, kept = [], Counter(), Counter()
     for index, row in read_rows(path, content):
         answer = (row["reward_model"]["ground_truth"] or "").strip()
-        messages = [m for m in row["prompt"] if m.get("content") is not None]  # an empty system turn is one, too
-        if not answer or not messages or not messages[-1]["content"].strip():
+        messages = row["prompt"]
+        last = messages[-1] if messages else {"role": "user", "content": ""}
+        if EMPTY.fullmatch(answer) or last["role"] != "user" or EMPTY.fullmatch(last["content"]):
             dropped["rows without prompt or answer"] += 1
             continue
         if found := [c[0] for m in messages if (c := tokenizer.control.search(m["content"]))]:
@@ -134,21 +141,27 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         thinks = text.endswith(THINK)
         if require_think and not thinks:
             raise UserError(
-                f"{path}: the rendered prompt ends in {text[-20:]!r}, not in {THINK!r}: append that to the generation "
-                "prompt in the model's chat template (tokenizer_config.json), or set require_think=False"
+                f"{path}: the rendered prompt ends in {text[-20:]!r}, not in {THINK!r}: append {{{{ {THINK!r} }}}} to the "
+                "generation prompt in the model's chat template (its last line break is lost), or set require_think=False"
             )
         prompt_ids = tokenizer.encode(text, add_special_tokens=False)
+        if not gives_back(tokenizer, prompt_ids, text):
+            (kept if evaluated else dropped)["prompts changed by the tokenizer"] += 1
+            if not evaluated:
+                continue
         if len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
             continue
         teacher = []
-        for trace in [m["content"] for m in row["target"] if m.get("content") is not None]:
+        for trace in [m["content"] for m in row["target"]]:
             try:
                 trace = plain_trace(trace, tokenizer.control, opened=thinks)
-                ids = [*tokenizer.encode(trace, add_special_tokens=False), tokenizer.eos_token_id]
-                if len(ids) > max_teacher_tokens:
+                ids = tokenizer.encode(trace, add_special_tokens=False)
+                if len(ids) >= max_teacher_tokens:
                     raise Unusable(f"over {max_teacher_tokens} tokens")
-                teacher.append(ids)
+                if not gives_back(tokenizer, ids, trace):
+                    raise Unusable("changed by the tokenizer")
+                teacher.append([*ids, tokenizer.eos_token_id])
             except Unusable as e:
                 dropped[f"traces {e}"] += 1
         key = digest(source, messages[-1]["content"], raw_answer)
@@ -157,7 +170,8 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {in_words(dropped)}): check its columns and the length limits")
     traced, note = sum(bool(p.teacher) for p in problems), f"; kept: {in_words(kept)}" if kept else ""
-    log(f"{path}: {len(problems)} problems, {traced} with a teacher trace; dropped: {in_words(dropped)}{note}")
+    found = f"{len(problems)} problems, {traced} with a teacher trace"
+    log(f"{path}{files_in_words(path)}: {found}; dropped: {in_words(dropped)}{note}")
     return problems
 
 
@@ -166,16 +180,22 @@ def plain_trace(trace, control, opened):
     opened the thought, without its own opening. People write that as "<think>\n", with other white space, twice, or not at
     all; exactly "<think>\n" is cut off, so that what follows stays as it is, or else all white space around it goes, too.
 
-    Raises Unusable for an empty trace, and for one with a control token inside: what follows EOS would be learnt.
+    Raises Unusable for an empty trace, for one with a control token inside, because what follows EOS would be learnt, and for
+    one that opens a second thought.
     """
-    trace = re.sub(rf"(?:(?:{control.pattern})\s*)+$", "", trace)
+    # One pass over all runs: a search for the run at the end would try each one to its end.
+    runs = list(re.finditer(rf"(?:(?:{control.pattern}){BLANK}*+)++", trace))
+    if runs and runs[-1].end() == len(trace):
+        trace = trace[: runs[-1].start()]
     if opened:
-        as_released = re.match(r"<think>\n(?!\s*<think>)", trace)
+        as_released = re.match(rf"<think>\n(?!{BLANK}*<think>)", trace)
         trace = trace[(as_released or OPENINGS.match(trace)).end() :]
-    if not trace.strip():
+    if EMPTY.fullmatch(trace):
         raise Unusable("without text")
     if control.search(trace):
         raise Unusable("with a control token inside")
+    if opened and "<think>" in trace:
+        raise Unusable("with a second <think>")
     return trace
 
 

@@ -95,7 +95,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import set_verbosity_error
 
-from data import THINK, Unusable, load_problems, load_templates, plain_trace
+from data import EMPTY, THINK, Unusable, load_problems, load_templates, plain_trace
 from eval import evaluate
 from model import load_policy, pick_device
 from reward import Verifier
@@ -105,7 +105,7 @@ from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import tensor_files
-from runtime.tokenizer import ends_in_words, load_tokenizer, render_prompt
+from runtime.tokenizer import ends_in_words, gives_back, load_tokenizer, render_prompt
 from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
@@ -154,7 +154,8 @@ COUNTS = (
     "traces of rows not dropped", "traces kept", "traces behind the first usable one",
     "trace dropped: lists of different lengths", "trace dropped: null", "trace dropped: not complete",
     "trace dropped: not correct", "trace dropped: not UTF-8", "trace dropped: thought never closed",
-    "trace dropped: with a control token inside", "trace dropped: too long",
+    "trace dropped: without text", "trace dropped: with a control token inside", "trace dropped: with a second <think>",
+    "trace dropped: too long", "trace dropped: changed by the tokenizer",
 )  # fmt: skip
 
 
@@ -187,13 +188,16 @@ def prepare_openr1(args):
     counts, seen, beat = dict.fromkeys(COUNTS, 0), set(), time.time()
 
     def length(text):
-        """The number of tokens, EOS included. Raises Unusable above the limit. A text is not tokenised if its number of
-        characters already shows that it has too many tokens."""
+        """The number of tokens, EOS included. Raises Unusable above the limit, and for a text that they do not give back. A
+        text is not tokenised if its number of characters already shows that it has too many tokens."""
         n = len(text) // longest_token
         if n <= args.max_tokens:
-            n = len(tokenizer.encode(text, add_special_tokens=False)) + 1
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            n = len(ids) + 1
         if n > args.max_tokens:
             raise Unusable("too long")
+        if not gives_back(tokenizer, ids, text):
+            raise Unusable("changed by the tokenizer")
         return n
 
     for path in paths:
@@ -301,7 +305,7 @@ def question_of(row, seen):
     """A row's problem and answer. Raises Unusable. seen: digests of the problems so far."""
     problem, answer = text_of(row["problem"]), text_of(row["answer"])
     for text, fault in ((problem, "no problem"), (answer, "no answer")):
-        if not text.strip():
+        if EMPTY.fullmatch(text):
             raise Unusable(fault)
     key = hashlib.blake2b(row["problem"], digest_size=16).digest()
     if key in seen:

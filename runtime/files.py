@@ -14,7 +14,7 @@ import uuid
 
 from transformers import AutoConfig
 
-from configurator import UserError, first_line, repo_path
+from configurator import UserError, first_line, not_here, repo_path
 from data import digest
 
 # ---------------------------------------------------------------- whole files
@@ -187,7 +187,7 @@ def model_path(model):
     path, user = repo_path(model), model.split("/")[0]
     if os.path.isdir(path):
         return os.path.realpath(path)
-    if model.count("/") == 1 and model[0] not in "./~" and user != "models" and not os.path.isdir(repo_path(user)):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and user != "models" and not os.path.isdir(repo_path(user)):
         return model
     raise UserError(f"there is no model folder {path}: python prepare.py model makes one (docs/data.md)")
 
@@ -197,4 +197,4 @@ def load_config(model):
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as e:
-        raise UserError(f"no config loads from model {model}: {first_line(e)}") from None
+        raise UserError(f"no config loads from model {model}{not_here(model)}: {first_line(e)}") from None

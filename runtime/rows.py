@@ -9,13 +9,17 @@ long form and the last of the short one may be missing.
 import json
 import os
 import re
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configurator import UserError, first_line, repo_path
 
-COLUMNS = ("prompt", "target", "reward_model", "data_source", "question", "answer", "trace")
+LONG, SHORT = ("prompt", "target", "reward_model"), ("question", "answer", "trace")
+COLUMNS = (*LONG, "data_source", *SHORT)
+ROLES = ("system", "user", "assistant")
 # USER/NAME, and behind colons a subset and a split in the syntax of `datasets`; or one file there, and a split.
 HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::(\w+(?:\[\S+\])?))?")
 
@@ -26,10 +30,9 @@ def data_path(name):
     if not name.strip():
         raise UserError("data is empty: name a file, a folder or a dataset on the hub (docs/data.md)")
     path, folder = repo_path(name), name.split("/")[0]
-    if name.startswith("hf://"):
-        return name
     is_file = os.path.exists(path) or re.search(r"\.\w*(parquet|json|jsonl|csv|gz|zst)$", name) or name[:1] in (".", "~")
-    return name if HUB.fullmatch(name) and not is_file and not os.path.isdir(repo_path(folder)) else path
+    is_local = not name.startswith("hf://") and (is_file or os.path.isdir(repo_path(folder)))
+    return name if HUB.fullmatch(name) and not is_local else path
 
 
 def read_rows(path, content=None):
@@ -46,8 +49,12 @@ def read_rows(path, content=None):
 
 
 def long_form(row, where):
-    """A row in the long form, checked. `where` names it in a UserError."""
-    if row.get("prompt") is None and "question" in row:
+    """A row in the long form, checked, with messages whose content is null left out. `where` names it in a UserError."""
+    is_short = row.get("prompt") is None and "question" in row
+    if mixed := [name for name in (LONG if is_short else SHORT) if row.get(name)]:
+        raise UserError(f"{where} has {mixed[0]!r} beside {(SHORT if is_short else LONG)[0]!r}: write it in one form, see"
+                        " docs/data.md")  # fmt: skip
+    if is_short:
         traces = row.get("trace")
         message = lambda role, text: {"role": role, "content": text}
         row = {
@@ -56,25 +63,40 @@ def long_form(row, where):
             "reward_model": {"ground_truth": row.get("answer")},
             "data_source": row.get("data_source"),
         }
-    for name in ("prompt", "target"):
+    turns = {}
+    for name, roles in (("prompt", ROLES), ("target", ("assistant",))):
         messages = row.get(name)
         if not isinstance(messages, (list, type(None))) or not all(isinstance(m, (dict, type(None))) for m in messages or []):
             raise UserError(f"{where}: {name!r} is {messages!r:.80}, not a list of {{role, content}}: see docs/data.md")
-        for text in [(m or {}).get("content") for m in messages or []]:
-            check_text(text, f"{where}: the content in {name!r}")
+        messages = [m for m in messages or [] if m]
+        if unread := [key for m in messages for key in m if key not in ("role", "content") and m[key] is not None]:
+            raise UserError(f"{where}: {name!r} has a message with {unread[0]!r}: put its text into 'content', or remove it")
+        turns[name] = [m for m in messages if m.get("content") is not None]  # an empty system turn stays
+        for m in turns[name]:
+            check_text(m["content"], f"{where}: the content in {name!r}")
+            if m.get("role") not in roles:
+                raise UserError(f"{where}: a role in {name!r} is {m.get('role')!a:.80}, not {' or '.join(roles)}")
     graded = row.get("reward_model")
     if not isinstance(graded, (dict, type(None))):
         raise UserError(f"{where}: 'reward_model' is {graded!r:.80}, not {{ground_truth}}: see docs/data.md")
     answer = (graded or {}).get("ground_truth")
-    answer = str(answer) if type(answer) in (int, float) else answer
+    answer = plain_number(answer)
     check_text(answer, f"{where}: the ground truth")
+    check_text((graded or {}).get("style"), f"{where}: the style in 'reward_model'")
     check_text(row.get("data_source"), f"{where}: 'data_source'")
     return {
-        "prompt": [m for m in row.get("prompt") or [] if m],
-        "target": [m for m in row.get("target") or [] if m],
+        **turns,
         "reward_model": {**(graded or {}), "ground_truth": answer},
         "data_source": row.get("data_source"),
     }
+
+
+def plain_number(answer):
+    """An int, float or Decimal as decimal digits without an exponent; anything else, be it NaN or 1e400, as it is."""
+    if type(answer) in (float, Decimal):
+        number = Decimal(str(answer))
+        return f"{number:f}" if number.is_finite() and abs(number.adjusted()) < 400 else answer
+    return str(answer) if type(answer) is int else answer
 
 
 def check_text(text, what):
@@ -92,17 +114,28 @@ def check_text(text, what):
 
 def rows_of_file(path):
     head = head_of(path)
-    if head.startswith(b"PAR1") or (path.endswith(".parquet") and head.lstrip()[:1] not in (b"{", b"[")):
+    if head.startswith(b"PAR1") or (path.endswith(".parquet") and not (head and is_json(head))):
         return rows_of_parquet(path)
     return rows_of_json_lines(path)
 
 
+def is_json(head):
+    """May a file that begins like this be JSON? Only white space may."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
+
+
 def head_of(path):
-    """A file's first bytes, which tell its kind. Raises UserError if there is no such file."""
+    """A file's first bytes, which tell its kind. Raises UserError if there is no such file, or it has to be unpacked."""
     if not os.path.isfile(path):
-        raise UserError(f"there is no data file {path}")
+        raise UserError(f"there is no data file {path}; a dataset on the hub is USER/NAME:SUBSET:SPLIT, a file there"
+                        " hf://datasets/USER/NAME/FILE:SPLIT")  # fmt: skip
     with open(path, "rb") as f:
-        return f.read(512)
+        head = f.read(512)
+    remedies = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"version https://git-lfs": "git lfs pull"}
+    for magic, remedy in remedies.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} does not hold the data itself: {remedy} makes it")
+    return head
 
 
 def rows_of_parquet(path):
@@ -111,17 +144,40 @@ def rows_of_parquet(path):
     n = 0
     try:
         for batch in file.iter_batches(batch_size=1024, columns=columns):
-            yield from batch.to_pylist()
+            yield from rows_of_batch(batch, file.schema_arrow)
             n += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is damaged after row {n} ({first_line(e)}): copy it again") from None
 
 
+def rows_of_batch(batch, schema):
+    """An Arrow batch as rows. What stands in another form there is read as it was written: class labels and columns of JSON,
+    which `datasets` describes in the schema's metadata, and a float32's digits."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    as_written = {}
+    for name in batch.schema.names:
+        feature = features.get(name)
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            as_written[name] = dict(enumerate(feature["names"])).get
+        elif isinstance(feature, dict) and feature.get("_type") == "Json":
+            as_written[name] = json.loads
+        elif schema.field(name).type == pa.float32():
+            as_written[name] = lambda value: float(str(np.float32(value)))
+    rows = batch.to_pylist()
+    for row in rows:
+        row.update({name: read(row[name]) for name, read in as_written.items() if row[name] is not None})
+    return rows
+
+
 def columns_of(names, path):
-    """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row."""
-    columns = [name for name in COLUMNS if name in names]
-    needed = ("question", "answer") if "question" in columns and "prompt" not in columns else ("prompt", "reward_model")
-    if missing := [name for name in needed if name not in columns]:
+    """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row, or one of them misspelt."""
+    columns, forms = [name for name in COLUMNS if name in names], [("prompt", "reward_model"), ("question", "answer")]
+    for name in names:
+        if name not in COLUMNS and (ours := name.lower().rstrip("s")) in COLUMNS and ours not in names:
+            raise UserError(f"{path} has {name!r}, which is {ours!r} here: rename it")
+    needed = forms["question" in columns and "prompt" not in columns]
+    missing = [name for name in needed if name not in columns]
+    if missing and not any({*form} <= {*columns} for form in forms):
         raise UserError(f"{path} lacks the column {missing[0]!r}, it has {list(names)}: see docs/data.md for the schema")
     return columns
 
@@ -130,7 +186,7 @@ def open_parquet(path):
     """Open a parquet file. Raises UserError if it is missing, cut short, or something else."""
     head = head_of(path)
     if head and not head.startswith(b"PAR1"):
-        kind = "JSON" if head.lstrip().startswith((b"{", b"[")) else f"something that begins with {head[:8]!r}"
+        kind = "JSON" if is_json(head) else f"something that begins with {head[:8]!r}"
         raise UserError(f"{path} is no parquet file, but {kind}")
     try:
         return pq.ParquetFile(path)
@@ -144,15 +200,23 @@ def rows_of_json_lines(path):
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(line, parse_float=Decimal, object_pairs_hook=object_of)  # Decimal keeps the digits
                 if not isinstance(row, dict):
-                    raise UserError(f"{path} line {number} is no object: write one {{...}} per line, not a list")
+                    raise UserError(f"{path} line {number} is {line.strip()[:20]!r}, no object: write one {{...}} per line")
                 columns_of(row, f"{path} line {number}")
                 yield row
     except UnicodeDecodeError:
-        raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8") from None
-    except ValueError as e:
-        raise UserError(f"{path} line {number} is no JSON ({first_line(e)}): write one {{...}} per line") from None
+        raise UserError(f"{path} is neither a parquet file nor JSON lines in UTF-8: iconv -t utf-8 converts text") from None
+    except (ValueError, RecursionError, ArithmeticError) as e:
+        raise UserError(f"{path} line {number} cannot be read as JSON ({first_line(e)}): write one {{...}} per line") from None
+
+
+def object_of(pairs):
+    """A JSON object. Of two values of one key Python would take the last, in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key stands twice in {list(row)!r:.80}")
+    return row
 
 
 def count_rows(path):
@@ -184,7 +248,20 @@ def rows_of_dataset(name):
         table = datasets.load_dataset(path, subset, split=split or "train", **options)
     except Exception as e:
         there = "" if folder else f"there is no {repo_path(name)}, and "
-        raise UserError(f"{there}datasets loads no {name}: {first_line(e)}") from None
+        cause = f" ({first_line(e.__cause__)})" if e.__cause__ else ""  # it names the file and the columns
+        raise UserError(f"{there}datasets loads no {name}: {first_line(e)}{cause}") from None
+    if (kind := table.info.builder_name) not in ("parquet", "json", "arrow", None):
+        raise UserError(f"{name} holds files of the kind {kind!r}, which may turn 007 into 7: write JSON lines or parquet")
     columns = columns_of(table.column_names, name)
     for batch in table.select_columns(columns).with_format("arrow").iter(1024):
-        yield from batch.to_pylist()
+        yield from rows_of_batch(batch, table.features.arrow_schema)
+
+
+def files_in_words(path):
+    """For the log: the files of a folder that are its split "train". Other data has its name only."""
+    if not os.path.isdir(path):
+        return ""
+    import datasets
+
+    files = [os.path.relpath(file, path) for file in datasets.load_dataset_builder(path).config.data_files["train"]]
+    return f" ({', '.join(files[:8])}{f' and {len(files) - 8} more' if len(files) > 8 else ''})"

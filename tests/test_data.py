@@ -76,10 +76,16 @@ def test_bad_files(tmp_path, tokenizer):
         ({"prompt": ["What?"]}, "'prompt' is \\['What"),
         ({"prompt": [{"role": "user", "content": ["What?"]}]}, "the content in 'prompt' is \\['What"),
         ({"target": ["</think>1"]}, "'target' is "),
+        ({"target": [{"role": "assistant", "content": "2", "reasoning_content": "1"}]}, "'target' has a message with 'reas"),
+        ({"target": [{"role": "user", "content": "1"}]}, "a role in 'target' is 'user', not assistant"),
+        *(({"prompt": [{"role": role, "content": "1"}]}, f"a role in 'prompt' is {role!a}, not system or user or assistant")
+          for role in (None, 5, "human", "<|im_end|>")),
+        ({"prompt": [{"content": "1"}]}, "a role in 'prompt' is None, not system"),
+        ({"reward_model": {"ground_truth": "3", "style": 1}}, "the style in 'reward_model' is 1, not text"),
         ({"reward_model": "3"}, "'reward_model' is '3'"),
         ({"reward_model": {"ground_truth": ["3"]}}, "the ground truth is "),
         ({"data_source": 7}, "'data_source' is 7, not text"),
-    ):
+    ):  # fmt: skip
         pq.write_table(pa.Table.from_pylist([a_row(), {**a_row(), **changes}][1:]), tmp_path / "odd.parquet")
         with pytest.raises(UserError, match=f"odd.parquet row 0: {words}"):
             load(str(tmp_path / "odd.parquet"), tokenizer)
@@ -92,7 +98,7 @@ def test_the_prompt_must_open_a_thought(tmp_path):
     tokenizer = load_tokenizer(BASE)
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     path = write(tmp_path / "a.parquet", [a_row()])
-    with pytest.raises(UserError, match="require_think"):
+    with pytest.raises(UserError, match=r"append {{ '<think>\\n' }} to .*require_think"):
         load(path, tokenizer)
     problems, _ = load(path, tokenizer, require_think=False)
     assert tokenizer.decode(problems[0].teacher[0]).startswith("<think>\n")  # nothing is stripped then

@@ -45,7 +45,7 @@ ROWS = [  # rows as OpenR1 has them, and some that no file should have
     openr1_row("incomplete", [openr1_trace(100)], complete=False),  # 2
     openr1_row("both", [openr1_trace(100)], correct=False, complete=[False]),  # 3
     openr1_row(None, [openr1_trace(50)]),  # 4
-    openr1_row("  \n", [openr1_trace(50)]),  # 5
+    openr1_row("  \u200b\n", [openr1_trace(50)]),  # 5
     openr1_row("no answer", [openr1_trace(50)], answer=None),  # 6
     openr1_row("no answer", [openr1_trace(50)], answer=" "),  # 7
     openr1_row("no answer", [openr1_trace(50)]),  # 8: the first usable row of this problem
@@ -66,7 +66,8 @@ ROWS = [  # rows as OpenR1 has them, and some that no file should have
     openr1_row("bare", ["so</think>\\boxed{1}"]),  # 23
     openr1_row("glued", [" <think>so</think>\\boxed{1}"]),  # 24
     openr1_row("Größe \u2028 \x00 ∞?", [openr1_trace(100)]),  # 25
-    openr1_row("ends", ["<think>\na<|endoftext|>b</think>", openr1_trace(80) + "<|endoftext|>\n"]),  # 26
+    openr1_row("ends", ["<think>\na<|endoftext|>b</think>", "<think>\u200b</think>", "So <think>\n1</think>",
+                        openr1_trace(80) + "<|endoftext|>\n"]),  # 26
 ]  # fmt: skip
 KEPT = {0: [100], 1: [90], 8: [50], 13: [60], 15: [199], 20: [70], 23: [27], 24: [27], 25: [100], 26: [80]}  # row: tokens
 WITHOUT = [2, 3, 9, 10, 11, 12, 14, 16, 17, 22]
@@ -87,10 +88,12 @@ def test_every_odd_row_is_counted(tmp_path, byte_model):
         "row without: no generations": 2, "row without: lists of different lengths": 2, "row without: no usable trace": 6,
         "row dropped: not UTF-8": 2, "row dropped: no problem": 2, "row dropped: no answer": 2,
         "row dropped: problem seen before": 1,
-        "traces of rows not dropped": 26, "traces kept": 10, "traces behind the first usable one": 1,
+        "traces of rows not dropped": 28, "traces kept": 10, "traces behind the first usable one": 1,
         "trace dropped: lists of different lengths": 3, "trace dropped: null": 1, "trace dropped: not complete": 2,
         "trace dropped: not correct": 2, "trace dropped: not UTF-8": 1, "trace dropped: thought never closed": 2,
-        "trace dropped: with a control token inside": 1, "trace dropped: too long": 3,
+        "trace dropped: without text": 1,
+        "trace dropped: with a control token inside": 1, "trace dropped: with a second <think>": 1,
+        "trace dropped: too long": 3, "trace dropped: changed by the tokenizer": 0,
     }  # fmt: skip
     assert counts == want and tuple(counts) == prepare.COUNTS
     assert all(f"{what:<44}{n:>9,}" in shown for what, n in counts.items())

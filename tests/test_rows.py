@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,6 +9,7 @@ from subprocess import run
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,8 +41,10 @@ def test_every_form_gives_the_same_problems(tmp_path, tokenizer):
         lines(tmp_path / "named.parquet", [{**short, "trace": [TRACE]}]),  # content counts, not the name
     ]
     pq.write_table(pa.Table.from_pylist([short]), forms[0].replace("long", "short"))
-    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(short).encode() + b"\r\n\r\n")
-    for path in (*forms, forms[0].replace("long", "short"), str(tmp_path / "bom.txt")):
+    for name, head in (("bom.txt", b"\xef\xbb\xbf\r\n"), ("bom.parquet", b"\xef\xbb\xbf"), ("blank.parquet", b"\r\n" * 400)):
+        (tmp_path / name).write_bytes(head + json.dumps(short).encode() + b"\r\n\r\n")
+        forms.append(str(tmp_path / name))
+    for path in (*forms, forms[0].replace("long", "short")):
         assert load(path, tokenizer)[0] == load(forms[0], tokenizer)[0], path
         assert count_rows(path) == 1, path
 
@@ -58,25 +62,41 @@ def test_a_category_column_is_read(tmp_path, tokenizer, column):
 
 def test_rows_without_a_trace_and_with_several(tmp_path, tokenizer):
     rows = [{**SHORT, "trace": None}, {k: SHORT[k] for k in ("question", "answer")}, {**SHORT, "trace": [TRACE, TRACE, None]},
-            {**SHORT, "trace": []}, {**SHORT, "answer": None}, {**SHORT, "question": ""}]  # fmt: skip
+            {**SHORT, "trace": []}, {**SHORT, "answer": None}, {**SHORT, "question": ""}, {**SHORT, "answer": "\u200b"},
+            {**SHORT, "prompt": None}]  # fmt: skip
     problems, line = load(lines(tmp_path / "a.jsonl", rows), tokenizer)
-    assert [len(p.teacher) for p in problems] == [0, 0, 2, 0] and "2 rows without prompt or answer" in line
+    assert [len(p.teacher) for p in problems] == [0, 0, 2, 0, 1] and "3 rows without prompt or answer" in line
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b'[{"question": "1", "answer": "1"}]', "line 1 is no object: write one {...} per line, not a list"),
-        (b"[\n  {\n", "line 1 is no JSON"),
-        (b'{"question": "1", "answer": "1"}\n{"question": ', "line 2 is no JSON"),
+        (b'[{"question": "1", "answer": "1"}]', "line 1 is '.*, no object: write one {...} per line"),
+        (b"[\n  {\n", "line 1 cannot be read as JSON"),
+        (b'{"question": "1", "answer": "1"}\n{"question": ', "line 2 cannot be read as JSON"),
         (b'{"question": "1", "answer": "1"}\n{"prompt": []}', "line 2 lacks the column 'reward_model'"),
         (b'{"problem": "1"}', "line 1 lacks the column 'prompt', it has .'problem'."),
         (b'{"question": ["1"], "answer": "1"}', "row 0: the content in 'prompt' is "),
+        (b'{"question": "1", "answer": NaN}', "row 0: the ground truth is nan, not text"),
+        (b'{"question": "1", "answer": -Infinity}', "row 0: the ground truth is -inf, not text"),
+        (b'{"question": "1", "answer": 1E400}', r"row 0: the ground truth is .*1E.400.*, not text"),
+        (b'{"question": "1", "answer": 1e-999999999}', "row 0: the ground truth is .*, not text"),
+        (b'{"question": "1", "answer": 1e99999999999999999999}', "line 1 cannot be read"),
         (b'{"question": "1", "answer": true}', "row 0: the ground truth is True, not text"),
         (b'{"question": "1", "answer": "1", "trace": {"text": "1"}}', "row 0: the content in 'target' is "),
         (b'{"question": "\\ud800", "answer": "1"}', r"row 0: the content in 'prompt' is '\\ud800', not text"),
-        (b"question,answer\n1,1\n", "line 1 is no JSON"),
-        (gzip.compress(b"{}", mtime=0), "neither a parquet file nor JSON lines"),
+        (b'{"question": "1", "answer": "1", "target": [{"content": "1"}]}', "row 0 has 'target' beside 'question'"),
+        (b'{"prompt": [{"role": "\\ud800", "content": "1"}], "reward_model": {}}', "row 0: a role in 'prompt' is .*ud800"),
+        (b'{"prompt": [], "reward_model": {}, "trace": "1"}', "row 0 has 'trace' beside 'prompt': write it in one form"),
+        (b'{"question": "1", "answer": "1", "traces": ["1"]}', "line 1 has 'traces', which is 'trace' here: rename it"),
+        (b"question,answer\n1,1\n", "line 1 cannot be read as JSON"),
+        (b"[" * 100_000, r"line 1 cannot be read as JSON .*recursion"),
+        (b'{"question": "1", "answer": %s}' % (b"1" * 5000), r"line 1 cannot be read as JSON .*digits"),
+        (gzip.compress(b"{}", mtime=0), "does not hold the data itself: gunzip makes it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "does not hold the data itself: git lfs pull makes it"),
+        ("{}".encode("utf-16"), "neither a parquet file nor JSON lines in UTF-8: iconv"),
+        (b'{"question": "1", "answer": "1", "answer": "2"}', "line 1 cannot be read as JSON .a key stands twice in"),
+        (b"null", "line 1 is 'null', no object"),
         (b"", "no usable row"),
         (b"\n\n", "no usable row"),
     ],
@@ -86,6 +106,27 @@ def test_what_is_no_row(tmp_path, tokenizer, content, words):
     with pytest.raises(UserError, match=words) as e:
         load(str(tmp_path / "a.jsonl"), tokenizer)
     assert "a.jsonl" in str(e.value) and "\n" not in str(e.value) and "parquet file (" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [("0.00001", "0.00001"), ("1E-5", "0.00001"), ("12345678901234567.0", "12345678901234567.0"),
+     ("1e22", "1" + "0" * 22), ("-46", "-46"), ("0.10", "0.10"), ("1" * 400, "1" * 400)],
+)  # fmt: skip
+def test_a_number_keeps_its_digits(tmp_path, number, text):
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "1", "answer": {number}}}')
+    ((_, row),) = read_rows(str(tmp_path / "a.jsonl"))
+    assert row["reward_model"]["ground_truth"] == text
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [(pa.array([0.1], pa.float32()), "0.1"), (pa.array([1e-5]), "0.00001"), (pa.array([1e20]), "1" + "0" * 20)],
+)
+def test_a_column_of_floats(tmp_path, values, text):
+    pq.write_table(pa.table({"question": ["1"], "answer": values}), tmp_path / "a.parquet")
+    ((_, row),) = read_rows(str(tmp_path / "a.parquet"))
+    assert row["reward_model"]["ground_truth"] == text
 
 
 def test_json_where_parquet_is_wanted(tmp_path):
@@ -111,9 +152,19 @@ def test_names_of_files(name):
     assert os.path.isabs(data_path(name))
 
 
+@pytest.mark.parametrize(
+    "name", ["hf://a/b", "hf://datasets", "Elliott/X@main", "a/b:train+test", "a/b:c:d:e", "gsm8k", "toy/*.parquet",
+             "https://huggingface.co/datasets/a/b", "x.parquet:train[:10]"]
+)  # fmt: skip
+def test_names_of_nothing(name):
+    last = re.escape(name.split("/")[-1])
+    with pytest.raises(UserError, match=f"^there is no data file .*{last}; a dataset on the hub is USER"):
+        list(read_rows(data_path(name)))
+
+
 def test_a_model_that_is_missing_here_is_not_asked_for_on_the_hub():
     assert model_path("Qwen/Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
-    for name in ("models/Qwen2.5-Math-7B-16k-think", "toy/bass", "./a/b", "config/x"):
+    for name in ("models/Qwen2.5-Math-7B-16k-think", "toy/bass", "Qwen/", "./a/b", "config/x"):
         with pytest.raises(UserError, match=r"there is no model folder /.*: python prepare.py model makes one"):
             model_path(name)
 
@@ -139,6 +190,31 @@ def test_a_folder_and_its_splits(tmp_path, tokenizer):
         load(str(tmp_path), tokenizer)
     with pytest.raises(UserError, match="there is no /.*/Elliott/None, and datasets loads no Elliott/None: "):
         list(read_rows("Elliott/None"))
+
+
+def test_a_folder_whose_rows_have_several_types(tmp_path, tokenizer):
+    lines(tmp_path / "train.jsonl", [SHORT, {**SHORT, "trace": [TRACE, TRACE]}])
+    problems, line = load(str(tmp_path), tokenizer)
+    assert [len(p.teacher) for p in problems] == [1, 2] and problems[0].teacher[0] == problems[1].teacher[0]
+    assert line.startswith(f"{tmp_path} (train.jsonl): 2 problems")
+    lines(tmp_path / "train-2.jsonl", [{"problem": "1"}])
+    with pytest.raises(UserError, match=r"datasets loads no .*\(.*(column|cast|schema)"):
+        load(str(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_class_labels_are_their_names(tmp_path, in_folder):
+    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["A", "B", "C"])})
+    table = datasets.Dataset.from_dict({"question": ["1", "2"], "answer": ["C", None]}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    rows = read_rows(str(tmp_path if in_folder else tmp_path / "train.parquet"))
+    assert [row["reward_model"]["ground_truth"] for _, row in rows] == ["C", None]
+
+
+def test_csv_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("question,answer\n1,007\n")
+    with pytest.raises(UserError, match="holds files of the kind 'csv', which may turn 007 into 7: write JSON"):
+        list(read_rows(str(tmp_path)))
 
 
 class Hub(BaseHTTPRequestHandler):

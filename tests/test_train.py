@@ -423,7 +423,7 @@ def bad(tmp_path, name):
         (["--data={few}"], "prompts_per_step=16 but .*few.parquet has only 3"),
         (["--data=nowhere.parquet"], "no data file"),
         (["--data="], "data is empty: name a file"),
-        (["--model=nowhere/at_all"], "no tokenizer loads from model nowhere/at_all"),
+        (["--model=nowhere/at_all"], "model nowhere/at_all .nor is there a folder /.*/nowhere/at_all, as python prepare.py"),
         (["--model=nowhere"], "there is no model folder .*nowhere"),
         (["--learning_rate=-1"], "learning_rate=-1.0 must be above zero"),
         (["--update_batches=0"], "update_batches=0 must be above zero"),
