@@ -117,9 +117,10 @@ def renderer(tokenizer, template, system, shuffle=(), seed=0, left_alone=None):
 
 def options(question, answer):
     """Where a question's options stand: a list of (label, start of its text, end of its text). The labels A) B) C), (A) (B),
-    A. B. or A: B: begin a line and are all of one form, not 1. 2., which may be steps where "2" is a number; of several
-    runs A, B, C, ... the last one counts, because the question itself may have such a list. An option ends before the next label, the last one before a blank line.
-    Why they cannot be permuted, a string, if there are no options, the answer is no label, or an option refers to others."""
+    A. B. or A: B: begin a line and are all of one form; not 1. 2., which may be steps, and the answer 2 their number. Of
+    several runs A, B, C, ... the last one counts, because the question itself may have such a list. An option ends before
+    the next label, the last one before a blank line. Why they cannot be permuted, a string, if there are no options, the
+    answer is no label, or an option refers to others."""
     runs = {}  # the form of a label -> its last run
     for m in re.finditer(r"(?m)^[ \t]*(\(?)([A-Z])([).:])[ \t]+", question):
         run = runs.setdefault((m[1], m[3]), [])
@@ -141,9 +142,9 @@ def options(question, answer):
     return found
 
 
-REFERS = re.compile(  # "both A", "A and B", "(A) or (B)", "option C", "none of the others"
-    r"(?i:\b(?:above|below|(?:both|n?either|options?|choices?|answers?) \(?[A-J]\b|(?:all|none|any|both) of (?:the )?(?:others?|other options|options|previous)"
-    r"|(?:same|true) as \(?[A-J]\b))|\b[A-J]\)? (?:and|or|nor|&) \(?[A-J]\b"
+REFERS = re.compile(  # to above, both A, A and B, (A) or (B), option C, none of the others
+    r"(?i:\b(?:above|below|(?:both|n?either|options?|choices?|answers?|(?:same|true) as) \(?[A-J]\b"
+    r"|(?:all|none|any|both) of (?:the )?(?:other|previous|options)))|\b[A-J]\)? (?:and|or|nor|&) \(?[A-J]\b"
 )
 
 
