@@ -51,8 +51,9 @@ def read_rows(path, content=None):
 def long_form(row, where):
     """A row in the long form, checked, with messages whose content is null left out. `where` names it in a UserError."""
     is_short = row.get("prompt") is None and "question" in row
-    if mixed := [name for name in (LONG if is_short else SHORT) if row.get(name)]:
-        raise UserError(f"{where} has {mixed[0]!r} beside {(SHORT if is_short else LONG)[0]!r}: write it in one form, see"
+    # A trace, or an answer, that would be lost. A question beside a prompt is not: some files keep it there.
+    if mixed := [name for name in (LONG if is_short else ("answer", "trace")) if row.get(name)]:
+        raise UserError(f"{where} has {mixed[0]!r} beside {'question' if is_short else 'prompt'!r}: write it in one form, see"
                         " docs/data.md")  # fmt: skip
     if is_short:
         traces = row.get("trace")
@@ -171,13 +172,14 @@ def rows_of_batch(batch, schema):
 
 def columns_of(names, path):
     """Those of COLUMNS that a table has. Raises UserError if it has neither form of a row, or one of them misspelt."""
-    columns, forms = [name for name in COLUMNS if name in names], [("prompt", "reward_model"), ("question", "answer")]
+    columns = [name for name in COLUMNS if name in names]
+    is_short = "question" in columns and "prompt" not in columns
+    missing = [name for name in (("question", "answer") if is_short else ("prompt", "reward_model")) if name not in columns]
+    wanted = COLUMNS if missing else SHORT if is_short else (*LONG, "trace")
     for name in names:
-        if name not in COLUMNS and (ours := name.lower().rstrip("s")) in COLUMNS and ours not in names:
+        if name not in COLUMNS and (ours := name.lower().rstrip("s")) in wanted and ours not in names:
             raise UserError(f"{path} has {name!r}, which is {ours!r} here: rename it")
-    needed = forms["question" in columns and "prompt" not in columns]
-    missing = [name for name in needed if name not in columns]
-    if missing and not any({*form} <= {*columns} for form in forms):
+    if missing and not {"question", "answer"} <= {*columns}:  # a row of the short form may have a prompt that is null
         raise UserError(f"{path} lacks the column {missing[0]!r}, it has {list(names)}: see docs/data.md for the schema")
     return columns
 
