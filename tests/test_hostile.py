@@ -31,7 +31,7 @@ def test_printable():
 
 
 @pytest.mark.slow
-def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
+def test_control_characters_never_reach_the_terminal(tmp_path, capsys, byte_model):
     """In a source's name, a prompt, a trace and an answer: in a whole run, and in an error."""
     rows = [
         a_row(
@@ -43,10 +43,11 @@ def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
         for i in range(4)
     ]
     path = write(tmp_path / "evil.parquet", rows)
-    problems = load_problems(path, load_tokenizer(BASE), 10_000, 10_000)
+    problems = load_problems(path, load_tokenizer(byte_model), 10_000, 10_000)
     assert all(p.source.isprintable() for p in problems) and EVIL in problems[0].answer
     argv = ["--sampler=torch", f"--data={path}", f"--eval_data={path}", "--max_steps=1", "--prompts_per_step=4", "--eval_k=0",
-            "--max_prompt_tokens=100", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
+            "--max_prompt_tokens=100", "--max_teacher_tokens=100", f"--model={byte_model}",
+            f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
     for more, code in ((["--min_teacher_pass=0"], 0), (["--min_teacher_pass=0.99"], 2)):
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *argv, *more], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
