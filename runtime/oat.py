@@ -63,8 +63,9 @@ def places(given):
     """The decimal places to which numbers are compared. Six places and six digits are enough for what has no end, 0.333333
     for 1/3 and 1.414214 for \\sqrt{2}, as for the published grader, which takes them because it rounds everything."""
     whole, _, rest = given.strip("+- ").partition(".")
-    decimal = (whole + rest).isdecimal() and len(rest) >= 6 <= len((whole + rest).lstrip("0"))
-    return len(rest) if decimal else EXACT
+    digits = whole + rest
+    enough = digits.isdecimal() and min(len(rest), len(digits.lstrip("0"))) >= 6
+    return len(rest) if enough else EXACT
 
 
 def terminates(value):
@@ -130,7 +131,7 @@ PLAIN = [  # what all comparisons and all votes read: none may see two numbers w
      r"|\\(?:begin|end)\{(?:aligned|gathered|align\*?|equation\*?)\}", " "),
     (r"\\(?:nice|s)frac(?![a-z])", r"\\frac"),
     (r"\\([lr])brace(?![a-zA-Z])", lambda m: r"\{" if m[1] == "l" else r"\}"), (r"\\bar *(?=\{\d+\})", r"\\overline"),
-    (r"(?: *\{ *\})? *\\(?:text)?degrees?(?![a-z])", r"^\\circ"), (r"\\\\ *\[\d[^\[\]]*\]", r"\\\\"),
+    (r"\\(?:text)?degrees?(?![a-z])", r"^\\circ"), (r"\\\\ *\[\d[^\[\]]*\]", r"\\\\"),
     (r"^ *\\\[(.*)\\\] *$|^ *\\\((.*)\\\) *$", lambda m: m[1] or m[2] or ""),
     (r"(?i)^ *\\text *\{[^{}]*\banswer\b[^{}\d]*\}", ""),
     (r"\\(?:text|math)[a-z]* *\{[ $]*((?:[ei]|\\[a-z]+)(?:\{[^{}]*\})*)[ $]*\}", r" \1 "),  # no unit

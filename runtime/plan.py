@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from configurator import UserError
 
 GIB = 2**30
-# Logits are materialised for so many tokens at a time on a GPU. Two such matrices exist, in fp32; each has 1.2 GiB for
-# a vocabulary of 152,064.
+# Logits are materialised for so many tokens at a time on a GPU. The forecast counts two such matrices in fp32, 1.2 GiB each
+# for a vocabulary of 152,064. That is too much since the head keeps one, in the products' dtype; not measured there yet.
 HEAD_CHUNK = 2048
 
 

@@ -121,7 +121,7 @@ def rows_of_file(path):
 
 
 def is_json(head):
-    """May a file that begins like this be JSON? Only white space may."""
+    """May a file that begins like this be JSON? White space alone may, too."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
 
 

@@ -290,6 +290,13 @@ def test_reading_a_long_answer_takes_no_time():
         r"\mathrm{ab}",
         "( ",
         r"1\times10^{",
+        " ",
+        "{ ",
+        r"\\[",
+        r"\text{ $",
+        r"\times{ ",
+        r"\text{answer",
+        r"\color{",
     ):
         start = time.time()
         vote((unit * 20_000)[:20_000])
