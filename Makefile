@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
 SEEDS ?= 1
 
-.PHONY: demo table test test-slow docs-check lint toy clean
+.PHONY: demo table test test-slow test-gpu docs-check lint toy clean
 
 demo: .venv/ready
 	.venv/bin/python toy/demo.py --seeds=$(SEEDS)
@@ -21,6 +21,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -n $(WORKERS) --dist=loadgroup -m slow
+
+# On a machine with a GPU, in an environment of requirements-gpu.txt: the tests that need one. All others run on the CPU.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 # The links and the file map of README and docs/, and every command in them, in a copy of this checkout.
 docs-check: .venv/ready

@@ -35,6 +35,7 @@ repeats = 5  # timed updates, after one untimed update [> 0]
 syncs = 5  # weight reloads into the engine; 0 skips the engine
 rollout_prompts = 32  # samples to generate [> 0]
 rollout_tokens = 64  # tokens of each sample [> 0]
+device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 out = ""  # a file to append the result to, as a line of JSON
@@ -54,7 +55,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from data import Rollout, pack
 from loss import batch_loss
 from model import Policy, attention_backends, shard_policy
-from rollout import choose_sampler, open_sampler
+from rollout import choose_sampler, open_sampler, pick_device
 from runtime.files import make_folder
 from runtime.plan import count_parameters, measured_memory, show, training_memory
 from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
@@ -202,8 +203,8 @@ def measure_engine(c, policy, dtype):
 
 
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, precision = pick_device(config["device"], "auto")
+    dtype = getattr(torch, precision)
     c = model_config()
     check_knobs()
     start_processes(device, shard, config)

@@ -50,6 +50,7 @@ reward_workers = 2  # verifier processes per rank [1, 1024]
 reward_timeout = 2.0  # seconds of grading per answer [0.01, 86400]
 # ---------------------------------------------------------------- system
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
+device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 dtype = "auto"  # of weights and matrix products; auto: bfloat16 on a GPU [auto | float32 | bfloat16]
 gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
@@ -67,9 +68,8 @@ if __name__ == "__main__":  # before the slow imports, so that --help and mistak
 import numpy as np
 
 from data import digest, load_benchmark, load_templates
-from model import pick_device
 from reward import Verifier, graded_text, letter_with_text
-from rollout import Sample, choose_sampler, open_sampler, request_seed
+from rollout import Sample, choose_sampler, open_sampler, pick_device, request_seed
 from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.metrics import best_and_worst
@@ -253,6 +253,7 @@ def main():
     if WORLD % tensor_parallel:
         raise UserError(f"tensor_parallel={tensor_parallel} must divide the {WORLD} process(es) that torchrun started")
     output = OutputFolder(out_dir, "eval.py", inputs=[*words(data), model, grader])
+    kind, precision = pick_device(device, dtype)
     engine_kind = choose_sampler(sampler)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
@@ -276,9 +277,8 @@ def main():
     if max(lengths) + max_tokens > context:
         full = sum(n >= context for n in lengths)
         print0(f"note: responses end at the context of {context} tokens; {full} prompts fill it and count as wrong")
-    device, precision = pick_device(dtype)
-    start_processes(device, "none", config)
-    compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of}
+    start_processes(kind, "none", config)
+    compared = {name: value for name, value in config.items() if name not in NOT_COMPARED} | {"k": k_of, "device": kind}
     settings = settings_of(compared, problems, model=name, sampler=engine_kind, dtype=precision, verifier=verifier)
     engine, tables, chunks = None, {}, cut(problems, k_of)
 

@@ -280,14 +280,7 @@ class Policy(torch.nn.Module):
         return torch.autocast(tensor.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
 
-# ---------------------------------------------------------------- processes; load, gather
-
-
-def pick_device(dtype):
-    """The knob `dtype` -> (device, name of the dtype). A GPU is used if there is one; auto is bfloat16 on a GPU and
-    float32 on a CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device, dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+# ---------------------------------------------------------------- load
 
 
 def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False, frozen=False,

@@ -58,6 +58,7 @@ def parse(argv):
     p.add_argument("--reward_workers", type=int, default=2, help="verifier processes per rank (%(default)s)")
     p.add_argument("--reward_timeout", type=float, default=2.0, help="seconds of grading per answer (%(default)s)")
     p.add_argument("--sampler", default="auto", choices=["auto", "vllm", "torch"], help="auto: vllm where it is installed")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if vLLM is made for it")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU")
     p.add_argument("--gpu_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM (%(default)s)")
     p.add_argument("--tensor_parallel", type=int, default=1, help="consecutive ranks that share one engine (%(default)s)")
@@ -97,9 +98,9 @@ from transformers.utils.logging import set_verbosity_error
 
 from data import EMPTY, THINK, Unusable, load_problems, load_templates, plain_trace
 from eval import evaluate
-from model import load_policy, pick_device
+from model import load_policy
 from reward import Verifier
-from rollout import Sample, choose_sampler, open_sampler
+from rollout import Sample, choose_sampler, open_sampler, pick_device
 from runtime.files import load_config, model_path, partial_name, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
@@ -386,11 +387,11 @@ def prepare_reanswer(args):
         problems = load_problems(source, tokenizer, context - 1, require_think=False, log=print0, content=content)
         opened = render_prompt(tokenizer, [QUESTION]).endswith(THINK)
         longest = max(len(p.prompt_ids) for p in problems)
-        device, dtype = pick_device(args.dtype)
+        device, dtype = pick_device(args.device, args.dtype)
         sampler = choose_sampler(args.sampler)  # what "auto" is here: samples of two samplers must not be mixed
         start_processes(device, "none", vars(args))
         compared = ("k", "temperature", "max_tokens", "seed", "chunk", "reward_timeout", "require_think", "solved_at")
-        knobs = {knob: getattr(args, knob) for knob in compared}
+        knobs = {knob: getattr(args, knob) for knob in compared} | {"device": device}
         settings = settings_of(knobs, problems, model=name, sampler=sampler, dtype=dtype, verifier=verifier)
         place = stack.enter_context(OutputFolder(work, "prepare.py"))
         open_work(place, settings, vars(args))
@@ -636,7 +637,7 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
     """Continue a prompt greedily with transformers, then with vLLM where it is installed. Raises UserError if their
     log-probs differ. They are compared up to the first token that differs: after it the two texts are different."""
     prompt = tokenizer.encode(render_prompt(tokenizer, [QUESTION]), add_special_tokens=False)
-    room, device, ends = len(prompt) + tokens, "cuda" if torch.cuda.is_available() else "cpu", tokenizer.stop_ids
+    (device, _), room, ends = pick_device("auto", dtype), len(prompt) + tokens, tokenizer.stop_ids
     policy = load_policy(folder, dtype=getattr(torch, dtype), device=device, frozen=True)
     policy.hf.set_attn_implementation("sdpa")  # the sequence is not packed
     ids, logps = list(prompt), []

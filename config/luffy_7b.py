@@ -62,6 +62,5 @@ save_interval = 10  # steps that a crash may cost; see docs/long_run.md
 keep_last = 2
 keep_every = 100
 rollout_interval = 10
-canary_limit = 0.1  # enough for bfloat16
 micro_tokens = 32768
 gpu_memory = 0.5

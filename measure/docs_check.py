@@ -36,6 +36,7 @@ COMMANDS = {
     "make test": BY_CI,
     "make test-slow": BY_CI,
     "make docs-check": BY_CI,
+    "make test-gpu": "by hand: it needs a GPU",
     "pip uninstall torchvision torchaudio torchcodec": HARMFUL,
     "rm /dev/shm/*cpushm*": HARMFUL,
     "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run -q")],

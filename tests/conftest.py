@@ -23,6 +23,16 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 
 
+def pytest_configure(config):
+    """All tests run on the CPU, with a GPU in the machine or without; with `-m gpu` those that want one run on it."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_report_header(config):
+    return "device: " + ("the GPU" if config.getoption("markexpr") == "gpu" else "the CPU; make test-gpu has the others")
+
+
 def pytest_collection_modifyitems(items):
     """Tests that share the engine run in one worker of pytest-xdist, or each worker would start its own."""
     for item in items:

@@ -50,6 +50,7 @@ def test_packed_equals_unpacked(policy, problems):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels need a GPU")
 @pytest.mark.parametrize("backend", ["packed_varlen", "packed_fa"])
 def test_kernels_equal_sdpa(problems, backend):
@@ -165,7 +166,7 @@ def test_the_heads_gradient_is_the_finite_difference(monkeypatch, how):
     torch.autograd.gradcheck(lambda h, w: model.Head.apply(h, w, targets)[:, take], (hidden, weight))
 
 
-def head_and_reference(dtype, n, d=24, vocabulary=1003):
+def head_and_reference(dtype, n, device, d=24, vocabulary=1003):
     """The head in a dtype and plain torch in float64 from the same numbers, two targets per token: results, gradients of
     hidden and weight, for each. Among the rows: the last column as target, a target twice, one that is nearly certain."""
     g = torch.Generator().manual_seed(0)
@@ -176,10 +177,10 @@ def head_and_reference(dtype, n, d=24, vocabulary=1003):
     weigh = torch.randn(n, 3, generator=g)
     found = []
     for number, head in ((dtype, model.Head.apply), (torch.float64, plain_head)):
-        h, w = (x.to(dtype).to(number).detach().requires_grad_() for x in (hidden, weight))
-        out = head(h, w, targets)
-        (out * weigh.to(out.dtype)).sum().backward()
-        found.append([x.double() for x in (out.detach(), h.grad, w.grad)])
+        h, w = (x.to(dtype).to(number).to(device).detach().requires_grad_() for x in (hidden, weight))
+        out = head(h, w, targets.to(device))
+        (out * weigh.to(out)).sum().backward()
+        found.append([x.double().cpu() for x in (out.detach(), h.grad, w.grad)])
     assert found[1][0][2, 0] > -0.05  # it is nearly certain
     return found
 
@@ -193,9 +194,9 @@ def plain_head(hidden, weight, targets):
 BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-5, 1e-5), torch.bfloat16: (0.13, 0.02)}
 
 
-def check_head(dtype, n=70):
+def check_head(dtype, n=70, device="cpu"):
     """Log-probs and entropies within an absolute bound, gradients within a relative one."""
-    (out, *grads), (want, *want_grads) = head_and_reference(dtype, n)
+    (out, *grads), (want, *want_grads) = head_and_reference(dtype, n, device)
     absolute, relative = BOUNDS[dtype]
     torch.testing.assert_close(out, want, rtol=0, atol=absolute)
     for found, wanted in zip(grads, want_grads, strict=True):
@@ -217,6 +218,14 @@ def test_a_certain_tokens_gradient_is_not_lost_to_rounding():
     model.Head.apply(hidden, weight, targets)[0, 0].backward()
     p = torch.tensor(8.0).sigmoid()  # 0.99966, which is 1 in bfloat16
     torch.testing.assert_close(weight.grad[:, 0].float(), 8 * torch.stack([1 - p, p - 1]), rtol=0.01, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_on_a_gpu_is_the_plain_computation(monkeypatch, dtype):
+    monkeypatch.setattr(model, "chunk_of", lambda hidden, weight: 32)
+    check_head(dtype, device="cuda")
 
 
 @pytest.mark.slow

