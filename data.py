@@ -89,6 +89,12 @@ class Packed:
         """(T,) bool: response tokens that the policy of this step wrote."""
         return self.loss_mask & ~self.is_teacher & ~self.is_replay
 
+    @property
+    def trace_lengths(self):
+        """(n,) int: how many tokens of each sequence a teacher wrote."""
+        before = torch.nn.functional.pad((self.loss_mask & self.is_teacher).cumsum(0), (1, 0))
+        return before[self.cu_seqlens[1:].long()] - before[self.cu_seqlens[:-1].long()]
+
 
 # ---------------------------------------------------------------- templates
 

@@ -99,19 +99,20 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
-    of response tokens (all, teacher's, own) in the WHOLE optimizer batch over all ranks, so that the loss does not
-    depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens. With
+    of response tokens (all, teacher's, own) and of traces in the WHOLE optimizer batch over all ranks, so that the
+    loss does not depend on the cut into micro-batches; only sft_per_sequence, which averages over each trace and
+    then over the traces, reads the last. loss_constant 0 means the mean over the policy term's tokens. With
     tis_cap above 0, own tokens are multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
 
     A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
     replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; 0 at teacher tokens.
     """
     mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
-    n, n_teacher, n_own = counts
+    n, n_teacher, n_own = counts[:3]
     # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     off_policy = batch.is_teacher | batch.is_replay
@@ -122,7 +123,11 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     if tis_cap:
         policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)
-    loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(logp, teacher, n_teacher)
+    likelihood = mean(logp, teacher, n_teacher)
+    if sft_per_sequence:
+        length = batch.trace_lengths.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(logp))
+        likelihood = mean(logp / length.clamp(min=1), teacher, counts[3])
+    loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * likelihood
     if policy_coef:
         tokens, count = (mask & ~teacher, n - n_teacher) if sft_coef else (mask, n)
         loss = loss + policy_coef * mean(policy_term, tokens, loss_constant or count)

@@ -62,6 +62,7 @@ loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequ
 policy_coef = 1.0  # coefficient of the policy term; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens included [any]
 sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leave the policy term
+sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
 ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token
 ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
@@ -80,7 +81,8 @@ replay_limit = 8  # successes stored per question [> 0]
 prompts_per_step = 16  # prompts per rollout batch, over all ranks [> 0]
 update_batches = 1  # optimizer steps per rollout batch [> 0]
 learning_rate = 1e-4  # AdamW, after the warm-up [> 0]
-lr_schedule = "constant"  # constant, or cosine: to zero at max_steps [constant | cosine]
+lr_schedule = "constant"  # constant, or cosine: to lr_floor at max_steps [constant | cosine]
+lr_floor = 0.0  # where the cosine ends, as a share of the learning rate [0, 1]
 warmup_steps = 5  # linear, in rollout batches
 beta1 = 0.9  # AdamW [0, 1)
 beta2 = 0.99  # AdamW [0, 1)
@@ -457,12 +459,13 @@ def note_teacher(teacher, micro_batches, terms, tokenizer):
 
 
 def schedule(step):
-    """The learning rate's factor: a linear warm-up, then constant, or a cosine's half that ends at zero."""
+    """The learning rate's factor: a linear warm-up, then constant, or a cosine's half that ends at lr_floor."""
     if step <= warmup_steps:
         return step / warmup_steps
     if lr_schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
+    return lr_floor + (1 - lr_floor) * cosine
 
 
 def loss_terms(step):
@@ -492,8 +495,8 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
     """Forward and backward over the micro-batches, clip, step: an Update. terms: loss_terms(); tick() is called before each
     micro-batch and before the step. It skips the step if loss or norm is not finite on any rank, or if skip_norm is above
     zero and the norm above it."""
-    # The loss's denominators are those of the whole optimizer batch over all ranks: (response tokens, teacher's, own).
-    masks = [(b.loss_mask, b.loss_mask & b.is_teacher, b.is_own) for b in micro_batches]
+    # The loss's denominators are those of the whole optimizer batch over all ranks: (response tokens, teacher's, own; traces).
+    masks = [(b.loss_mask, b.loss_mask & b.is_teacher, b.is_own, b.trace_lengths > 0) for b in micro_batches]
     counts = all_reduce([sum(mask.sum().item() for mask in column) for column in zip(*masks, strict=True)])
     sums, logps, total = [], [], 0.0
     with heartbeat("update, micro-batches", len(micro_batches)) as show:

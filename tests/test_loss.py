@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import packed
 
+from data import pack
 from loss import batch_loss, group_advantages, shape, token_loss
 
 SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log")
@@ -165,6 +166,31 @@ def test_likelihood_is_for_the_teachers_tokens_and_replayed_ones_stay_in_the_pol
     batch_loss(logp, -logp, None, batch, (3, 1, 1), sft_coef=0.5).backward()
     want = [-0.5, -0.1 / 1.1**2 / 2, 1 / 2]  # two tokens are left in the policy term
     torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
+
+
+def test_a_mean_per_sequence_does_not_depend_on_the_cut():
+    """sft_per_sequence: every trace counts alike, however long it is, in one micro-batch or in several."""
+    rows = [(2, 3, 0), (1, 0, 4), (2, 9, 0), (0, 1, 0), (1, 4, 2)]  # tokens of the prompt, of the trace, and own ones behind it
+    starts = [0, *itertools.accumulate(map(sum, rows))]
+    logp = random_tokens(starts[-1])[0].requires_grad_(True)
+
+    def batch(*chosen):
+        kinds = [kind for i in chosen for kind, n in zip("pto", rows[i], strict=True) for _ in range(n)]
+        ends = torch.tensor([0, *itertools.accumulate(sum(rows[i]) for i in chosen)], dtype=torch.int32)
+        response, trace = torch.tensor([k != "p" for k in kinds]), torch.tensor([k == "t" for k in kinds])
+        return packed(len(kinds), loss_mask=response, is_teacher=trace, cu_seqlens=ends)
+
+    def loss(*chosen):
+        mine = torch.cat([logp[starts[i] : starts[i + 1]] for i in chosen])
+        options = dict(policy_coef=0.0, sft_coef=2.0, sft_per_sequence=True)
+        return batch_loss(mine, -mine, None, batch(*chosen), (23, 17, 6, 4), **options)
+
+    assert batch(*range(5)).trace_lengths.tolist() == [3, 0, 9, 1, 4] and batch(2, 1).trace_lengths.tolist() == [9, 0]
+    assert pack([]).trace_lengths.tolist() == [0]  # the dummy of a rank without work
+    whole = loss(*range(5))
+    torch.testing.assert_close(loss(0, 2) + loss(1) + loss(4, 3), whole)
+    traces = [logp[start + n : start + n + m] for start, (n, m, _) in zip(starts, rows, strict=False) if m]
+    torch.testing.assert_close(whole, -2.0 * sum(trace.mean() for trace in traces) / 4)
 
 
 def test_without_old_logp_the_ratio_is_one():

@@ -294,7 +294,10 @@ def test_the_learning_rates_schedule(script):
     module = script("train", ["--lr_schedule=cosine", "--warmup_steps=4", "--max_steps=20"])
     factors = [module.schedule(step) for step in range(1, 21)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[11] == pytest.approx(0.5) and factors[19] == pytest.approx(0)
-    constant = script("train", ["--warmup_steps=0"])
+    floored = script("train", ["--lr_schedule=cosine", "--lr_floor=0.1", "--warmup_steps=4", "--max_steps=20"])
+    factors = [floored.schedule(step) for step in range(1, 21)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[11] == pytest.approx(0.55) and factors[19] == pytest.approx(0.1)
+    constant = script("train", ["--warmup_steps=0", "--lr_floor=0.1"])
     assert {constant.schedule(step) for step in range(1, 61)} == {1.0}
 
 
@@ -495,6 +498,7 @@ def test_several_traces_in_a_group(script, tmp_path):
         ("exgrpo", ["--data={easy}", "--temperature=1.6"]),
         ("tgpo", ["--teacher_model={other}", "--teacher_offload=True", "--ce_coef=0.5"]),
         ("kdrl", ["--teacher_model={other}", "--kl_coef=0.1"]),
+        ("sft_released", []),
     ],
 )
 def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model):

@@ -92,7 +92,13 @@ def test_a_held_out_selection_set(script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["config/method/sft.py"], ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"]]
+    "argv",
+    [
+        [],
+        ["config/method/sft.py"],
+        ["config/method/sft.py", "--sft_per_sequence=True"],
+        ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"],
+    ],
 )
 def test_the_token_budget_does_not_matter(script, tmp_path, argv):
     """Loss, gradient norm and the weights after three steps are the same however a batch is cut."""
@@ -110,6 +116,7 @@ def by_hand(rows, k):
     hf = AutoModelForCausalLM.from_pretrained("toy/base", dtype=torch.float32)
     tokenizer = load_tokenizer("toy/base")
     policy = entropy_sum = nll = n = n_teacher = 0
+    traces = []
     for start in range(0, len(rows), k["n_rollouts"]):
         group = rows[start : start + k["n_rollouts"]]
         rewards = torch.tensor([r["reward"] for r in group])
@@ -127,11 +134,13 @@ def by_hand(rows, k):
                 policy = policy - (advantage * (logp - logp.detach()).exp()).sum()
             elif k["sft_coef"]:
                 nll, n_teacher = nll - logp.sum(), n_teacher + len(logp)
+                traces.append(-logp.mean())
             else:
                 p = logp.exp()
                 policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
     loss = k["policy_coef"] * policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n
-    loss = loss + k["sft_coef"] * nll / max(n_teacher, 1)
+    likelihood = torch.stack(traces).mean() if k["sft_per_sequence"] else nll / max(n_teacher, 1)
+    loss = loss + k["sft_coef"] * likelihood
     loss.backward()
     return loss.item(), torch.stack([p.grad.norm() for p in hf.parameters()]).norm().item()
 
@@ -149,6 +158,7 @@ def by_hand(rows, k):
         ["--loss_constant=0.0"],
         ["--entropy_coef=0.3"],
         ["--sft_coef=0.7"],
+        ["--sft_coef=0.7", "--sft_per_sequence=True"],
         ["--baseline=own"],
         ["--policy_coef=0.3"],
         ["--n_teacher=0", "--entropy_coef=0.1"],
