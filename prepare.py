@@ -42,7 +42,7 @@ def parse(argv):
     p.add_argument("--tokenizer", required=True, help="folder or hub name of the model to be trained")
     p.add_argument("--traces", default="first", choices=["first", "all"], help="usable traces that a problem keeps")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a trace, EOS included (%(default)s)")
-    p.add_argument("--tags", default="keep", choices=["keep", "drop"], help="drop: remove <think> and </think> from traces")
+    p.add_argument("--tags", default="keep", choices=["keep", "open", "drop"], help="of traces: open drops <think>, drop both")
 
     p = commands.add_parser("reanswer", allow_abbrev=False, help="new traces by another teacher, verified; resumable")
     p.add_argument("--model", required=True, help="the teacher: a folder in Hugging Face format, or a hub name")
@@ -219,7 +219,7 @@ def prepare_openr1(args):
                         continue
                     traces = traces_of(row, length, args.traces == "all", tokenizer.control, counts)
                     prompt = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-                    target = [{"role": "assistant", "content": bare(t) if args.tags == "drop" else t} for t, _ in traces]
+                    target = [{"role": "assistant", "content": bare(t, args.tags)} for t, _ in traces]
                     lines.writelines(json.dumps({"messages": [*prompt, m]}, ensure_ascii=False) + "\n" for m in target)
                     first = traces[0][1] if traces else HARD + 1
                     fits = {"out": traces, "easy": first <= EASY, "hard": first <= HARD, "complement": not traces}
@@ -250,9 +250,11 @@ def prepare_openr1(args):
     print(f"wrote {', '.join(paths)}")
 
 
-def bare(trace):
-    """A trace without its tags, for a model that is trained without them."""
-    return trace.removeprefix(THINK).replace("</think>", "")
+def bare(trace, tags):
+    """A trace with its tags ("keep"), without the opening one ("open") or without both ("drop")."""
+    if tags == "keep":
+        return trace
+    return trace.removeprefix(THINK) if tags == "open" else trace.removeprefix(THINK).replace("</think>", "")
 
 
 def openr1_files(src):

@@ -3,7 +3,7 @@
 #     torchrun --nproc_per_node=8 train.py config/luffy_7b.py
 #
 # 128 prompts x (7 own samples + 1 trace) = 1024 sequences a step, 2 updates of 512 each.
-# 45.7k prompts / 128 = 357 steps an epoch; 500 steps = 1.4 epochs.
+# 45.7k prompts / 128 = 357 steps an epoch; 500 steps = 1.4 epochs, and "LUFFY-Extra" is --max_steps=860.
 # The paper's own figures for this run, 77 h on 8 A100:
 #     AIME24 AIME25  AMC  MATH-500 Minerva Olympiad average
 #      29.4   23.1  65.6    87.6    37.5    57.2     50.1     on-policy 45.5, SFT 44.1, RL with SFT loss 40.1
@@ -34,8 +34,8 @@ clip_high = 0.0
 # The script divides a rank's token sum by 8192 and FSDP averages over 8 ranks: one step is sum / 65536.
 # That holds here for any number of GPUs.
 loss_constant = 65536.0
-# The script's 0.001 is added per micro-batch, some 4 to 7 of them (32,768 tokens each), so it acts as 0.004 to
-# 0.007 times the token mean; the paper's text says 0.01.
+# The script adds 0.001 x the token mean for each of a rank's K micro-batches of 32,768 tokens. With 64 sequences a rank,
+# K = ceil(mean tokens of a sequence / 512). It grows with the responses, here from some 4 to 7; the paper's text says 0.01.
 entropy_coef = 0.005
 sft_coef = 0.0
 

@@ -133,8 +133,10 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     items = training_memory(
         config, k["micro_tokens"], n_gpus=world, shard=k["shard"] == "fsdp", compute_bytes=dtype_bytes, recompute=k["recompute"]
     )
+    sharded = world if k["shard"] == "fsdp" else 1
+    if k["sft_buffer"]:
+        items["the SFT step's own moments"] = 8 * count_parameters(config)[0] // sharded
     if teacher_config and not (k["teacher_offload"] and on_gpu):
-        sharded = world if k["shard"] == "fsdp" else 1
         items["teacher model's weights"] = count_parameters(teacher_config)[0] * dtype_bytes // sharded
     peak = sum(items.values())
     n = count_parameters(config)[0]
@@ -153,7 +155,8 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     )
     # The gradients are freed before the rollout, except under DDP, whose buckets hold them.
     freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4
-    rollout = items["weights, gradients, Adam (fp32)"] - freed + items.get("teacher model's weights", 0) + share
+    staying = ("weights, gradients, Adam (fp32)", "the SFT step's own moments", "teacher model's weights")
+    rollout = sum(items.get(name, 0) for name in staying) - freed + share
     fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
         f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"

@@ -1,5 +1,6 @@
 """What several test files use: the toy world's paths, model shapes, rows and batches made by hand, and ways to run a script."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -127,6 +128,23 @@ def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), 
     model = {Qwen2Config: Qwen2ForCausalLM, LlamaConfig: LlamaForCausalLM}[kind](config)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------- configs
+
+
+def resolve(script, *argv):
+    """The knobs of train.py or eval.py under these arguments, from its first lines alone."""
+    path, scope = os.path.join(ROOT, script), {"__file__": script}
+    exec(open(path).read().partition("\nfrom configurator import ")[0], scope)
+    return configure(scope, list(argv), path)
+
+
+def read_config(path):
+    """The names that a config file sets itself, and the paths of the files that it includes."""
+    body = ast.parse(open(path).read()).body
+    included = [os.path.join(ROOT, node.value.args[0].value) for node in body if isinstance(node, ast.Expr)]
+    return {node.targets[0].id for node in body if isinstance(node, ast.Assign)}, included
 
 
 # ---------------------------------------------------------------- runs

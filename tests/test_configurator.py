@@ -1,4 +1,3 @@
-import ast
 import glob
 import json
 import os
@@ -8,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from helpers import read_config, resolve
 
 import configurator
 from configurator import ROOT, UserError, configure, free_knobs
@@ -65,13 +65,6 @@ def knobs(tmp_path):
 @pytest.fixture
 def ranged(tmp_path):
     return script_of(tmp_path, RANGES)
-
-
-def resolve(script, *argv):
-    """The knobs of train.py or eval.py under these arguments, from its first lines alone."""
-    path, scope = os.path.join(ROOT, script), {"__file__": script}
-    exec(open(path).read().partition("\nfrom configurator import ")[0], scope)
-    return configure(scope, list(argv), path)
 
 
 def config_file(tmp_path, text, name="c.py"):
@@ -279,9 +272,9 @@ def test_a_file_may_be_included_twice(knobs, tmp_path):
 
 def test_relative_paths_count_from_the_repository(knobs, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert configurator.repo_path("config/method/grpo.py") == os.path.join(ROOT, "config/method/grpo.py")
-    for path in ("config/method/grpo.py", config_file(tmp_path, "include('config/method/grpo.py')")):
-        with pytest.raises(UserError, match="^config/method/grpo.py: there is no knob 'n_teacher'"):  # found, from elsewhere
+    assert configurator.repo_path("config/method/luffy.py") == os.path.join(ROOT, "config/method/luffy.py")
+    for path in ("config/method/luffy.py", config_file(tmp_path, "include('config/method/luffy.py')")):
+        with pytest.raises(UserError, match="^config/method/luffy.py: there is no knob 'n_teacher'"):  # found, from elsewhere
             knobs(path)
 
 
@@ -314,13 +307,6 @@ SCIENCE = """
 """
 
 
-def read_config(path):
-    """The names that a config file sets itself, and the paths of the files that it includes."""
-    body = ast.parse(open(path).read()).body
-    included = [os.path.join(ROOT, node.value.args[0].value) for node in body if isinstance(node, ast.Expr)]
-    return {node.targets[0].id for node in body if isinstance(node, ast.Assign)}, included
-
-
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, "config", "**", "*.py"), recursive=True))
 
 
@@ -342,7 +328,9 @@ def test_a_config_with_an_include_says_only_what_differs(path):
 
 
 def test_every_method_overlay_stacks_on_every_base():
-    bases = [p for p in glob.glob(os.path.join(ROOT, "config", "*.py")) if not os.path.basename(p).startswith("sft")]
+    is_method = lambda path: "sft_7b" in path or any("method" in p for p in read_config(path)[1])
+    bases = [p for p in glob.glob(os.path.join(ROOT, "config", "*.py")) if not is_method(p)]
+    assert len(bases) >= 8
     for base in ([], *([p] for p in bases)):
         for method in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
             teacher = ["--teacher_model=a/b"] if os.path.basename(method) in ("rkl.py", "kdrl.py", "tgpo.py") else []

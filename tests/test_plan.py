@@ -110,6 +110,17 @@ def test_ddps_buckets_stay_through_the_rollout(script):
     assert rollout["none", 1] == rollout["ddp", 1] == pytest.approx(rollout["ddp", 2] - 4 * n / 2**30, abs=0.11)
 
 
+def test_relifts_second_optimizer_is_counted(script):
+    """The SFT step's own two moments, 8 bytes a parameter, are there in the update and in the rollout."""
+    found = {}
+    for name in ("luffy_7b", "relift_7b"):
+        lines = []
+        print_plan(script("train", [f"config/{name}.py"]).config, QWEN_7B, 0, 8, True, 80, lines.append)
+        found[name] = [float(x) for x in re.search(r"update takes ([\d.]+) .*rollout ([\d.]+) ", lines[-1]).groups()]
+    own = count_parameters(QWEN_7B)[0] / 2**30  # 8 bytes, a share of an eighth
+    assert [a - b for a, b in zip(found["relift_7b"], found["luffy_7b"], strict=True)] == pytest.approx([own, own], abs=0.11)
+
+
 def test_memory_is_measured():
     measured_memory()
     block = bytearray(200 << 20)

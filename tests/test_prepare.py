@@ -149,17 +149,18 @@ def test_all_traces_and_subsets(tmp_path, byte_model):
     assert lengths["all"] == {0: [2047, 3000, 30], 1: [2048, 25], 2: [4096, 8191]}
 
 
-def test_traces_without_tags(tmp_path, byte_model):
+@pytest.mark.parametrize("tags", ["drop", "open"])
+def test_traces_without_tags(tmp_path, byte_model, tags):
     write_openr1(tmp_path / "raw.parquet", [openr1_row("a", [openr1_trace(40)])])
-    call(
-        "openr1",
-        f"--src={tmp_path / 'raw.parquet'}",
-        f"--out={tmp_path / 'o.parquet'}",
-        f"--tokenizer={byte_model}",
-        "--tags=drop",
-    )
-    (row,) = pq.read_table(tmp_path / "o.parquet").to_pylist()
-    assert row["target"] == [{"content": openr1_trace(40)[8:].replace("</think>", ""), "role": "assistant"}]
+    out, want = tmp_path / "o.parquet", openr1_trace(40).removeprefix("<think>\n")
+    call("openr1", f"--src={tmp_path / 'raw.parquet'}", f"--out={out}", f"--tokenizer={byte_model}", f"--tags={tags}")
+    want = want.replace("</think>", "") if tags == "drop" else want
+    (row,) = pq.read_table(out).to_pylist()
+    assert row["target"] == [{"content": want, "role": "assistant"}]
+    tokenizer = load_tokenizer(byte_model)
+    tokenizer.chat_template = "{{ messages[-1].content }}"  # a prompt that opens no thought: the trace is learnt as it is
+    (problem,) = load_problems(str(out), tokenizer, require_think=False, log=lambda line: None)
+    assert [tokenizer.decode(ids[:-1]) for ids in problem.teacher] == [want]
 
 
 def test_openr1_mistakes_leave_nothing(tmp_path, byte_model, monkeypatch):

@@ -2,3 +2,4 @@
 n_teacher = 0
 clip_low = 0.2
 clip_high = 0.2
+entropy_coef = min(entropy_coef, 0.003)  # an on-policy run of the release has fewer micro-batches: see config/grpo_7b.py

@@ -3,3 +3,4 @@
 n_teacher = 0
 clip_low = 0.0
 clip_high = 0.0
+entropy_coef = min(entropy_coef, 0.003)  # an on-policy run of the release has fewer micro-batches: see config/grpo_7b.py

@@ -1,0 +1,18 @@
+# The base of TGPO's runs (arXiv 2605.13230), as its train.sh and config/tasks.sh set them. Methods stack on it; alone it is
+# LUFFY as TGPO ran it. Not run by us yet.
+#
+#     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py --teacher_model=FOLDER
+#
+# rkl and kdrl likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of docs/presets.md.
+# The teacher there is Qwen3-30B-A3B-Thinking-2507, which also wrote the traces; it must have the policy's tokens.
+# Its losses are token means per micro-batch, summed over K of them, so the coefficients are exact and only the clip of the
+# gradient is not: 1.0 there is 1 / K here, and K is 4 to 11 (64 sequences in micro-batches of 16,384 tokens).
+
+include("config/luffy_7b.py")
+
+data = "data/openr1.a3b.parquet"  # made by prepare.py reanswer, which keeps one verified answer: some 35k of the 46k
+out_dir = "out/tgpo_7b"
+loss_constant = 0.0
+entropy_coef = 0.001
+grad_clip = 0.15
+max_steps = 300
