@@ -15,7 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from configurator import ROOT, configure
 from data import Packed
@@ -35,6 +41,10 @@ QWEN_15B = Qwen2Config(
 )  # fmt: skip
 QWEN_05B = Qwen2Config(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+    vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_17B = Qwen3Config(
+    hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
     vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
 )  # fmt: skip
 LLAMA_8B = LlamaConfig(
@@ -125,8 +135,7 @@ def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), 
         num_key_value_heads=1, max_position_embeddings=512, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, initializer_range=0.2, **changes,
     )  # fmt: skip
-    model = {Qwen2Config: Qwen2ForCausalLM, LlamaConfig: LlamaForCausalLM}[kind](config)
-    model.to(dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
+from helpers import LLAMA_8B, QWEN3_17B, QWEN_05B, QWEN_7B, QWEN_15B
 
 from measure import docs_check, surprises
 from runtime.plan import print_plan
@@ -11,7 +11,8 @@ from runtime.plan import print_plan
 SHAPES = {
     "luffy_7b.py": (QWEN_7B, 8, 80), "grpo_7b.py": (QWEN_7B, 8, 80), "luffy_llama8b.py": (LLAMA_8B, 8, 80),
     "luffy_7b_instruct.py": (QWEN_7B, 8, 80), "sft_7b.py": (QWEN_7B, 8, 80), "luffy_1gpu.py": (QWEN_05B, 1, 24),
-    "luffy_1p5b.py": (QWEN_15B, 8, 80),
+    "luffy_1p5b.py": (QWEN_15B, 8, 80), "luffy_qwen3_1p7b.py": (QWEN3_17B, 8, 80), "relift_7b.py": (QWEN_7B, 8, 80),
+    "exgrpo_7b.py": (QWEN_7B, 8, 80), "tgpo_7b.py": (QWEN_7B, 8, 80),
 }  # fmt: skip
 
 

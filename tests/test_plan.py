@@ -88,6 +88,7 @@ def test_dry_run_needs_only_a_config(tmp_path, shard, answer):
         ("luffy_7b", QWEN_7B, 8, 80),
         ("grpo_7b", QWEN_7B, 8, 80),
         ("luffy_llama8b", LLAMA_8B, 8, 80),
+        ("relift_7b", QWEN_7B, 8, 80),
         ("luffy_1gpu", QWEN_05B, 1, 24),
     ],
 )

@@ -11,14 +11,16 @@ import pytest
 import torch
 from helpers import BAD, build_model, killed_runs, lines_of, openr1_row, openr1_trace, write_openr1
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import prepare
 from configurator import ROOT, UserError
 from data import load_problems, load_templates
+from reward import graded_text
 from rollout import TorchSampler
 from runtime.rows import read_rows
-from runtime.tokenizer import load_tokenizer, render_prompt
+from runtime.tokenizer import load_tokenizer, render_prompt, response_text
 
 SYSTEM = load_templates()["system"]
 
@@ -560,13 +562,54 @@ def test_a_llama_gets_its_own_template(tmp_path):
     assert (logits(source, list(range(40))) - logits(out, list(range(40)))).abs().max() > 0.01
 
 
+KEEP = ("--rope_theta=0", "--max_position=0", "--round_trip=False")
+
+
+@pytest.mark.parametrize("kind,tags", [(Qwen2Config, False), (Qwen3Config, True)])
+def test_a_qwen_base_thinks_whether_its_tags_are_tokens_or_text(tmp_path, kind, tags):
+    """Qwen2.5 and Qwen3 as they come: enough positions, a template that opens no thought, and in Qwen3 a token for each tag,
+    which is not special. Prompts, traces and what the verifier reads agree on the tags."""
+    source, out = build_model(tmp_path / "base", kind), tmp_path / "think"
+    if tags:
+        tokenizer = load_tokenizer(str(source))
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+        tokenizer.save_pretrained(source)
+    call("model", f"--model={source}", f"--out={out}", *KEEP)
+    assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    tokenizer = load_tokenizer(str(out))
+    assert not tokenizer.control.search("<think>x</think>")  # text, not a mark of the template's
+    write_openr1(tmp_path / "raw.parquet", [openr1_row("1+1?", [openr1_trace(60)])])
+    call("openr1", f"--src={tmp_path / 'raw.parquet'}", f"--out={tmp_path / 'o.parquet'}", f"--tokenizer={out}")
+    (problem,) = load_problems(str(tmp_path / "o.parquet"), tokenizer, log=lambda line: None)
+    opening, closing = (tokenizer.encode(tag, add_special_tokens=False) for tag in ("<think>\n", "</think>"))
+    assert (len(opening), len(closing)) == ((2, 1) if tags else (8, 8))
+    (trace,) = problem.teacher
+    assert problem.prompt_ids[-len(opening) :] == opening and trace[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(problem.prompt_ids).count("<think>\n {thoughts} </think>\n") == 1  # in the system prompt
+    assert graded_text(response_text(tokenizer, trace)) == "\\boxed{1}"
+
+
+def test_a_llama_3_2_gets_the_papers_prompt(tmp_path):
+    """A small base Llama as it comes: tied weights, RoPE's llama3 scaling, its own BOS, no chat template at all."""
+    scaled = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64, "rope_theta": 5e5}  # fmt: skip
+    source = build_model(tmp_path / "base", LlamaConfig, (), True, torch.bfloat16, rope_parameters=scaled)
+    edit(source, "tokenizer_config.json", chat_template=None)
+    os.remove(source / "chat_template.jinja")
+    call("model", f"--model={source}", f"--out={tmp_path / 'simple'}", *KEEP, "--template=llama")
+    assert json.loads((tmp_path / "simple" / "config.json").read_text())["rope_parameters"] == scaled
+    tokenizer = load_tokenizer(str(tmp_path / "simple"))
+    text = render_prompt(tokenizer, [{"role": "user", "content": "1+1?"}])
+    assert text == "<s>User: 1+1?\nAnswer: Let's think step by step."
+    assert tokenizer.encode(text, add_special_tokens=False).count(tokenizer.bos_token_id) == 1
+
+
 def test_what_is_left_unchanged(tmp_path):
     source = build_model(tmp_path / "base")
-    keep = ["--rope_theta=0", "--max_position=0", "--round_trip=False"]
-    call("model", f"--model={source}", f"--out={tmp_path / 'kept'}", *keep, "--template=keep")
+    call("model", f"--model={source}", f"--out={tmp_path / 'kept'}", *KEEP, "--template=keep")
     (tmp_path / "empty").mkdir()
     (tmp_path / "own.jinja").write_text("{{ messages[-1].content }} ->")
-    call("model", f"--model={source}", f"--out={tmp_path / 'empty'}", *keep, f"--template={tmp_path / 'own.jinja'}")
+    call("model", f"--model={source}", f"--out={tmp_path / 'empty'}", *KEEP, f"--template={tmp_path / 'own.jinja'}")
     for folder in ("kept", "empty"):
         assert json.loads((tmp_path / folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     user = [{"role": "user", "content": "1+1?"}]
@@ -687,11 +730,11 @@ def test_round_trip_compares_with_the_engine(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig])
 def test_round_trip_through_the_real_engine(tmp_path, kind):
     pytest.importorskip("vllm")
-    dtype = torch.float32 if kind is Qwen2Config else torch.bfloat16
+    dtype = torch.bfloat16 if kind is LlamaConfig else torch.float32
     source = build_model(tmp_path / "base", kind, dtype=dtype)
     shown = command("model", f"--model={source}", f"--out={tmp_path / 'out'}", "--max_position=2048")
     difference = float(re.search(r"by vLLM: \d of \d tokens are the same, log-probs differ by at most (\S+)", shown)[1])
-    assert difference < (1e-4 if kind is Qwen2Config else 0.1)
+    assert difference < (0.1 if kind is LlamaConfig else 1e-4)
