@@ -32,6 +32,7 @@ TINY = " --sampler=torch --max_tokens=16 --k=1 --reward_workers=1"
 SHORT = " --sampler=torch --eval_max_problems=8"
 BY_CI = "by .ci/run"
 HARMFUL = "not run: it changes the machine"
+HUB = "by hand: it fetches what others publish"
 COMMANDS = {
     "make test": BY_CI,
     "make test-slow": BY_CI,
@@ -66,6 +67,11 @@ COMMANDS = {
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
         [("openr1 ", "openr1 --src=raw.parquet ")],
+    "python -c \"import datasets; datasets.load_dataset('Elliott/Openr1-Math-46k-8192', split='train').to_parquet("
+    "'data/openr1.parquet')\"": HUB,
+    "python -c \"import datasets; datasets.load_dataset('Elliott/Openr1-Math-48k-Complement', split='train').to_parquet("
+    "'data/openr1.complement.parquet')\"": HUB,
+    "git clone --depth 1 https://github.com/ElliottYan/LUFFY && cp LUFFY/data/valid*.parquet data/": HUB,
     "python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet":
         [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16 --grader=any.py --require_think=False")],
     "python train.py config/luffy_7b.py --dry_run=True": [],
@@ -174,7 +180,7 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help".split())
+    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth".split())
     known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
     for path in (
         "train.py",
