@@ -16,7 +16,7 @@ from helpers import BASE
 import rollout
 from configurator import UserError
 from data import Problem, Rollout, pack
-from model import load_policy, packing_of
+from model import load_policy
 from rollout import Grading, TorchSampler, VLLMSampler, choose_sampler, open_sampler, request_seed, roll_out
 from runtime.process import heartbeat
 from runtime.requests import Sample, StaleWeights
@@ -108,7 +108,7 @@ def test_samples_follow_the_distribution(kind, policy, problems, request):
     sampler.load(policy.hf, "chi")
     samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
     with torch.no_grad():
-        hidden = policy.hf.model(torch.tensor([prompt]), packing=layout(prompt)).last_hidden_state[0, -1]
+        hidden = policy.hf.model(torch.tensor([prompt]), packing=pack([Rollout(0, prompt, [])]).packing).last_hidden_state[0, -1]
         p = (policy.hf.lm_head(hidden) / t).softmax(-1)
     counts = np.bincount([s.ids[0] for s in samples], minlength=len(p))
     expected = n * p.numpy()
@@ -119,10 +119,6 @@ def test_samples_follow_the_distribution(kind, policy, problems, request):
     assert statistic < cells + 4 * (2 * cells) ** 0.5 + 8  # above chi-square's 1e-4 quantile
     found, wanted = torch.tensor([s.logps[0] for s in samples[:50]]), p[[s.ids[0] for s in samples[:50]]].log()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
-
-
-def layout(prompt):
-    return packing_of(torch.tensor([0, len(prompt)], dtype=torch.int32))
 
 
 # ---------------------------------------------------------------- the real engine
