@@ -268,7 +268,7 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
 
     shard       FSDP2 over all ranks. Each rank reads only its own rows of each tensor, so no process ever holds
                 the whole model
-    recompute   activation checkpointing, one decoder layer at a time
+    recompute   activation checkpointing, see recompute_layers()
     compiled    the decoder layers by torch.compile, see compile_layers()
     frozen      weights in `dtype` instead of fp32, without gradients
     offload     the weights stay on the host; FSDP moves them when they are needed, without FSDP the caller does
@@ -288,11 +288,18 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
     except Exception as e:
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
     if recompute:
-        policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.train()  # transformers recomputes only in train mode; these models have no dropout
+        recompute_layers(policy)
     if compiled:
         compile_layers(policy.hf)
     return policy.requires_grad_(not frozen)
+
+
+def recompute_layers(policy):
+    """Activation checkpointing, one decoder layer at a time. These models have no dropout, so there is no random state to keep,
+    and train mode, outside of which transformers does not recompute, changes nothing else."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    policy.train()
 
 
 def compile_layers(hf):

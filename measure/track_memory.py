@@ -66,8 +66,7 @@ model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # as on a GPU
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train()
+    model.recompute_layers(policy)
     rows = torch.arange(1, tokens)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     packing = {"computed": None, "where": None, "response": rows, "before": rows - 1}

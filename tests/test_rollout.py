@@ -108,7 +108,7 @@ def test_samples_follow_the_distribution(kind, policy, problems, request):
     sampler.load(policy.hf, "chi")
     samples = sampler.generate([prompt] * n, [request_seed(i) for i in range(n)], t, 1, "chi")
     with torch.no_grad():
-        hidden = policy.hf.model(torch.tensor([prompt]), packing=pack([Rollout(0, prompt, [])]).packing).last_hidden_state[0, -1]
+        hidden = policy.hf.model(torch.tensor([prompt]), packing=layout(prompt)).last_hidden_state[0, -1]
         p = (policy.hf.lm_head(hidden) / t).softmax(-1)
     counts = np.bincount([s.ids[0] for s in samples], minlength=len(p))
     expected = n * p.numpy()
@@ -119,6 +119,10 @@ def test_samples_follow_the_distribution(kind, policy, problems, request):
     assert statistic < cells + 4 * (2 * cells) ** 0.5 + 8  # above chi-square's 1e-4 quantile
     found, wanted = torch.tensor([s.logps[0] for s in samples[:50]]), p[[s.ids[0] for s in samples[:50]]].log()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def layout(prompt):
+    return pack([Rollout(0, prompt, [])]).packing
 
 
 # ---------------------------------------------------------------- the real engine
@@ -162,8 +166,9 @@ def test_engine_and_torch_agree_greedily(policy, engine, torch_sampler, problems
         for i, (s, t) in enumerate(zip(x.ids, y.ids, strict=False)):
             if s != t:
                 with torch.no_grad():
-                    ids = torch.tensor([prompt + x.ids[:i]])
-                    best = policy.hf.lm_head(policy.hf.model(ids, packing=layout(ids[0])).last_hidden_state[0, -1]).topk(2)
+                    ids = prompt + x.ids[:i]
+                    hidden = policy.hf.model(torch.tensor([ids]), packing=layout(ids)).last_hidden_state[0, -1]
+                    best = policy.hf.lm_head(hidden).topk(2)
                 assert best.values[0] - best.values[1] < 1e-4 and {s, t} == set(best.indices.tolist())
                 break
         else:
@@ -336,14 +341,6 @@ def test_ranks_of_one_engine_have_one_seed(monkeypatch):
     assert [options["seed"] for _, options in made] == [7, 7, 8, 8]
     assert made[0][0] == ("folder", [1], 64)
     assert made[0][1] == dict(dtype="float32", gpu_memory=0.4, seed=7, tensor_parallel=2, graphs=False)
-
-
-def test_a_small_model_gets_no_graphs(monkeypatch):
-    assert not any(rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no"))  # on this CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [False, True, False]
-    monkeypatch.setattr(rollout, "count_parameters", lambda config: (101_000_000, 0, 0))
-    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [True, True, False]
 
 
 def test_the_torch_sampler_starts_with_the_folders_weights(policy, tokenizer, problems):
