@@ -78,6 +78,19 @@ def test_what_a_hook_does_counts_in_no_phase():
     assert phases.record["time/sync"] < 0.25 and phases.record["time/update"] < 0.25
 
 
+def test_a_phases_peak_is_without_a_sleeping_engine(monkeypatch):
+    """torch counts what the engine has given back. In the rollout it is awake, so there all counts."""
+    monkeypatch.setattr("runtime.metrics.measured_memory", lambda: (90 * 2**30, 40 * 2**30))
+    engine, guard = SimpleNamespace(given_back=60 * 2**30), SimpleNamespace(phase=lambda step, name: None)
+    phases = Phases(1, guard, lambda step, name, record: None, engine)
+    for name, given_back in (("sync", 0), ("rollout", 60), ("update", 60)):
+        phases.begin(name)
+        engine.given_back = given_back * 2**30
+    phases.end()
+    peaks = [phases.record[f"memory/{name}"] for name in ("sync", "rollout", "update")]
+    assert peaks == [90, 90, 30] and phases.record["memory/update_after"] == 40
+
+
 def test_a_held_out_selection_set(script, tmp_path):
     """Questions set aside are evaluated, and never trained on."""
     rows = run(script, tmp_path, "out", "--holdout=480", "--eval_k=2", "--eval_interval=2", "--max_steps=2")
