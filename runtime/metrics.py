@@ -12,6 +12,9 @@ import os
 import re
 import threading
 import time
+from itertools import chain
+
+import torch
 
 from configurator import UserError, first_line, printable
 from data import unpack
@@ -24,13 +27,13 @@ from runtime.tokenizer import response_text
 
 
 def token_metrics(logp, entropy, batch, shaped, clip_low, clip_high):
-    """{name: (sum, count)} over this micro-batch's tokens. logp, entropy (T,), detached; shaped (T,): f(p), or None if
-    teacher tokens are not shaped."""
+    """{name: (sum, count)} over this micro-batch's tokens, tensors on its device: nothing here waits for a GPU. logp, entropy
+    (T,), detached; shaped (T,): f(p), or None if teacher tokens are not shaped."""
     teacher, own = batch.loss_mask & batch.is_teacher, batch.is_own
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
-    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
+    mean = lambda x, mask: (torch.where(mask, x, 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))
     found = {"teacher/f": mean(shaped, teacher)} if shaped is not None else {}
     if batch.teacher_logp is not None:
         found["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
@@ -55,6 +58,12 @@ def merge(sums):
             old = merged.get(name, (0, 0))
             merged[name] = old[0] + total, old[1] + count
     return merged
+
+
+def to_host(scalars, sums):
+    """Tensors with one number each, and {name: (sum, count)} of tensors, as Python's numbers: in one transfer."""
+    numbers = iter(torch.stack([x.double() for x in [*scalars, *chain.from_iterable(sums.values())]]).tolist())
+    return [next(numbers) for _ in scalars], {name: (next(numbers), next(numbers)) for name in sums}
 
 
 def means(sums):
@@ -125,23 +134,26 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
 
 class Phases:
     """Measures the phases of a step. `record` gets time/NAME in seconds, memory/NAME, the phase's peak in GiB, and
-    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). Before a phase begins,
+    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). The peak is without what a sampler that
+    slept all the time had given back (engine.given_back), which torch counts nevertheless. Before a phase begins,
     guard.phase(step, NAME) and hook(step, NAME, record) are called; their time counts in no phase."""
 
-    def __init__(self, step, guard, hook):
+    def __init__(self, step, guard, hook, engine=None):
         self.step, self.guard, self.hook, self.record, self.name = step, guard, hook, {}, None
+        self.given_back = lambda: engine.given_back if engine else 0
 
     def begin(self, name):
         self.end()
         self.guard.phase(self.step, name)
         self.hook(self.step, name, self.record)
-        self.name, self.start = name, time.time()
+        self.name, self.start, self.asleep = name, time.time(), self.given_back()
         measured_memory()
 
     def end(self):
         if self.name:
             peak, in_use = measured_memory()
             self.record[f"time/{self.name}"] = time.time() - self.start
+            peak -= min(self.asleep, self.given_back())
             self.record |= {f"memory/{self.name}": peak / 2**30, f"memory/{self.name}_after": in_use / 2**30}
         self.name = None
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from configurator import ROOT, configure
-from data import Packed
+from data import Packed, packing_of
 
 BASE = os.path.join(ROOT, "toy", "base")
 TRAIN = os.path.join(ROOT, "toy", "train.parquet")
@@ -109,7 +109,11 @@ def packed(n, **fields):
     plain = dict(rows=[0], input_ids=torch.zeros(1, n, dtype=torch.long), position_ids=torch.arange(n)[None],
                  cu_seqlens=torch.tensor([0, n], dtype=torch.int32), loss_mask=~no, is_teacher=no, is_replay=no,
                  advantage=torch.zeros(n), behaviour_logp=torch.zeros(n))  # fmt: skip
-    return Packed(**{**plain, **fields})
+    batch = Packed(**{**plain, **fields})
+    batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask)
+    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, batch.trace_lengths > 0
+    batch.counts = tuple(mask.sum().item() for mask in masks)
+    return batch
 
 
 # ---------------------------------------------------------------- models
