@@ -92,9 +92,9 @@ class Packed:
 
     @property
     def trace_lengths(self):
-        """(n,) int: how many tokens of each sequence a teacher wrote."""
-        before = torch.nn.functional.pad((self.loss_mask & self.is_teacher).cumsum(0), (1, 0))
-        return before[self.cu_seqlens[1:].long()] - before[self.cu_seqlens[:-1].long()]
+        """(T,) int: for each token, how many tokens of its sequence a teacher wrote."""
+        ends, before = self.cu_seqlens.long(), torch.nn.functional.pad((self.loss_mask & self.is_teacher).cumsum(0), (1, 0))
+        return (before[ends[1:]] - before[ends[:-1]]).repeat_interleave(ends.diff(), output_size=len(self.loss_mask))
 
 
 # ---------------------------------------------------------------- templates
@@ -336,7 +336,8 @@ def pack(rollouts, rows=None):
     )
     share = len(ids) - len(set(stands_for)) >= SHARE_FROM * len(ids)
     batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask, tensor(stands_for, np.int64) if share else None)
-    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, batch.trace_lengths > 0
+    traces = batch.trace_lengths[batch.cu_seqlens[1:].long() - 1] > 0
+    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, traces
     batch.counts = tuple(mask.sum().item() for mask in masks)
     return batch
 

@@ -79,15 +79,18 @@ def shape(p, how="luffy", gamma=0.1):
 
 
 def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
-               behaviour_logp=None):  # fmt: skip
+               behaviour_logp=None, shape_own=False):  # fmt: skip
     """The policy term per token, unreduced: (T,), differentiable in logp.
 
     logp, old_logp, advantage (T,) float; is_teacher (T,) bool. old_logp is not read at teacher tokens.
     PPO's clip on own tokens is max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)); 0 switches a side off.
     behaviour_logp (T,): log pi_phi, read only at teacher tokens, where f is taken of pi / pi_phi; None means 0.
     A replayed token is treated as a teacher's here, with the log-prob it was sampled with (ExGRPO).
+    shape_own: the ratio of own tokens is f(p) / f(p_old), for an f above zero.
     """
-    ratio = (logp - torch.where(is_teacher, logp.detach(), old_logp)).exp()
+    old_logp = torch.where(is_teacher, logp.detach(), old_logp)
+    f = lambda x: shape(x.exp().clamp_min(torch.finfo(x.dtype).tiny), shaping, gamma)
+    ratio = f(logp) / f(old_logp) if shape_own else (logp - old_logp).exp()
     own = -advantage * ratio
     if clip_low or clip_high:
         clipped = ratio.clamp(1 - clip_low if clip_low else None, 1 + clip_high if clip_high else None)
@@ -99,14 +102,14 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0, sft_per_sequence=False):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False, shape_own=False):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
     of response tokens (all, teacher's, own) and of traces in the WHOLE optimizer batch over all ranks, so that the
-    loss does not depend on the cut into micro-batches; only sft_per_sequence, which averages over each trace and
-    then over the traces, reads the last. loss_constant 0 means the mean over the policy term's tokens. With
-    tis_cap above 0, own tokens are multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
+    loss does not depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens.
+    sft_per_sequence: the NLL's mean is that over traces of each one's mean. With tis_cap above 0, own tokens are
+    multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
 
     A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
     replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; 0 at teacher tokens.
@@ -118,16 +121,13 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     off_policy = batch.is_teacher | batch.is_replay
     policy_term = token_loss(
         logp, old_logp, batch.advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
-        behaviour_logp=batch.behaviour_logp,
+        behaviour_logp=batch.behaviour_logp, shape_own=shape_own,
     )  # fmt: skip
     if tis_cap:
         policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)
-    likelihood = mean(logp, teacher, n_teacher)
-    if sft_per_sequence:
-        length = batch.trace_lengths.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(logp))
-        likelihood = mean(logp / length.clamp(min=1), teacher, counts[3])
-    loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * likelihood
+    learnt, n_learnt = (logp / batch.trace_lengths.clamp(min=1), counts[3]) if sft_per_sequence else (logp, n_teacher)
+    loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(learnt, teacher, n_learnt)
     if policy_coef:
         tokens, count = (mask & ~teacher, n - n_teacher) if sft_coef else (mask, n)
         loss = loss + policy_coef * mean(policy_term, tokens, loss_constant or count)

@@ -111,7 +111,8 @@ def packed(n, **fields):
                  advantage=torch.zeros(n), behaviour_logp=torch.zeros(n))  # fmt: skip
     batch = Packed(**{**plain, **fields})
     batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask)
-    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, batch.trace_lengths > 0
+    traces = batch.trace_lengths[batch.cu_seqlens[1:].long() - 1] > 0
+    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, traces
     batch.counts = tuple(mask.sum().item() for mask in masks)
     return batch
 

@@ -68,6 +68,27 @@ def test_gradient_weights():
     torch.testing.assert_close(logp.grad, -one)
 
 
+@pytest.mark.parametrize("shaping", ["none", "luffy", "sqrt", "pow"])
+def test_own_tokens_may_be_shaped_too(shaping):
+    """shape_own: f(p) / f(p_old) in place of the ratio. It is 1 where the policy has not moved, and leaves teacher's tokens."""
+    logp, old, advantage, teacher = random_tokens()
+    loss = lambda new, old, **clip: token_loss(new, old, advantage, teacher, shaping=shaping, shape_own=True, **clip)
+    f = lambda p: shape(p, shaping, 0.1)
+    torch.testing.assert_close(loss(logp, old)[~teacher], (-advantage * f(logp.exp()) / f(old.exp()))[~teacher])
+    torch.testing.assert_close(loss(logp, old)[teacher], token_loss(logp, old, advantage, teacher, shaping=shaping)[teacher])
+    clipped = (f(logp.exp()) / f(old.exp())).clamp(0.8, 1.2) * -advantage
+    assert (loss(logp, old, clip_low=0.2, clip_high=0.2) >= clipped - 1e-12)[~teacher].all()
+    here = logp.clone().requires_grad_(True)
+    loss(here, logp).sum().backward()
+    p = logp.exp()
+    weight = {"none": torch.ones_like(p), "luffy": 0.1 / (p + 0.1), "sqrt": 0.5, "pow": 0.1}[shaping]
+    torch.testing.assert_close(here.grad[~teacher], (-advantage * weight)[~teacher])
+    far = torch.full((3,), -200.0, requires_grad=True)  # p and p_old are 0 in float32
+    own = torch.zeros(3, dtype=torch.bool)
+    token_loss(far, far.detach(), torch.ones(3), own, shaping=shaping, shape_own=True).sum().backward()
+    assert far.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("shaping", SHAPES)
 def test_hopeless_tokens_stay_finite(shaping):
     """A teacher token of probability e^-200 underflows in fp32. An absurd old_logp there must not matter."""
@@ -185,8 +206,8 @@ def test_a_mean_per_sequence_does_not_depend_on_the_cut():
         options = dict(policy_coef=0.0, sft_coef=2.0, sft_per_sequence=True)
         return batch_loss(mine, -mine, None, batch(*chosen), (23, 17, 6, 4), **options)
 
-    assert batch(*range(5)).trace_lengths.tolist() == [3, 0, 9, 1, 4] and batch(2, 1).trace_lengths.tolist() == [9, 0]
-    assert pack([]).trace_lengths.tolist() == [0]  # the dummy of a rank without work
+    assert batch(2, 1).trace_lengths.tolist() == [9] * 11 + [0] * 5 and batch(3, 4).trace_lengths.tolist() == [1] + [4] * 7
+    assert batch(*range(5)).counts == (23, 17, 6, 4) and pack([]).counts == (0, 0, 0, 0)  # the dummy of an idle rank
     whole = loss(*range(5))
     torch.testing.assert_close(loss(0, 2) + loss(1) + loss(4, 3), whole)
     traces = [logp[start + n : start + n + m] for start, (n, m, _) in zip(starts, rows, strict=False) if m]

@@ -268,6 +268,7 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--replay_share=0.5"], "set n_teacher=0"),
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
+        (["--shape_own=True", "--shaping=log"], "shape_own divides by f, which is not above 0"),
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
         (["config/method/exgrpo.py", "--sft_buffer=16"], "are two methods"),

@@ -145,7 +145,8 @@ def by_hand(rows, k):
             logp = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0]
             entropy_sum, n = entropy_sum - (logprobs.exp() * logprobs).sum(), n + len(logp)
             if not r["teacher_tokens"]:
-                policy = policy - (advantage * (logp - logp.detach()).exp()).sum()
+                f = lambda x: x.exp() / (x.exp() + k["gamma"]) if k["shape_own"] else x.exp()
+                policy = policy - (advantage * f(logp) / f(logp.detach())).sum()
             elif k["sft_coef"]:
                 nll, n_teacher = nll - logp.sum(), n_teacher + len(logp)
                 traces.append(-logp.mean())
@@ -174,6 +175,7 @@ def by_hand(rows, k):
         ["--sft_coef=0.7"],
         ["--sft_coef=0.7", "--sft_per_sequence=True"],
         ["--baseline=own"],
+        ["--shape_own=True"],
         ["--policy_coef=0.3"],
         ["--n_teacher=0", "--entropy_coef=0.1"],
         ["--n_rollouts=4", "--seed=3"],
