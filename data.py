@@ -7,12 +7,13 @@ tokenised again. Text exists only for the verifier and for people.
 """
 
 import hashlib
+import math
 import os
 import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from itertools import compress, repeat
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ class Problem:
     teacher: list  # token-id lists, each ending in EOS; may be empty
     source: str  # the benchmark's name
     key: int = 0  # a digest of source, question and answer: the same in every file and order
+    teacher_logps: list = field(default_factory=list)  # for each of `teacher` a list of its tokens' log-probs; [] if unknown
+
+    def __post_init__(self):
+        self.teacher_logps = self.teacher_logps or [[] for _ in self.teacher]
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Rollout:
     response_ids: list
     source: str = "own"  # who wrote it: "own", "teacher" (the model may have written the end), "replay" (an earlier own sample)
     n_teacher_tokens: int = 0  # response tokens that the teacher wrote; the model wrote the rest
+    teacher_logps: list = field(default_factory=list)  # one per token that the teacher wrote, as it saw it; [] if unknown
     sampler_logps: list = field(default_factory=list)  # one per token the model wrote, as the sampler saw it
     finish_reason: str = "stop"  # "stop" (it ended by itself) or "length" (it was cut off)
     reward: float = 0.0
@@ -73,7 +79,7 @@ class Packed:
     is_teacher: torch.Tensor  # (T,) bool: response tokens that a teacher wrote
     is_replay: torch.Tensor  # (T,) bool: response tokens that an earlier policy wrote
     advantage: torch.Tensor  # (T,)
-    behaviour_logp: torch.Tensor  # (T,) log-prob under the policy that sampled the token, now or earlier; 0 for a teacher's
+    behaviour_logp: torch.Tensor  # (T,) log-prob under the policy that sampled the token, now or earlier; 0 for an unknown one
     old_logp: torch.Tensor | None = None  # (T,) log-probs before the update; None while the policy has not moved
     teacher_logp: torch.Tensor | None = None  # (T,) log-probs of the teacher model, if there is one
     top1: torch.Tensor | None = None  # (T,) int: the teacher model's most likely token in each place; -1 for none
@@ -159,8 +165,8 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
         if len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
             continue
-        teacher = []
-        for trace in [m["content"] for m in row["target"]]:
+        teacher, teacher_logps = [], []
+        for trace, logps in zip([m["content"] for m in row["target"]], row.get("target_logps", repeat([])), strict=False):
             try:
                 trace = plain_trace(trace, tokenizer.control, opened=thinks)
                 ids = tokenizer.encode(trace, add_special_tokens=False)
@@ -168,16 +174,21 @@ def load_problems(path, tokenizer, max_prompt_tokens=1024, max_teacher_tokens=81
                     raise Unusable(f"over {max_teacher_tokens} tokens")
                 if not gives_back(tokenizer, ids, trace):
                     raise Unusable("changed by the tokenizer")
+                if logps and not (len(logps) == len(ids) + 1 and all(-math.inf < x <= 0.001 for x in logps)):
+                    raise Unusable("whose log-probs do not fit their tokens")
                 teacher.append([*ids, tokenizer.eos_token_id])
+                teacher_logps.append(logps or [])
             except Unusable as e:
                 dropped[f"traces {e}"] += 1
         key = digest(source, messages[-1]["content"], raw_answer)
-        problems.append(Problem(index, prompt_ids, answer, teacher, source=printable(source), key=key))
+        problems.append(Problem(index, prompt_ids, answer, teacher, printable(source), key, teacher_logps))
     in_words = lambda counts: ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "none"
     if not problems:
         raise UserError(f"{path} has no usable row (dropped: {in_words(dropped)}): check its columns and the length limits")
     traced, note = sum(bool(p.teacher) for p in problems), f"; kept: {in_words(kept)}" if kept else ""
     found = f"{len(problems)} problems, {traced} with a teacher trace"
+    if known := sum(any(p.teacher_logps) for p in problems):
+        found += f", {known} with its log-probs"
     log(f"{path}{files_in_words(path)}: {found}; dropped: {in_words(dropped)}{note}")
     return problems
 
@@ -234,7 +245,7 @@ def set_aside(problems, n):
         return problems, []
     by_prompt = {}
     for p in sorted(problems, key=lambda p: p.key):
-        by_prompt.setdefault(tuple(p.prompt_ids), replace(p, source="holdout", teacher=[]))
+        by_prompt.setdefault(tuple(p.prompt_ids), replace(p, source="holdout", teacher=[], teacher_logps=[]))
     chosen = dict(list(by_prompt.items())[:n])  # keys are digests, so their order is as good as random
     left = [p for p in problems if tuple(p.prompt_ids) not in chosen]
     if not left:
@@ -320,7 +331,7 @@ def pack(rollouts, rows=None):
         teacher += [False] * n + [True] * k + [False] * (m - k)
         replay += [False] * n + [r.source == "replay"] * m
         advantage += [0.0] * n + [r.advantage] * m
-        behaviour += [0.0] * (n + k) + list(r.sampler_logps)
+        behaviour += [*[0.0] * n, *(r.teacher_logps or [0.0] * k), *r.sampler_logps]
         cu.append(len(ids))
     tensor = lambda values, dtype: torch.from_numpy(np.array(values, dtype))  # torch.tensor is slow on lists
     batch = Packed(

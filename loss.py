@@ -112,7 +112,7 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
 
     A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
-    replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; 0 at teacher tokens.
+    replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; the teacher's, or 0.
     """
     mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
     n, n_teacher, n_own = counts[:3]

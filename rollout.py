@@ -93,9 +93,12 @@ def roll_out(
         if replays and p.id in replays:
             given = [replays[p.id]]
         else:
-            traces = [ids[: int(teacher_share * len(ids))] for ids in p.teacher[:n_teacher]]
-            given = [Rollout(p.id, p.prompt_ids, ids, source="teacher", n_teacher_tokens=len(ids))
-                     for ids in traces if ids]  # fmt: skip
+            cut = lambda ids: int(teacher_share * len(ids))
+            given = [
+                Rollout(p.id, p.prompt_ids, ids[: cut(ids)], "teacher", cut(ids), teacher_logps=logps[: cut(ids)])
+                for ids, logps in list(zip(p.teacher, p.teacher_logps, strict=True))[:n_teacher]
+                if cut(ids)
+            ]
         n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
         group = [Rollout(p.id, p.prompt_ids, [], source="own") for _ in range(n_own)] + given
         for i, r in enumerate(group):

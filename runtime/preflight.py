@@ -4,6 +4,7 @@ which names the knob or the file, and the remedy. k: all knobs of train.py, as a
 """
 
 import importlib.util
+from itertools import compress
 
 import torch
 
@@ -131,7 +132,8 @@ def check_traces(k, problems, tokenizer, verifier):
     if k.verified_only:
         bad = {(id, i) for id, i, *_ in failed}
         for p in traced:
-            p.teacher = [ids for i, ids in enumerate(p.teacher) if (p.id, i) not in bad]
+            kept = [(p.id, i) not in bad for i in range(len(p.teacher))]
+            p.teacher, p.teacher_logps = list(compress(p.teacher, kept)), list(compress(p.teacher_logps, kept))
     return [p for p in problems if p.teacher] if k.n_teacher == k.n_rollouts else problems
 
 

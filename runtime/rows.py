@@ -3,7 +3,8 @@ Rows of LUFFY's schema from what people have: a parquet file, JSON lines, or a d
 
 A row is {"prompt": [{role, content}, ...], "target": the traces, likewise, "reward_model": {"ground_truth": text},
 "data_source": text}, or in short {"question": text, "answer": text or number, "trace": text or several}. The last two of the
-long form and the last of the short one may be missing.
+long form and the last of the short one may be missing. The long form may also have "target_logps": for each trace null, or a
+list of its tokens' log-probs.
 """
 
 import json
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from configurator import UserError, first_line, repo_path
 
 LONG, SHORT = ("prompt", "target", "reward_model"), ("question", "answer", "trace")
-COLUMNS = (*LONG, "data_source", *SHORT)
+COLUMNS = (*LONG, "target_logps", "data_source", *SHORT)
 ROLES = ("system", "user", "assistant")
 # USER/NAME, and behind colons a subset and a split in the syntax of `datasets`; or one file there, and a split.
 HUB = re.compile(r"(hf://datasets/[^:\s]+|[\w.-]+/[\w.-]+)(?::(\w[\w.-]*))??(?::(\w+(?:\[\S+\])?))?")
@@ -52,7 +53,7 @@ def long_form(row, where):
     """A row in the long form, checked, with messages whose content is null left out. `where` names it in a UserError."""
     is_short = row.get("prompt") is None and "question" in row
     # A trace, or an answer, that would be lost. A question beside a prompt is not: some files keep it there.
-    if mixed := [name for name in (LONG if is_short else ("answer", "trace")) if row.get(name)]:
+    if mixed := [name for name in ((*LONG, "target_logps") if is_short else ("answer", "trace")) if row.get(name)]:
         raise UserError(f"{where} has {mixed[0]!r} beside {'question' if is_short else 'prompt'!r}: write it in one form, see"
                         " docs/data.md")  # fmt: skip
     if is_short:
@@ -64,7 +65,7 @@ def long_form(row, where):
             "reward_model": {"ground_truth": row.get("answer")},
             "data_source": row.get("data_source"),
         }
-    turns = {}
+    turns, logps = {}, logps_of_traces(row, where)
     for name, roles in (("prompt", ROLES), ("target", ("assistant",))):
         messages = row.get(name)
         if not isinstance(messages, (list, type(None))) or not all(isinstance(m, (dict, type(None))) for m in messages or []):
@@ -89,7 +90,21 @@ def long_form(row, where):
         **turns,
         "reward_model": {**(graded or {}), "ground_truth": answer},
         "data_source": row.get("data_source"),
+        **({"target_logps": logps} if logps else {}),
     }
+
+
+def logps_of_traces(row, where):
+    """The row's target_logps as floats, without those of traces that are null; None if it has none."""
+    traces, found = row.get("target") or [], row.get("target_logps")
+    if found is None:
+        return None
+    is_number = lambda x: type(x) in (int, float, Decimal)
+    lists = isinstance(found, list) and all(x is None or (isinstance(x, list) and all(map(is_number, x))) for x in found)
+    if not lists or not isinstance(traces, list) or len(found) != len(traces):
+        raise UserError(f"{where}: 'target_logps' is {found!r:.80}, not a list of numbers for each of its {len(traces)} traces")
+    kept = [x for m, x in zip(traces, found, strict=True) if m and m.get("content") is not None]
+    return [x and list(map(float, x)) for x in kept]
 
 
 def plain_number(answer):

@@ -1,3 +1,5 @@
+import json
+import math
 from dataclasses import replace
 
 import build
@@ -37,6 +39,31 @@ def test_null_and_several_traces(tmp_path, tokenizer):
     assert [len(p.teacher) for p in problems] == [0, 2, 0]
     assert tokenizer.decode(problems[1].teacher[1]) == "46</think>\\boxed{46}<eos>"
     assert "3 problems, 1 with a teacher trace" in line
+
+
+def test_a_teachers_log_probs(tmp_path, tokenizer):
+    """`target_logps`: a list of floats beside each trace, one per token, EOS included. A trace that has others is dropped."""
+    target = a_row()["target"]
+    n = len(load(write(tmp_path / "plain.parquet", [a_row()]), tokenizer)[0][0].teacher[0])
+    good, other = [-0.5] * (n - 1) + [0.0], [-1.0] * n
+    cases = [(target, [good]), (target, None), (target, [None]), (target * 3, [good, other, None]),
+             (target * 2, [good[:-1], good]), (target, [[*good, 0.0]]), (target, [[*good[:-1], 0.1]]),
+             (target, [[*good[:-1], -math.inf]]), ([None, *target], [other, good])]  # fmt: skip
+    schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
+    path = write(tmp_path / "a.parquet", [a_row(target=t, target_logps=logps) for t, logps in cases], schema)
+    problems, line = load(path, tokenizer)
+    assert [p.teacher_logps for p in problems] == [[good], [[]], [[]], [good, other, []], [good], [], [], [], [good]]
+    assert all(len(p.teacher) == len(p.teacher_logps) for p in problems)
+    assert "dropped: 4 traces whose log-probs do not fit their tokens" in line
+    assert "9 problems, 6 with a teacher trace, 4 with its log-probs" in line
+    (tmp_path / "a.jsonl").write_text(json.dumps(a_row(target_logps=[good])))
+    assert load(str(tmp_path / "a.jsonl"), tokenizer)[0][0].teacher_logps == [good]
+    for wrong in (["-0.5"], [[good]], -0.5, [good, good], [[True] * n]):
+        (tmp_path / "b.jsonl").write_text(json.dumps(a_row(target_logps=wrong)))
+        with pytest.raises(UserError, match="b.jsonl row 0: 'target_logps' is .*, not a list of numbers for each of"):
+            load(str(tmp_path / "b.jsonl"), tokenizer)
+    left, held = set_aside([replace(problems[0], prompt_ids=[9]), problems[0]], 1)
+    assert left[0].teacher_logps == [good] and held[0].teacher == held[0].teacher_logps == []
 
 
 def test_limits_and_empty_rows_are_counted(tmp_path, tokenizer):
@@ -170,6 +197,10 @@ def test_pack_layout():
     behaviour = torch.tensor([0, 0, -0.1, -0.2, -0.3, 0, 0, 0, 0, -0.4, 0, 0, -0.5, -0.6])  # a teacher's: log 1
     torch.testing.assert_close(b.behaviour_logp, behaviour)
     assert pack(some_rollouts(), [7, 3, 5]).rows == [7, 3, 5]
+    known = some_rollouts()
+    known[1].teacher_logps = [-0.7, -0.8, -0.9]
+    behaviour[6:9] = torch.tensor([-0.7, -0.8, -0.9])
+    torch.testing.assert_close(pack(known).behaviour_logp, behaviour)
 
 
 def test_equal_prompts_are_computed_once():

@@ -445,6 +445,9 @@ def test_partial_traces_leave_room_for_the_rest():
     uncut = grouped(sampler, problems, 3, 1, teacher_share=1.0)
     assert uncut[2].n_teacher_tokens == 6 and uncut[2].finish_reason == "stop" and sampler.limits == [40, 40]
     assert [r.source for r in grouped(sampler, problems, 3, 1, teacher_share=0.1)] == ["own"] * 3  # nothing is left of it
+    problems[0].teacher_logps = [[-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]]  # they are cut with the trace
+    assert grouped(sampler, problems, 3, 1, teacher_share=0.5)[2].teacher_logps == [-0.1, -0.2, -0.3]
+    assert [len(r.teacher_logps) for r in grouped(sampler, problems, 3, 1)] == [0, 0, 6]
 
 
 def test_a_replay_takes_the_traces_place():

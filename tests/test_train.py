@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import build
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -187,6 +188,21 @@ def test_each_knob_reaches_the_loss(script, tmp_path, argv):
     loss, norm = by_hand(dumped, json.load(open(tmp_path / "x" / "config.json")))
     assert rows[1]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
     assert rows[1]["grad_norm"] == pytest.approx(norm, rel=1e-3, abs=1e-6)
+
+
+def test_a_teachers_log_probs_are_pi_phi(script, tmp_path):
+    """Without shaping a trace's token counts p / pi_phi: with pi_phi = 1/2 everywhere the loss is twice that of 1. And under
+    verified_only each trace keeps its own log-probs."""
+    schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
+    ids = load_problems(write(tmp_path / "plain.parquet", [a_row()]), load_tokenizer(BASE), log=str)[0].teacher[0]
+    wrong = {"content": "<think>\n12>46</think>\\boxed{47}", "role": "assistant"}
+    loss = {}
+    for name, logps in (("one", None), ("half", [[-3.0] * len(ids), [math.log(0.5)] * len(ids)])):
+        rows = [a_row(target=[wrong, *a_row()["target"]], target_logps=logps)] * 4
+        argv = [f"--data={write(tmp_path / f'{name}.parquet', rows, schema)}", "--n_rollouts=1", "--shaping=none"]
+        argv += ["--prompts_per_step=4", "--max_steps=1", "--verified_only=True", "--min_teacher_pass=0.1"]
+        loss[name] = run(script, tmp_path, name, *argv)[1]["loss"]
+    assert loss["one"] < 0 and loss["half"] == pytest.approx(2 * loss["one"], rel=1e-5)
 
 
 def test_the_clip_acts_where_the_policy_has_moved(script, tmp_path):
