@@ -70,8 +70,8 @@ SHAPES = {
 }
 
 
-def model_config():
-    d, f, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+def model_config(shape):
+    d, f, layers, heads, kv_heads, vocabulary, tied = shape
     return Qwen2Config(
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=1,
@@ -205,7 +205,7 @@ def measure_engine(c, policy, dtype):
 def main():
     device, precision = pick_device(config["device"], "auto")
     dtype = getattr(torch, precision)
-    c = model_config()
+    c = model_config(SHAPES[size])
     check_knobs()
     start_processes(device, shard, config)
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ import re
 import threading
 import time
 
+import torch
+
 from configurator import UserError, first_line, printable
 from data import unpack
 from runtime.files import write_lines
@@ -140,6 +142,8 @@ class Phases:
 
     def end(self):
         if self.name:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or the phase's last kernels would count in the next
             peak, in_use = measured_memory()
             self.record[f"time/{self.name}"] = time.time() - self.start
             self.record |= {f"memory/{self.name}": peak / 2**30, f"memory/{self.name}_after": in_use / 2**30}

@@ -77,6 +77,16 @@ def test_what_a_hook_does_counts_in_no_phase():
     assert phases.record["time/sync"] < 0.25 and phases.record["time/update"] < 0.25
 
 
+def test_a_phase_ends_when_the_gpu_has_done_its_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.3))
+    monkeypatch.setattr("runtime.metrics.measured_memory", lambda: (0, 0))
+    phases = Phases(1, SimpleNamespace(phase=lambda step, name: None), hook=lambda step, name, record: None)
+    phases.begin("update")
+    phases.end()
+    assert phases.record["time/update"] >= 0.3
+
+
 def test_a_held_out_selection_set(script, tmp_path):
     """Questions set aside are evaluated, and never trained on."""
     rows = run(script, tmp_path, "out", "--holdout=480", "--eval_k=2", "--eval_interval=2", "--max_steps=2")
