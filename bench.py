@@ -54,7 +54,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
 from loss import batch_loss
-from model import Policy, attention_backends, shard_policy
+from model import Policy, attention_backends, recompute_layers, shard_policy
 from rollout import choose_sampler, open_sampler, pick_device
 from runtime.files import make_folder
 from runtime.plan import count_parameters, measured_memory, show, training_memory
@@ -213,8 +213,7 @@ def main():
         hf = AutoModelForCausalLM.from_config(c, attn_implementation="packed_sdpa", dtype=torch.float32)
     policy = shard_policy(Policy(hf), dtype) if shard == "fsdp" else Policy(hf, 1.0, dtype)
     if recompute:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.train()
+        recompute_layers(policy)
     rate, shape = measure_matrix_product(c, device, dtype)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     product = " x ".join(map(str, shape))

@@ -77,12 +77,13 @@ class Packed:
     old_logp: torch.Tensor | None = None  # (T,) log-probs before the update; None while the policy has not moved
     teacher_logp: torch.Tensor | None = None  # (T,) log-probs of the teacher model, if there is one
     top1: torch.Tensor | None = None  # (T,) int: the teacher model's most likely token in each place; -1 for none
-    # (T,) int: index of the token that is computed for this one: itself, or the same token of an equal prompt before it.
-    # None if all prompts differ.
-    stands_for: torch.Tensor | None = None
+    packing: dict = field(default_factory=dict)  # where the tokens lie, see packing_of()
+    counts: tuple = ()  # the numbers of its response tokens: all, a teacher's, this step's policy's own
 
     def to(self, device):
-        return Packed(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
+        move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+        moved = {k: move(v) for k, v in vars(self).items()}
+        return Packed(**{**moved, "packing": {k: move(v) for k, v in self.packing.items()}})
 
     @property
     def is_own(self):
@@ -292,6 +293,9 @@ def cut_into_updates(rollouts, problems, n):
     return [part for part in parts if part]
 
 
+SHARE_FROM = 0.1  # Prompts are shared where that saves so large a part of the tokens: picking keys and values costs time, too.
+
+
 def pack(rollouts, rows=None):
     """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. An empty list gives a dummy of two
     tokens that contribute nothing to the loss."""
@@ -313,7 +317,7 @@ def pack(rollouts, rows=None):
         behaviour += [0.0] * (n + k) + list(r.sampler_logps)
         cu.append(len(ids))
     tensor = lambda values, dtype: torch.from_numpy(np.array(values, dtype))  # torch.tensor is slow on lists
-    return Packed(
+    batch = Packed(
         rows=[] if dummy else list(range(len(rollouts)) if rows is None else rows),
         input_ids=tensor([ids], np.int64),
         position_ids=tensor([positions], np.int64),
@@ -323,8 +327,49 @@ def pack(rollouts, rows=None):
         is_replay=tensor(replay, bool),
         advantage=tensor(advantage, np.float32),
         behaviour_logp=tensor(behaviour, np.float32),
-        stands_for=tensor(stands_for, np.int64) if len(prompts) < len(rollouts) else None,
     )
+    share = len(ids) - len(set(stands_for)) >= SHARE_FROM * len(ids)
+    batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask, tensor(stands_for, np.int64) if share else None)
+    masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
+    batch.counts = tuple(mask.sum().item() for mask in masks)
+    return batch
+
+
+def packing_of(cu_seqlens, loss_mask, stands_for=None):
+    """What attention and head must know of n packed sequences, a dict. All that depends on the data is found here, on the CPU,
+    so that a GPU never waits for it. stands_for (T,): the index of the token that is computed for each, itself or the same
+    token of an equal prompt before it; None computes all. In the first three lines C tokens are computed, of T.
+
+    response (R,)        the response tokens
+    before (R,)          for each, which computed token predicts it: the one before it
+    computed (C,), where (T,)   the computed tokens, and for each token which of them stands for it; None if all are
+    slots (n, L), tokens (C,)   for rows padded on the right: the computed token in each slot, and the slot of each
+    cu_seqlens (n + 1,), longest   of all tokens: those of keys and values
+    cu_queries (n + 1,), longest_query   of the computed ones
+    copied (P,), copies (P, m)   the computed tokens that stand for several, and these tokens, filled up with -1
+    """
+    start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
+    longest = int(lengths.max())
+    column = torch.arange(longest)
+    inside = column < lengths  # (n, L)
+    slots = start + torch.where(inside, column, 0)  # a padding slot repeats its row's first token, and is dropped
+    tokens, response = inside.flatten().nonzero()[:, 0], loss_mask.nonzero()[:, 0]
+    found = {"response": response, "before": response - 1, "computed": None, "where": None, "slots": slots, "tokens": tokens,
+             "cu_seqlens": cu_seqlens, "longest": longest, "cu_queries": cu_seqlens, "longest_query": longest}  # fmt: skip
+    if stands_for is None:
+        return found
+    is_first = stands_for == torch.arange(len(stands_for))
+    computed, where = is_first.nonzero()[:, 0], (is_first.cumsum(0) - 1)[stands_for]
+    cu_queries = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))[cu_seqlens.long()].int()
+    n_copies = where.bincount()
+    copied = (n_copies > 1).nonzero()[:, 0]
+    order = where.argsort(stable=True)  # the tokens of each computed one, one after the other
+    ends, column = n_copies.cumsum(0)[copied, None], torch.arange(int(n_copies.max()))
+    place = ends - n_copies[copied, None] + column
+    copies = torch.where(place < ends, order[place.clamp_max(len(order) - 1)], -1)
+    return found | {"before": where[response - 1], "computed": computed, "where": where, "slots": where[slots],
+                    "tokens": tokens[computed], "cu_queries": cu_queries, "longest_query": int(cu_queries.diff().max()),
+                    "copied": copied, "copies": copies}  # fmt: skip
 
 
 def unpack(micro_batches, values):

@@ -14,6 +14,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,9 +28,9 @@ disable_progress_bar()  # the bars of loading and saving would break up the log
 
 
 # ---------------------------------------------------------------- attention within packed sequences
-# Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and `packing`, and returns ((1, T, H, D),
-# None) as transformers expects. No backend builds a T x T mask. Here T counts a shared prompt only once; each
-# sequence attends to it as if it were its own.
+# Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and data.packing_of()'s `packing`, and returns ((1, T,
+# H, D), None) as transformers expects. No backend builds a T x T mask. Here T counts a shared prompt only once; each sequence
+# attends to it as if it were its own.
 
 
 def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
@@ -38,86 +39,66 @@ def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing
     slots, tokens = packing["slots"], packing["tokens"]
     rows = lambda x: x[0].transpose(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=query.size(1) != key.size(1)
+        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=groups_heads(module)
     )  # (n, H, L, D)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, tokens)[None], None
 
 
 def packed_varlen(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """torch's own variable-length attention (a flash kernel; GPUs, half precision)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (pick(x[0].transpose(0, 1).to(value.dtype), packing["where"]) for x in (query, key, value))  # (all tokens, H, D)
-    cu, longest = packing["cu_seqlens"], packing["longest"]
-    gqa = q.size(1) != k.size(1)
-    options = dict(cu_seq_q=cu, cu_seq_k=cu, max_q=longest, max_k=longest)
-    out = varlen_attn(q, k, v, **options, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
-    return pick(out, packing["computed"])[None], None
-
-
-def packed_fa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
-    """flash-attn 2, or flash-attn 4 where only that is installed. The name must not contain "flash": transformers
-    would then look for a kernel of its own."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from flash_attn.cute import flash_attn_varlen_func
-
-    q, k, v = (pick(x[0].transpose(0, 1).to(value.dtype), packing["where"]) for x in (query, key, value))  # (all tokens, H, D)
-    cu, longest = packing["cu_seqlens"], packing["longest"]
-    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-    out = flash_attn_varlen_func(q, k, v, softmax_scale=scaling, causal=True, **options)
-    return pick(out[0] if isinstance(out, tuple) else out, packing["computed"])[None], None
+    """torch's own variable-length attention (a flash kernel; GPUs, half precision). Only keys and values are picked for
+    every sequence: where a sequence has fewer queries than keys, the causal mask is aligned at its end."""
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H, D)
+    if packing["where"] is not None:
+        k, v = (Repeat.apply(x, *(packing[name] for name in ("where", "computed", "copied", "copies"))) for x in (k, v))
+    options = {"scale": scaling, "window_size": (-1, 0)}
+    if VARLEN_TAKES_GQA:  # torch 2.11 takes grouped heads without being told
+        options["enable_gqa"] = groups_heads(module)
+    lengths = packing["cu_queries"], packing["cu_seqlens"], packing["longest_query"], packing["longest"]
+    return varlen_attn(q, k, v, *lengths, **options)[None], None
 
 
-for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen), ("packed_fa", packed_fa)):
+VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen)):
     AttentionInterface.register(name, function)
+
+
+def groups_heads(module):
+    """Of the config and not of the tensors, whose sizes are symbols while a layer is compiled."""
+    return module.config.num_attention_heads != module.config.num_key_value_heads
+
+
+class Repeat(torch.autograd.Function):
+    """x (computed tokens, ...) -> (all tokens, ...): each shared token once for each of its copies. The gradients of the copies
+    are summed in fp32 and always in the same order; index_select's own backward would do neither on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, where, computed, copied, copies):
+        ctx.save_for_backward(computed, copied, copies)
+        return x.index_select(0, where)
+
+    @staticmethod
+    def backward(ctx, grad):
+        computed, copied, copies = ctx.saved_tensors
+        there = (copies >= 0).view(*copies.shape, *[1] * (grad.dim() - 1))
+        total = (grad[copies.clamp_min(0)].float() * there).sum(1).to(grad.dtype)
+        return grad.index_select(0, computed).index_copy(0, copied, total), None, None, None, None
 
 
 def attention_backends(device, dtype):
     """The backends that work here, the fastest first."""
-    found = ["packed_sdpa"]
-    if device == "cuda" and dtype != torch.float32:
-        with contextlib.suppress(ImportError):
-            from torch.nn.attention.varlen import varlen_attn
-
-            if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-                found.insert(0, "packed_varlen")
-        with contextlib.suppress(ImportError):
-            import flash_attn  # noqa: F401
-
-            found.insert(0, "packed_fa")
-    return found
+    return ["packed_varlen", "packed_sdpa"] if device == "cuda" and dtype != torch.float32 else ["packed_sdpa"]
 
 
-def packing_of(cu_seqlens, stands_for=None):
-    """What the backends need, from a Packed's cu_seqlens and stands_for, as a dict:
-
-    slots (n, L)         the token in each slot of the right-padded batch of n sequences
-    tokens (T,)          the slot of each token
-    cu_seqlens (n + 1,)  as given
-    longest              the length L of the longest sequence
-    computed (T,)        the tokens that are computed; None if no prompt is shared
-    where (all tokens,)  for each token, the index in `computed` of the token that is computed for it; or None
-    """
-    start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
-    longest = int(lengths.max())
-    column = torch.arange(longest, device=cu_seqlens.device)
-    inside = column < lengths  # (n, L)
-    slots = start + torch.where(inside, column, 0)  # a padding slot repeats its row's first token, and is dropped
-    tokens, computed, where = inside.flatten().nonzero()[:, 0], None, None
-    if stands_for is not None:
-        is_first = stands_for == torch.arange(len(stands_for), device=stands_for.device)
-        computed, where = is_first.nonzero()[:, 0], (is_first.cumsum(0) - 1)[stands_for]
-        slots, tokens = where[slots], tokens[computed]
-    return {
-        "slots": slots,
-        "tokens": tokens,
-        "cu_seqlens": cu_seqlens,
-        "longest": longest,
-        "computed": computed,
-        "where": where,
-    }
+def pick_flash_kernel():
+    """Let varlen_attn use flash-attention 4 or 3 where one is installed and torch can switch to it (Hopper and newer).
+    Returns its name, or "FA2" for torch's own."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        for name in ("FA4", "FA3"):
+            with contextlib.suppress(ImportError, RuntimeError, ValueError):
+                torch.nn.attention.activate_flash_attention_impl(name)
+                return name
+    return "FA2"
 
 
 def pick(x, indices, dim=0):
@@ -229,12 +210,13 @@ class Policy(torch.nn.Module):
         self.hf, self.temperature, self.autocast = hf, temperature, autocast
 
     def forward(self, batch):
-        hidden, rows, before = self.hidden_states(batch)
+        hidden, rows = self.hidden_states(batch), batch.packing["response"]
         targets = batch.input_ids[0, rows, None]
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
         # Inside forward, because outside it FSDP's head weight is a shard.
-        found = Head.apply(self.before_head(hidden[before]), self.hf.lm_head.weight, targets)
+        hidden_before = hidden.index_select(0, batch.packing["before"])
+        found = Head.apply(self.before_head(hidden_before), self.hf.lm_head.weight, targets)
         zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # with a gradient also on a rank without tokens
         *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
@@ -243,7 +225,7 @@ class Policy(torch.nn.Module):
     def judge(self, batch):
         """For a teacher model: its log-prob of each response token, (T,) fp32, and its most likely token in that
         place, (T,) int; 0 and -1 where loss_mask is False."""
-        hidden, rows, before = self.hidden_states(batch)
+        hidden, rows, before = self.hidden_states(batch), batch.packing["response"], batch.packing["before"]
         logp, top1 = torch.zeros_like(batch.input_ids[0], dtype=torch.float32), torch.full_like(batch.input_ids[0], -1)
         weight = self.hf.lm_head.weight.to(self.product)
         n = chunk_of(hidden, weight)
@@ -254,18 +236,15 @@ class Policy(torch.nn.Module):
         return logp, top1
 
     def hidden_states(self, batch):
-        """Hidden states (computed tokens, d), the indices of the response tokens (n,), and the indices of the hidden
-        states that predict them (n,)."""
-        packing = packing_of(batch.cu_seqlens, batch.stands_for)
+        """(computed tokens, d)."""
+        packing = batch.packing
         with self.precision(batch.input_ids):
-            hidden = self.hf.get_decoder()(
+            return self.hf.get_decoder()(
                 input_ids=pick(batch.input_ids, packing["computed"], 1),
                 position_ids=pick(batch.position_ids, packing["computed"], 1),
                 packing=packing,
                 use_cache=False,  # with a cache transformers would let packed documents attend to each other
             ).last_hidden_state[0]
-        rows = batch.loss_mask.nonzero()[:, 0]
-        return hidden, rows, rows - 1 if packing["where"] is None else packing["where"][rows - 1]
 
     def before_head(self, hidden):
         """What the head takes: divided by the temperature here, where it costs d products a token and not V."""
@@ -283,13 +262,14 @@ class Policy(torch.nn.Module):
 # ---------------------------------------------------------------- load
 
 
-def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False, frozen=False,
-                offload=False):  # fmt: skip
+def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard=False, recompute=False, compiled=False,
+                frozen=False, offload=False):  # fmt: skip
     """A Policy from a folder in Hugging Face format or a hub name.
 
     shard       FSDP2 over all ranks. Each rank reads only its own rows of each tensor, so no process ever holds
                 the whole model
-    recompute   activation checkpointing, one decoder layer at a time
+    recompute   activation checkpointing, see recompute_layers()
+    compiled    the decoder layers by torch.compile, see compile_layers()
     frozen      weights in `dtype` instead of fp32, without gradients
     offload     the weights stay on the host; FSDP moves them when they are needed, without FSDP the caller does
 
@@ -308,9 +288,27 @@ def load_policy(model, temperature=1.0, dtype=torch.float32, device="cpu", shard
     except Exception as e:
         raise UserError(f"no causal LM loads from model {model}: {first_line(e)}") from None
     if recompute:
-        policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.train()  # transformers recomputes only in train mode; these models have no dropout
+        recompute_layers(policy)
+    if compiled:
+        compile_layers(policy.hf)
     return policy.requires_grad_(not frozen)
+
+
+def recompute_layers(policy):
+    """Activation checkpointing, one decoder layer at a time. These models have no dropout, so there is no random state to keep,
+    and train mode, outside of which transformers does not recompute, changes nothing else."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    policy.train()
+
+
+def compile_layers(hf):
+    """Compile the decoder layers, which share their graphs, at their first call. Sizes are symbols from the start, so that
+    sequences of other lengths need no other graph: at most 16 variants come of recomputation, of shared prompts and of calls
+    without gradients, and one more is an error. On an H200 an update of 1.5B took 0.84 of its time (LOG.md)."""
+    torch._dynamo.config.recompile_limit = 16
+    for layer in hf.get_decoder().layers:
+        layer.compile(fullgraph=True, dynamic=True)
 
 
 def shard_policy(policy, dtype, offload=False):

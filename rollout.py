@@ -55,8 +55,8 @@ import torch
 
 from configurator import UserError, first_line
 from data import Rollout, digest
-from runtime.files import load_config, model_files
-from runtime.plan import count_parameters
+from runtime.files import model_files
+from runtime.plan import worth_compiling
 from runtime.process import heartbeat
 from runtime.ranks import RANK, print0
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
@@ -213,7 +213,7 @@ def open_sampler(
     sampler           auto, vllm or torch
     gpu_memory        vLLM's share of the GPU's memory
     tensor_parallel   consecutive ranks that share one vLLM engine; they must call this together
-    cuda_graphs       auto, yes or no: whether vLLM compiles the model and captures graphs, see wants_graphs()
+    cuda_graphs       auto, yes or no: whether vLLM compiles the model and captures graphs, see worth_compiling()
 
     Raises UserError as choose_sampler does, and if the torch sampler does not compute the model.
     """
@@ -227,16 +227,8 @@ def open_sampler(
         gpu_memory=gpu_memory,
         seed=seed + RANK // tensor_parallel,  # the ranks of one engine must draw alike
         tensor_parallel=tensor_parallel,
-        graphs=wants_graphs(model, cuda_graphs),
+        graphs=torch.cuda.is_available() and worth_compiling(cuda_graphs, model),  # on a CPU there are none
     )
-
-
-def wants_graphs(model, cuda_graphs):
-    """The knob `cuda_graphs` -> True or False. On an H200 vLLM took 60 s to compile and capture for a toy that then trained for
-    7 s, so "auto" is only for models above 100 M parameters. On a CPU there are none."""
-    if not torch.cuda.is_available():
-        return False
-    return cuda_graphs == "yes" or (cuda_graphs == "auto" and count_parameters(load_config(model))[0] > 100e6)
 
 
 # ---------------------------------------------------------------- vLLM

@@ -128,10 +128,11 @@ log = "jsonl"  # metrics.jsonl, always; wandb: also Weights & Biases (pip instal
 device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 shard = "ddp"  # none: one process; ddp: every rank holds the model; fsdp: FSDP2, each holds a slice [none | ddp | fsdp]
 recompute = False  # activation checkpointing: a decoder layer's activations are computed again in backward
+compile = "auto"  # decoder layers, by torch.compile; takes half a minute; auto: a GPU and 100 M parameters [auto | yes | no]
 micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
-cuda_graphs = "auto"  # vLLM's: decoding is faster, starting takes a minute more; auto: above 100 M parameters [auto | yes | no]
+cuda_graphs = "auto"  # vLLM's: faster decoding, a minute's start; auto: a GPU and 100 M parameters [auto | yes | no]
 teacher_offload = False  # keep the teacher model's weights on the host between uses
 reward_workers = 2  # verifier processes per rank [1, 1024]
 dry_run = False  # print the plan and stop; needs only the model's config.json
@@ -152,7 +153,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data import Order, cut_into_updates, in_order, load_benchmark, load_problems, set_aside, spread
 from eval import evaluate_modes
 from loss import batch_loss, group_advantages, shape
-from model import ask_teacher, attention_backends, load_policy, mean_entropies
+from model import ask_teacher, load_policy, mean_entropies, pick_flash_kernel
 from replay import open_memory
 from reward import Verifier
 from rollout import Grading, choose_sampler, open_sampler, pick_device, roll_out
@@ -160,6 +161,7 @@ from runtime import metrics, preflight
 from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.guard import Guard, canary
+from runtime.plan import worth_compiling
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
 from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
@@ -206,8 +208,10 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         open_wandb(config, identity, checkpoint)
 
         # Load the policy, the engine and the teacher model; make the optimizers and the method's memory.
-        policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute)
-        print0(f"attention: {policy.hf.config._attn_implementation}, of {attention_backends(device, compute_dtype)}")
+        policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute,
+                             compiled=worth_compiling(compile, base))  # fmt: skip
+        backend = policy.hf.config._attn_implementation
+        print0(f"attention: {backend}" + f", {pick_flash_kernel()}" * (backend == "packed_varlen"))
         ddp = WORLD > 1 and shard == "ddp"  # averages gradients over ranks; FSDP does so by itself
         wrapped = DDP(policy, gradient_as_bucket_view=True) if ddp else policy
         engine = teacher = None
@@ -493,8 +497,7 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
     micro-batch and before the step. It skips the step if loss or norm is not finite on any rank, or if skip_norm is above
     zero and the norm above it."""
     # The loss's denominators are those of the whole optimizer batch over all ranks: (response tokens, teacher's, own).
-    masks = [(b.loss_mask, b.loss_mask & b.is_teacher, b.is_own) for b in micro_batches]
-    counts = all_reduce([sum(mask.sum().item() for mask in column) for column in zip(*masks, strict=True)])
+    counts = all_reduce([sum(column) for column in zip(*(b.counts for b in micro_batches), strict=True)])
     sums, logps, total = [], [], 0.0
     with heartbeat("update, micro-batches", len(micro_batches)) as show:
         for i, micro_batch in enumerate(micro_batches):
@@ -511,16 +514,17 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
             clip_at = terms["clip_low"], terms["clip_high"]
             sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip_at))
             logps.append(logp)
-            total += loss.item()
+            total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    (total, norm), sums = metrics.to_host([total, norm], metrics.merge(sums))  # the first time that a GPU is waited for
     tick()
     bad = not math.isfinite(total) or not math.isfinite(norm) or 0 < skip_norm < norm
     n_bad, loss = all_reduce([bad, total])
     if not n_bad:
         optimizer.step()
     optimizer.zero_grad()  # now, so that the engine finds their memory free; DDP keeps it for its buckets
-    return Update(not n_bad, norm, loss, metrics.merge(sums), logps)
+    return Update(not n_bad, norm, loss, sums, logps)
 
 
 def take_step(run, guard, policy, optimizer, micro_batches, terms, max_norm):

@@ -62,17 +62,15 @@ def attention(module, q, k, v, mask, scaling=None, packing=None, **kwargs):
 bench.size, tokens = sys.argv[1], int(sys.argv[2])
 config = bench.model_config()
 AttentionInterface.register("counted", attention)
-model.packing_of = lambda cu_seqlens, stands_for: {"computed": None, "where": None}
 model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # as on a GPU
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train()
+    model.recompute_layers(policy)
     rows = torch.arange(1, tokens)
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    batch = SimpleNamespace(input_ids=ids, position_ids=ids, cu_seqlens=None, stands_for=None, top1=None,
-                            loss_mask=SimpleNamespace(nonzero=lambda: rows[:, None]))  # fmt: skip
+    packing = {"computed": None, "where": None, "response": rows, "before": rows - 1}
+    batch = SimpleNamespace(input_ids=ids, position_ids=ids, top1=None, packing=packing)
     with Storages() as storages:
         for p in policy.parameters():
             storages.add(p.untyped_storage())

@@ -12,6 +12,9 @@ import os
 import re
 import threading
 import time
+from itertools import chain
+
+import torch
 
 import torch
 
@@ -26,13 +29,13 @@ from runtime.tokenizer import response_text
 
 
 def token_metrics(logp, entropy, batch, shaped, clip_low, clip_high):
-    """{name: (sum, count)} over this micro-batch's tokens. logp, entropy (T,), detached; shaped (T,): f(p), or None if
-    teacher tokens are not shaped."""
+    """{name: (sum, count)} over this micro-batch's tokens, tensors on its device: nothing here waits for a GPU. logp, entropy
+    (T,), detached; shaped (T,): f(p), or None if teacher tokens are not shaped."""
     teacher, own = batch.loss_mask & batch.is_teacher, batch.is_own
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
     outside = (ratio < 1 - clip_low if clip_low else ratio < 0) | (ratio > 1 + clip_high if clip_high else ratio < 0)
-    mean = lambda x, mask: (x[mask].sum().item(), mask.sum().item())
+    mean = lambda x, mask: (torch.where(mask, x, 0).sum(dtype=torch.float64), mask.sum(dtype=torch.float64))
     found = {"teacher/f": mean(shaped, teacher)} if shaped is not None else {}
     if batch.teacher_logp is not None:
         found["teacher_model/kl"] = mean(logp - batch.teacher_logp, own)
@@ -57,6 +60,12 @@ def merge(sums):
             old = merged.get(name, (0, 0))
             merged[name] = old[0] + total, old[1] + count
     return merged
+
+
+def to_host(scalars, sums):
+    """Tensors with one number each, and {name: (sum, count)} of tensors, as Python's numbers: in one transfer."""
+    numbers = iter(torch.stack([x.double() for x in [*scalars, *chain.from_iterable(sums.values())]]).tolist())
+    return [next(numbers) for _ in scalars], {name: (next(numbers), next(numbers)) for name in sums}
 
 
 def means(sums):

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configurator import UserError
+from runtime.files import load_config
 
 GIB = 2**30
 # Logits are materialised for so many tokens at a time on a GPU. The forecast counts two such matrices in fp32, 1.2 GiB each
@@ -29,6 +30,13 @@ def count_parameters(config):
         raise UserError(f"{config.model_type} models are not supported: choose a decoder like Llama or Qwen2") from None
     size = lambda module: sum(p.numel() for p in module.parameters())
     return size(hf), size(hf.get_input_embeddings()), max(map(size, layers))
+
+
+def worth_compiling(choice, model):
+    """The knobs `compile` and `cuda_graphs` -> True or False. On an H200 vLLM took 60 s to compile and capture for a toy that
+    then trained for 7 s, so "auto" is only for models above 100 M parameters, on a GPU."""
+    is_large = lambda: count_parameters(load_config(model))[0] > 100e6
+    return choice == "yes" or (choice == "auto" and torch.cuda.is_available() and is_large())
 
 
 def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):

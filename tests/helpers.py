@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from configurator import ROOT, configure
-from data import Packed
+from data import Packed, packing_of
 
 BASE = os.path.join(ROOT, "toy", "base")
 TRAIN = os.path.join(ROOT, "toy", "train.parquet")
@@ -98,7 +98,10 @@ def packed(n, **fields):
     plain = dict(rows=[0], input_ids=torch.zeros(1, n, dtype=torch.long), position_ids=torch.arange(n)[None],
                  cu_seqlens=torch.tensor([0, n], dtype=torch.int32), loss_mask=~no, is_teacher=no, is_replay=no,
                  advantage=torch.zeros(n), behaviour_logp=torch.zeros(n))  # fmt: skip
-    return Packed(**{**plain, **fields})
+    batch = Packed(**{**plain, **fields})
+    batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask)
+    batch.counts = tuple(m.sum().item() for m in (batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own))
+    return batch
 
 
 # ---------------------------------------------------------------- models

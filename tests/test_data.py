@@ -158,22 +158,37 @@ def test_pack_layout():
     b = pack(some_rollouts())
     assert b.input_ids.tolist() == [[2, 3, 5, 6, 1, 4, 7, 8, 9, 1, 4, 2, 8, 1]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
-    assert b.cu_seqlens.tolist() == [0, 5, 10, 14] and b.rows == [0, 1, 2] and b.stands_for is None
+    assert b.cu_seqlens.tolist() == [0, 5, 10, 14] and b.rows == [0, 1, 2] and b.packing["where"] is None
     tokens = lambda *where: [i in where for i in range(14)]
     assert b.loss_mask.tolist() == tokens(2, 3, 4, 6, 7, 8, 9, 12, 13)
     assert b.is_teacher.tolist() == tokens(6, 7, 8)
     assert b.is_replay.tolist() == tokens(12, 13)
-    assert b.is_own.tolist() == tokens(2, 3, 4, 9)
+    assert b.is_own.tolist() == tokens(2, 3, 4, 9) and b.counts == (9, 3, 4)
+    assert b.packing["response"].tolist() == [2, 3, 4, 6, 7, 8, 9, 12, 13]
+    assert b.packing["before"].tolist() == [1, 2, 3, 5, 6, 7, 8, 11, 12]
     torch.testing.assert_close(b.advantage, torch.tensor([0, 0] + [-0.125] * 3 + [0] + [0.875] * 4 + [0, 0] + [0.5] * 2))
     behaviour = torch.tensor([0, 0, -0.1, -0.2, -0.3, 0, 0, 0, 0, -0.4, 0, 0, -0.5, -0.6])  # a teacher's: log 1
     torch.testing.assert_close(b.behaviour_logp, behaviour)
     assert pack(some_rollouts(), [7, 3, 5]).rows == [7, 3, 5]
 
 
-def test_equal_prompts_stand_for_the_first():
+def test_equal_prompts_are_computed_once():
+    """Tokens 10 and 11, and 14 and 15, are those of the first prompt again."""
     own, continued, replayed = some_rollouts()
-    b = pack([own, continued, replace(replayed, prompt_ids=[2, 3])])
-    assert b.stands_for.tolist() == [*range(10), 0, 1, 12, 13]
+    again = replace(replayed, prompt_ids=[2, 3])
+    p = pack([own, continued, again, again]).packing
+    assert p["computed"].tolist() == [*range(10), 12, 13, 16, 17]
+    assert p["where"].tolist() == [*range(10), 0, 1, 10, 11, 0, 1, 12, 13]
+    assert p["before"].tolist() == [1, 2, 3, 5, 6, 7, 8, 1, 10, 1, 12]
+    assert (p["cu_seqlens"].tolist(), p["longest"]) == ([0, 5, 10, 14, 18], 5)
+    assert (p["cu_queries"].tolist(), p["longest_query"]) == ([0, 5, 10, 12, 14], 5)
+    assert (p["copied"].tolist(), p["copies"].tolist()) == ([0, 1], [[0, 10, 14], [1, 11, 15]])
+
+
+def test_prompts_are_not_shared_for_little():
+    """One token of 13 is too little."""
+    own, continued, replayed = some_rollouts()
+    assert pack([replace(own, prompt_ids=[4]), continued, replayed]).packing["where"] is None
 
 
 def test_nothing_packed_weighs_nothing():

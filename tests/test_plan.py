@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
+import torch
+from helpers import BASE, LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
 
 from configurator import ROOT, UserError
+from runtime import plan
 from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
 
 
@@ -119,3 +121,14 @@ def test_memory_is_measured():
     measured_memory()
     peak, later = measured_memory()
     assert later < now - (150 << 20) and peak < now - (100 << 20)  # the high-water mark was reset
+
+
+def test_small_models_are_not_compiled(monkeypatch):
+    """Neither by torch nor by vLLM, unless one says so."""
+    choices = lambda: [plan.worth_compiling(choice, BASE) for choice in ("auto", "yes", "no")]
+    monkeypatch.setattr(plan, "count_parameters", lambda config: (101_000_000, 0, 0))
+    assert choices() == [False, True, False]  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choices() == [True, True, False]
+    monkeypatch.setattr(plan, "count_parameters", lambda config: (99_000_000, 0, 0))
+    assert choices() == [False, True, False]

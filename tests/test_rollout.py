@@ -16,7 +16,7 @@ from helpers import BASE
 import rollout
 from configurator import UserError
 from data import Problem, Rollout, pack
-from model import load_policy, packing_of
+from model import load_policy
 from rollout import Grading, TorchSampler, VLLMSampler, choose_sampler, open_sampler, request_seed, roll_out
 from runtime.process import heartbeat
 from runtime.requests import Sample, StaleWeights
@@ -122,7 +122,7 @@ def test_samples_follow_the_distribution(kind, policy, problems, request):
 
 
 def layout(prompt):
-    return packing_of(torch.tensor([0, len(prompt)], dtype=torch.int32))
+    return pack([Rollout(0, prompt, [])]).packing
 
 
 # ---------------------------------------------------------------- the real engine
@@ -166,8 +166,9 @@ def test_engine_and_torch_agree_greedily(policy, engine, torch_sampler, problems
         for i, (s, t) in enumerate(zip(x.ids, y.ids, strict=False)):
             if s != t:
                 with torch.no_grad():
-                    ids = torch.tensor([prompt + x.ids[:i]])
-                    best = policy.hf.lm_head(policy.hf.model(ids, packing=layout(ids[0])).last_hidden_state[0, -1]).topk(2)
+                    ids = prompt + x.ids[:i]
+                    hidden = policy.hf.model(torch.tensor([ids]), packing=layout(ids)).last_hidden_state[0, -1]
+                    best = policy.hf.lm_head(hidden).topk(2)
                 assert best.values[0] - best.values[1] < 1e-4 and {s, t} == set(best.indices.tolist())
                 break
         else:
@@ -340,14 +341,6 @@ def test_ranks_of_one_engine_have_one_seed(monkeypatch):
     assert [options["seed"] for _, options in made] == [7, 7, 8, 8]
     assert made[0][0] == ("folder", [1], 64)
     assert made[0][1] == dict(dtype="float32", gpu_memory=0.4, seed=7, tensor_parallel=2, graphs=False)
-
-
-def test_a_small_model_gets_no_graphs(monkeypatch):
-    assert not any(rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no"))  # on this CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [False, True, False]
-    monkeypatch.setattr(rollout, "count_parameters", lambda config: (101_000_000, 0, 0))
-    assert [rollout.wants_graphs(BASE, knob) for knob in ("auto", "yes", "no")] == [True, True, False]
 
 
 def test_the_torch_sampler_starts_with_the_folders_weights(policy, tokenizer, problems):

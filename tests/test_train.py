@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import BASE, TRAIN, a_row, launch, metrics, run, write
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import eval
@@ -249,6 +250,45 @@ def test_updates_that_are_not_finite_stop_the_run(script, tmp_path, capsys):
         run(script, tmp_path, "x", "--entropy_coef=1e40", "--max_steps=5")
     assert "update skipped, 2 in a row: loss " in capsys.readouterr().out
     assert not [f for f in os.listdir(tmp_path / "x") if f.startswith("ckpt")] and len(metrics(tmp_path / "x")) == 3
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result the host must see before it can go on, so that it would wait for a GPU."""
+
+    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        by_mask = op.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_) and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if op.overloadpacket in self.READS or by_mask:
+            self.found.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_a_gpu_once(script, tmp_path, monkeypatch):
+    """However many micro-batches it has: all that the host must know comes in one transfer, before the optimizer's step."""
+    out = tmp_path / "x"
+    module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=2",
+                              "--micro_tokens=800", "--update_batches=2", "--recompute=True", "--clip_high=0.2"])  # fmt: skip
+    real, to_host, calls = module.update, module.metrics.to_host, []
+
+    def update(*arguments, **options):
+        calls.append([])
+        with Waits() as waits:
+            result = real(*arguments, **{**options, "tick": lambda: None})  # the guard's flags are on the CPU
+        calls[-1] += waits.found
+        assert len(result.logps) > 2
+        return result
+
+    module.update = update
+    monkeypatch.setattr(module.metrics, "to_host", lambda *a: calls[-1].append("to_host") or to_host(*a))
+    module.main()
+    assert calls == [["to_host"]] * 4
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "norm"])
