@@ -16,8 +16,6 @@ from itertools import chain
 
 import torch
 
-import torch
-
 from configurator import UserError, first_line, printable
 from data import unpack
 from runtime.files import write_lines
