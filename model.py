@@ -30,7 +30,8 @@ disable_progress_bar()  # the bars of loading and saving would break up the log
 # ---------------------------------------------------------------- attention within packed sequences
 # Each backend takes query (1, H, T, D), key and value (1, H_kv, T, D) and data.packing_of()'s `packing`, and returns ((1, T,
 # H, D), None) as transformers expects. No backend builds a T x T mask. Here T counts a shared prompt only once; each sequence
-# attends to it as if it were its own.
+# attends to it as if it were its own. Heads are always said to be grouped (GQA): while a layer is compiled, a comparison of
+# H and H_kv would be a symbol, which the kernels do not take; and where H = H_kv it costs nothing.
 
 
 def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing=None, **kwargs):
@@ -39,7 +40,7 @@ def packed_sdpa(module, query, key, value, attention_mask, scaling=None, packing
     slots, tokens = packing["slots"], packing["tokens"]
     rows = lambda x: x[0].transpose(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=groups_heads(module)
+        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True
     )  # (n, H, L, D)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, tokens)[None], None
 
@@ -52,7 +53,7 @@ def packed_varlen(module, query, key, value, attention_mask, scaling=None, packi
         k, v = (Repeat.apply(x, *(packing[name] for name in ("where", "computed", "copied", "copies"))) for x in (k, v))
     options = {"scale": scaling, "window_size": (-1, 0)}
     if VARLEN_TAKES_GQA:  # torch 2.11 takes grouped heads without being told
-        options["enable_gqa"] = groups_heads(module)
+        options["enable_gqa"] = True
     lengths = packing["cu_queries"], packing["cu_seqlens"], packing["longest_query"], packing["longest"]
     return varlen_attn(q, k, v, *lengths, **options)[None], None
 
@@ -61,11 +62,6 @@ VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 for name, function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen)):
     AttentionInterface.register(name, function)
-
-
-def groups_heads(module):
-    """Of the config and not of the tensors, whose sizes are symbols while a layer is compiled."""
-    return module.config.num_attention_heads != module.config.num_key_value_heads
 
 
 class Repeat(torch.autograd.Function):

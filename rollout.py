@@ -27,12 +27,13 @@ the model's name.
         the sampler holds weights with another stamp, and ValueError for a prompt that is empty, too
         long, or has an unknown token; both leave the sampler as it was.
     sampler.sleep()
-        Free the GPU memory for the trainer. vLLM wakes up by itself. The torch sampler drops the
-        weights, sets stamp to None, and needs load() again.
+        Free the GPU memory for the trainer: the weights are dropped, stamp is None, and nothing is
+        sampled before the next load(). vLLM on a CPU keeps its weights.
     sampler.close()
         Shut down. vLLM destroys the process's default torch.distributed group on the way.
 
     sampler.stamp           read: the stamp of the weights it holds; None if it holds none
+    sampler.given_back      read: bytes that torch counts as allocated, although sleep() gave them back
     sampler.max_model_len   read: the most tokens that a prompt and its response may have together
     sampler.tick            set: a function, called before each token of the batch; what it raises
                             ends generate()
@@ -245,6 +246,8 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if importlib.util.find_spec("flashinfer") is None:  # vLLM 0.25 takes it for granted
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         cpu = not torch.cuda.is_available()
         options = {"gpu_memory_utilization": gpu_memory}
         if cpu:
@@ -277,7 +280,7 @@ class VLLMSampler:
                 tensor_parallel_size=tensor_parallel,
                 enable_sleep_mode=self.can_sleep,
                 max_model_len=max_model_len,
-                max_num_seqs=MAX_ROWS,
+                max_num_seqs=MAX_ROWS if cpu else 2 * MAX_ROWS,
                 enforce_eager=not graphs,
                 use_tqdm_on_load=False,
                 # Log-probs of the distribution that is sampled from, temperature included.
@@ -287,7 +290,7 @@ class VLLMSampler:
             )
         self.stop_ids, self.max_model_len = stop_ids, max_model_len
         self.dtype = getattr(torch, dtype)
-        self.stamp, self.tick = model, lambda: None
+        self.stamp, self.tick, self.given_back = model, lambda: None, 0
         self.shapes = None  # {parameter name: shape}, of the first load
         self.broken = None  # the error after which the engine is not used again
         self.n_asked = 0  # requests so far: vLLM numbers them
@@ -338,7 +341,6 @@ class VLLMSampler:
             show(len(samples))
 
         with self.fatal(), kept_rng(), heartbeat("vLLM samples", len(prompts)) as show:
-            self.wake("weights", "kv_cache")
             self.llm.reset_prefix_cache()  # so that a sample does not depend on earlier requests
             self.ended = ended
             try:
@@ -363,21 +365,23 @@ class VLLMSampler:
         return outputs
 
     def sleep(self):
-        """Move the weights to the host and drop the KV cache. Does nothing on a CPU."""
+        """Drop weights and KV cache: level 2, because level 1 would keep a copy of the weights in pinned memory of the host, 15
+        GB a rank at 7B, and the next load() brings them all anyway. Does nothing on a CPU."""
         if self.can_sleep and not self.asleep:
+            free, _ = torch.cuda.mem_get_info()
             with self.fatal():
-                self.llm.sleep(level=1)
-            self.asleep = {"weights", "kv_cache"}
+                self.llm.sleep(level=2)
+            self.given_back = torch.cuda.mem_get_info()[0] - free
+            self.asleep, self.stamp = {"weights", "kv_cache"}, None  # awake without a load it would answer nonsense
 
-    def wake(self, *tags):
-        """Undo sleep() for "weights", "kv_cache" or both. load() wakes the weights before it
-        replaces them, and the cache after that, so that the cache and what a load needs for a moment
-        are not in memory together."""
-        tags = [t for t in tags if t in self.asleep]
-        if tags:
+    def wake(self, tag):
+        """Undo sleep() for "weights" or "kv_cache". load() wakes the weights before it replaces them, and the cache after that,
+        so that the cache and what a load needs for a moment are not in memory together."""
+        if tag in self.asleep:
             torch.cuda.empty_cache()
-            self.llm.wake_up(tags=tags)
-            self.asleep -= set(tags)
+            self.llm.wake_up(tags=[tag])
+            self.asleep.remove(tag)
+            self.given_back *= bool(self.asleep)
 
     def close(self):
         self.llm.llm_engine.engine_core.shutdown()  # at once: what this object holds would keep the engine alive

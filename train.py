@@ -254,7 +254,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         # (guard.droppable) they drop the step and save the one before; after it they finish the step.
         start = time.time()
         for step in range(run.step + 1, max_steps + 1):
-            phases = metrics.Phases(step, guard, hook)
+            phases = metrics.Phases(step, guard, hook, engine)
 
             # 1. Sync: the engine takes the policy's weights.
             phases.begin("sync")

@@ -62,7 +62,10 @@ def attention(module, q, k, v, mask, scaling=None, packing=None, **kwargs):
 bench.size, tokens = sys.argv[1], int(sys.argv[2])
 config = bench.model_config()
 AttentionInterface.register("counted", attention)
-model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK  # as on a GPU
+# As on a GPU: chunks of the same size, and compiled kernels, which hold nothing between logits and results.
+model.chunk_of = lambda hidden, weight: model.HEAD_CHUNK
+model.statistics = lambda logits, targets: [torch.empty(len(logits), n) for n in (1, targets.size(1), 1)]
+model.to_slope = lambda logits, *rest: None
 with FakeTensorMode(allow_non_fake_inputs=True):
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="counted", dtype=torch.float32)
     policy = model.Policy(hf, 1.0, torch.bfloat16)

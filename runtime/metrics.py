@@ -134,17 +134,19 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
 
 class Phases:
     """Measures the phases of a step. `record` gets time/NAME in seconds, memory/NAME, the phase's peak in GiB, and
-    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). Before a phase begins,
+    memory/NAME_after, the GiB in use at its end (plan.measured_memory defines both). The peak is without what a sampler that
+    slept all the time had given back (engine.given_back), which torch counts nevertheless. Before a phase begins,
     guard.phase(step, NAME) and hook(step, NAME, record) are called; their time counts in no phase."""
 
-    def __init__(self, step, guard, hook):
+    def __init__(self, step, guard, hook, engine=None):
         self.step, self.guard, self.hook, self.record, self.name = step, guard, hook, {}, None
+        self.given_back = lambda: engine.given_back if engine else 0
 
     def begin(self, name):
         self.end()
         self.guard.phase(self.step, name)
         self.hook(self.step, name, self.record)
-        self.name, self.start = name, time.time()
+        self.name, self.start, self.asleep = name, time.time(), self.given_back()
         measured_memory()
 
     def end(self):
@@ -153,6 +155,7 @@ class Phases:
                 torch.cuda.synchronize()  # or the phase's last kernels would count in the next
             peak, in_use = measured_memory()
             self.record[f"time/{self.name}"] = time.time() - self.start
+            peak -= min(self.asleep, self.given_back())
             self.record |= {f"memory/{self.name}": peak / 2**30, f"memory/{self.name}_after": in_use / 2**30}
         self.name = None
 

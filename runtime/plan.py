@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from configurator import UserError
 from runtime.files import load_config
+from runtime.requests import MAX_ROWS
 
 GIB = 2**30
-# Logits are materialised for so many tokens at a time on a GPU. The forecast counts two such matrices in fp32, 1.2 GiB each
-# for a vocabulary of 152,064. That is too much since the head keeps one, in the products' dtype; not measured there yet.
+# Logits are materialised for so many tokens at a time on a GPU, in the products' dtype: 0.6 GiB in bfloat16 for a vocabulary
+# of 152,064. On an H200 4,096 were 3 % faster and took 0.6 GiB more (LOG.md).
 HEAD_CHUNK = 2048
 
 
@@ -59,8 +60,8 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
         gathered, reduced = (n_head + 2 * n_layer) * compute_bytes, max(n_layer, n_head) * 4
     else:  # autocast's copies; with recomputation only the current module's
         gathered, reduced = (n_embedding if recompute else n) * compute_bytes * (compute_bytes < 4), 0
-    # Log-probs and probabilities of a chunk of tokens; the head's gradient, and what a chunk adds to it.
-    chunk = 2 * min(HEAD_CHUNK, micro_tokens) * config.vocab_size * 4 + n_embedding * (4 + compute_bytes)
+    # A chunk of logits; the head's gradient in fp32, and for FSDP in compute precision.
+    chunk = min(HEAD_CHUNK, micro_tokens) * config.vocab_size * compute_bytes + n_embedding * (4 + compute_bytes * shard)
     return {
         "weights, gradients, Adam (fp32)": 16 * n // share,
         "weights in compute precision": gathered,
@@ -98,7 +99,7 @@ def show(n_bytes):
 
 def measured_memory():
     """(peak, now) in bytes. On a GPU: the peak of torch's allocations since the last call, and the memory in use on the
-    whole device, the engine included. torch may count a sleeping engine in the peak; the device does not. On a CPU: the
+    whole device, the engine included. torch counts a sleeping engine in the peak; the device does not. On a CPU: the
     same for this process's resident memory; NaN without /proc."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -157,7 +158,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     left, tokens = kv_cache(config, share, k["tensor_parallel"], dtype_bytes)
     log(
         f"engine: {show(share)}, of which {left / GIB:.1f} GiB for the KV cache: {tokens} tokens,"
-        f" {min(256, tokens / length):.1f} sequences of {length} at once"
+        f" {min(2 * MAX_ROWS, tokens / length):.1f} sequences of {length} at once"
     )
     # The gradients are freed before the rollout, except under DDP, whose buckets hold them.
     freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4

@@ -20,8 +20,11 @@ import time
 
 def begin():
     """What a command calls before its slow imports. From here on lost output does not end it, SIGUSR1 is ignored until
-    there is something to save, and Ctrl-C prints one line and ends the process at once, with exit code 130."""
+    there is something to save, Ctrl-C prints one line and ends the process at once, with exit code 130, and libraries print
+    neither progress bars nor warnings that say nothing to a user."""
     protect_output()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read at its import. vLLM would show bars while it captures graphs
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of NUMA binding, and of NCCL's process groups
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it was ignored from the start
         signal.signal(signal.SIGINT, end_now)

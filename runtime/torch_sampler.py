@@ -39,7 +39,7 @@ class TorchSampler:
         self.model, self.stop_ids, self.max_model_len = model, stop_ids, max_model_len
         self.config, self.dtype = load_config(model), getattr(torch, dtype)
         self.decoder = Decoder(self.config)
-        self.stamp, self.tick = model, lambda: None
+        self.stamp, self.tick, self.given_back = model, lambda: None, 0
 
     def load(self, hf, stamp):
         """Copy the weights of a Hugging Face module. Under FSDP a collective."""

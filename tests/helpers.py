@@ -169,10 +169,10 @@ def run(script, tmp_path, name, *argv):
     return metrics(out)
 
 
-def launch(tmp_path, name, n_ranks, *argv):
-    """train.py under torchrun with n_ranks processes, or plainly with one. Returns its metrics."""
+def launch(tmp_path, name, n_ranks, *argv, script=os.path.join(ROOT, "train.py")):
+    """train.py, or a script that runs it, under torchrun with n_ranks processes, or plainly with one. Returns its metrics."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--standalone"]
-    command = [sys.executable, *(torchrun if n_ranks > 1 else []), os.path.join(ROOT, "train.py")]
+    command = [sys.executable, *(torchrun if n_ranks > 1 else []), script]
     argv = [*argv, "--reward_workers=1", f"--out_dir={tmp_path / name}"]
     done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -178,6 +178,7 @@ def test_the_kernel_gets_what_it_wants(policy, problems, monkeypatch):
         policy.hf.set_attn_implementation("packed_sdpa")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["packed_sdpa", "packed_varlen"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_are_the_plain_ones(problems, monkeypatch, backend, recompute):

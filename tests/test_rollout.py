@@ -240,9 +240,11 @@ def test_tied_head_follows_a_reload(byte_model, problems):
     assert not torch.distributed.is_initialized()  # NCCL would warn of a group that is left
 
 
-def test_order_of_waking_and_loading(policy, problems):
-    """Where vLLM can sleep: the weights wake before they are loaded, the cache after, and the prefix cache is reset."""
-    calls = []
+def test_order_of_waking_and_loading(policy, problems, monkeypatch):
+    """Where vLLM can sleep: the weights wake before they are loaded, the cache after, and the prefix cache is reset. What it
+    gave back is known until all is awake; asleep it holds no weights."""
+    calls, free = [], [100]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 1000))
 
     class FakeLLM:
         def wake_up(self, tags):
@@ -250,8 +252,10 @@ def test_order_of_waking_and_loading(policy, problems):
 
         def sleep(self, level):
             calls.append(f"sleep {level}")
+            free[0] += 700
 
         def collective_rpc(self, method, kwargs):
+            assert engine.given_back == (700 if engine.asleep else 0)
             names = [name for name, _ in kwargs["weights_iterator"]]
             assert names == [name for name, _ in policy.hf.named_parameters()]
             calls.append("reload")
@@ -265,11 +269,15 @@ def test_order_of_waking_and_loading(policy, problems):
 
     engine = object.__new__(VLLMSampler)
     engine.llm, engine.can_sleep, engine.asleep, engine.dtype = FakeLLM(), True, set(), torch.float32
-    engine.stamp, engine.shapes, engine.broken = None, None, None
+    engine.stamp, engine.shapes, engine.broken, engine.given_back = BASE, None, None, 0
     engine.sleep()
     engine.sleep()  # asleep already
+    assert engine.given_back == 700
+    with pytest.raises(StaleWeights, match="holds the weights stamped None"):
+        engine.generate([[5]], [0], 1.0, 4, BASE)
     engine.load(policy.hf, 1)
-    assert calls == ["sleep 1", "wake weights", "reload", "wake kv_cache", "reset"]
+    assert engine.given_back == 0
+    assert calls == ["sleep 2", "wake weights", "reload", "wake kv_cache", "reset"]
     engine.load(policy.hf, 2)
     assert calls[5:] == ["reload", "reset"]
 

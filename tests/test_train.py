@@ -88,6 +88,19 @@ def test_a_phase_ends_when_the_gpu_has_done_its_work(monkeypatch):
     assert phases.record["time/update"] >= 0.3
 
 
+def test_a_phases_peak_is_without_a_sleeping_engine(monkeypatch):
+    """torch counts what the engine has given back. In the rollout it is awake, so there all counts."""
+    monkeypatch.setattr("runtime.metrics.measured_memory", lambda: (90 * 2**30, 40 * 2**30))
+    engine, guard = SimpleNamespace(given_back=60 * 2**30), SimpleNamespace(phase=lambda step, name: None)
+    phases = Phases(1, guard, lambda step, name, record: None, engine)
+    for name, given_back in (("sync", 0), ("rollout", 60), ("update", 60)):
+        phases.begin(name)
+        engine.given_back = given_back * 2**30
+    phases.end()
+    peaks = [phases.record[f"memory/{name}"] for name in ("sync", "rollout", "update")]
+    assert peaks == [90, 90, 30] and phases.record["memory/update_after"] == 40
+
+
 def test_a_held_out_selection_set(script, tmp_path):
     """Questions set aside are evaluated, and never trained on."""
     rows = run(script, tmp_path, "out", "--holdout=480", "--eval_k=2", "--eval_interval=2", "--max_steps=2")
@@ -537,10 +550,22 @@ def test_one_and_two_ranks_train_alike(tmp_path):
     assert len(rows) == 128
 
 
+COMPILED = """
+import functools, os, runpy, sys, torch
+sys.path.insert(0, os.path.dirname({train!r}))
+torch.compile = functools.partial(torch.compile, backend="eager")  # Inductor would take half a minute for each graph
+sys.argv[0] = {train!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
-    """Three optimizer steps, clipped, with an entropy bonus: 1, 2 and 4 ranks, DDP and FSDP2, any token budget, agree
-    to 1e-4 in every metric and in the weights. What two ranks saved, one loads, and the reverse."""
+    """Three optimizer steps, clipped, with an entropy bonus: 1, 2 and 4 ranks, DDP and FSDP2, any token budget, layers compiled
+    or not, agree to 1e-4 in every metric and in the weights. What two ranks saved, one loads, and the reverse. Ranks whose
+    micro-batches differ compile other graphs at other times, and do not wait for each other in vain."""
+    compiled = tmp_path / "compiled.py"
+    compiled.write_text(COMPILED.format(train=os.path.join(ROOT, "train.py")))
     argv = ["--max_steps=3", "--update_batches=2", "--sampler=torch", "--eval_data=", "--entropy_coef=0.01", "--grad_clip=0.05"]
     runs = {"one": launch(tmp_path, "one", 1, *argv)}
     for name, n_ranks, more in (
@@ -548,8 +573,11 @@ def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
         ("fsdp1", 1, ["--shard=fsdp"]),
         ("fsdp2", 2, ["--shard=fsdp", "--recompute=True"]),
         ("fsdp4", 4, ["--shard=fsdp", "--micro_tokens=300"]),
+        ("compiled1", 1, ["--compile=yes"]),
+        ("compiled2", 2, ["--shard=fsdp", "--recompute=True", "--compile=yes", "--micro_tokens=300"]),
     ):
-        runs[name] = launch(tmp_path, name, n_ranks, *argv, *more)
+        script = compiled if "compiled" in name else os.path.join(ROOT, "train.py")
+        runs[name] = launch(tmp_path, name, n_ranks, *argv, *more, script=script)
         close(runs["one"][1:], runs[name][1:], 1e-4)
         x, y = (load_file(tmp_path / n / "ckpt_3" / "model.safetensors") for n in ("one", name))
         assert x.keys() == y.keys() and all(torch.allclose(x[k], y[k], atol=1e-4) for k in x), name

@@ -20,7 +20,7 @@ is transformers' SDPA. A side that waits keeps its memory, so the card must hold
 
 Memory added is what the update adds to the memory in use when the update begins. The peak is that of the whole step. Both are
 the process's memory on a CPU, where our peak includes the sampler, but not the reward workers; on a GPU they are what torch's
-allocator counts, the engine included. Decoding includes loading the weights into the engine.
+allocator counts, the engine included unless it sleeps. Decoding includes loading the weights into the engine.
 """
 
 import contextlib

@@ -25,7 +25,8 @@ spec, seen = json.loads(sys.argv[1]), {}
 
 def endless(model, **options):
     """A sampler in which no token ends a completion: both sides decode the same number of tokens."""
-    return open_sampler(model, **{**options, "stop_ids": []})
+    seen["engine"] = open_sampler(model, **{**options, "stop_ids": []})
+    return seen["engine"]
 
 
 def hook(step, phase, record):
@@ -37,7 +38,7 @@ def hook(step, phase, record):
     elif phase == "update":  # its memory is measured from what is in use when it begins, which is a peak over no time
         settle()
         measured_memory()
-        seen["in_use"], _ = measured_memory()
+        seen["in_use"] = measured_memory()[0] - seen["engine"].given_back  # the record's peaks are without it, too
     elif phase == "done":
         synchronize()
         seconds, m = time.perf_counter() - seen["start"], record
