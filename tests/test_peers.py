@@ -23,6 +23,7 @@ def test_mistakes_are_named():
     for argv, words in (
         ([], "name the python of an environment with TRL"),
         ([f"--trl={sys.executable}", "--shapes=huge"], "'huge': choose shapes of toy"),
+        ([f"--trl={sys.executable}", "--shapes=toy,"], "'': choose shapes of toy"),
         ([f"--trl={sys.executable}"], "has no TRL"),
         (["--repeats=0"], "repeats=0 must be above zero"),
     ):

