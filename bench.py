@@ -34,6 +34,7 @@ tokens = 2048  # packed tokens per micro-batch; an update has two, so that gradi
 shortest = 64  # tokens of the shortest sequence [> 0]
 longest = 256  # tokens of the longest sequence [> 0]
 recompute = True  # activation checkpointing
+compile = "auto"  # decoder layers, by torch.compile; auto: a GPU and 100 M parameters [auto | yes | no]
 shard = "none"  # none: one process; fsdp: FSDP2 over all processes, also over one; each has its own tokens [none | fsdp]
 repeats = 5  # timed updates, after one untimed update [> 0]
 syncs = 5  # weight reloads into the engine; 0 skips the engine
@@ -58,10 +59,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
 from loss import batch_loss
-from model import Head, Policy, attention_backends, recompute_layers, shard_policy
+from model import Head, Policy, attention_backends, compile_layers, pick_flash_kernel, recompute_layers, shard_policy
 from rollout import choose_sampler, open_sampler, pick_device
 from runtime.files import make_folder
-from runtime.plan import count_parameters, measured_memory, show, training_memory
+from runtime.plan import count_parameters, measured_memory, show, training_memory, worth_compiling
 from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head
@@ -275,6 +276,9 @@ def main():
     policy = shard_policy(Policy(hf), dtype) if shard == "fsdp" else Policy(hf, 1.0, dtype)
     if recompute:
         recompute_layers(policy)
+    compiled = worth_compiling(compile, c)
+    if compiled:
+        compile_layers(hf)
     rate, shape = measure_matrix_product(c, device, dtype)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     product = " x ".join(map(str, shape))
@@ -282,7 +286,7 @@ def main():
     beside = f" ({promised / 1e12:.1f} in the card's datasheet)" if promised else ""
     print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s{beside}")
     result = {"size": size, "tokens": tokens, "machine": machine, "ranks": WORLD, "shard": shard, "recompute": recompute,
-              "matrix_flops": rate, "datasheet_flops": promised, "update": {}}  # fmt: skip
+              "compiled": compiled, "matrix_flops": rate, "datasheet_flops": promised, "update": {}}  # fmt: skip
     forecast = training_memory(
         c, tokens, n_gpus=WORLD, shard=shard == "fsdp", compute_bytes=dtype.itemsize, recompute=recompute
     )
@@ -292,6 +296,7 @@ def main():
         f" {show(forecast)} per rank at the update's peak"
     )
     for backend in attention_backends(device, dtype):
+        kernel = f" ({pick_flash_kernel()})" if backend == "packed_varlen" else ""
         t, peak, lengths, n = measure_update(c, policy, backend, device)
         mfu, hfu = (2 * flops(c, lengths, n, with_recomputation) / t / rate for with_recomputation in (False, True))
         of_datasheet = f" ({mfu * rate / promised:.1%} of the datasheet's)" if promised else ""
@@ -306,8 +311,8 @@ def main():
         result["update"][backend] = row
         memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
         print0(
-            f"update, {backend}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s per rank, MFU {mfu:.1%}{of_datasheet}, HFU {hfu:.1%},"
-            f" peak {memory}"
+            f"update, {backend}{kernel}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s per rank, MFU {mfu:.1%}{of_datasheet},"
+            f" HFU {hfu:.1%}, peak {memory}"
         )
     policy.zero_grad()
     result["head"] = measure_head(c, device, dtype)
