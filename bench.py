@@ -1,5 +1,5 @@
 """
-Measure speed and memory of update, attention backends, weight sync and rollout, for a model shape with random weights.
+Measure speed and memory of update, attention backends, head, weight sync and rollout, for a model shape with random weights.
 
     python bench.py                                                    a tiny shape, on a CPU
     python bench.py --size=1.5b --tokens=32768 --shortest=2048 --longest=8192    one GPU
@@ -7,9 +7,12 @@ Measure speed and memory of update, attention backends, weight sync and rollout,
     torchrun --nproc_per_node=8 bench.py --size=7b --shard=fsdp --tokens=32768 --shortest=2048 --longest=8192
 
 MFU is the model's FLOP/s (6 FLOPs per weight and token; attention and head are included, recomputation is not)
-over the FLOP/s of a matrix product, measured in the same run. HFU includes recomputation in backward.
+over the FLOP/s of a matrix product, measured in the same run; and, for comparison with others' figures, over what the card's
+datasheet promises. HFU includes recomputation in backward. Where liger-kernel is installed, its fused linear cross-entropy,
+which has no entropy, is measured beside our head on a GPU.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 
 from runtime.process import begin
 
@@ -30,10 +34,11 @@ tokens = 2048  # packed tokens per micro-batch; an update has two, so that gradi
 shortest = 64  # tokens of the shortest sequence [> 0]
 longest = 256  # tokens of the longest sequence [> 0]
 recompute = True  # activation checkpointing
+compile = "auto"  # decoder layers, by torch.compile; auto: a GPU and 100 M parameters [auto | yes | no]
 shard = "none"  # none: one process; fsdp: FSDP2 over all processes, also over one; each has its own tokens [none | fsdp]
 repeats = 5  # timed updates, after one untimed update [> 0]
 syncs = 5  # weight reloads into the engine; 0 skips the engine
-rollout_prompts = 32  # samples to generate [> 0]
+rollout_prompts = "32"  # samples to generate at once; comma-separated, each is measured
 rollout_tokens = 64  # tokens of each sample [> 0]
 device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
@@ -54,10 +59,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
 from loss import batch_loss
-from model import Policy, attention_backends, recompute_layers, shard_policy
+from model import Head, Policy, attention_backends, compile_layers, pick_flash_kernel, recompute_layers, shard_policy
 from rollout import choose_sampler, open_sampler, pick_device
 from runtime.files import make_folder
-from runtime.plan import count_parameters, measured_memory, show, training_memory
+from runtime.plan import count_parameters, measured_memory, show, training_memory, worth_compiling
 from runtime.ranks import RANK, WORLD, barrier, print0, start_processes
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head
@@ -68,17 +73,32 @@ SHAPES = {
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
+# Dense bf16 TFLOP/s of the datasheets, by a part of the name that CUDA gives a card; the first match counts.
+DATASHEET = {"H200 NVL": 835.5, "H100 NVL": 835.5, "H100 PCIe": 756, "H200": 989.5, "H100": 989.5, "H800": 989.5, "A100": 312,
+             "A800": 312, "L40S": 362}  # fmt: skip
 
 
-def model_config():
-    d, f, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+def model_config(shape):
+    d, f, layers, heads, kv_heads, vocabulary, tied = shape
     return Qwen2Config(
         hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
 
 
+def samples_at_once():
+    """The numbers in the knob rollout_prompts."""
+    try:
+        found = [int(n) for n in rollout_prompts.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UserError(f"rollout_prompts={rollout_prompts!r}: write numbers above zero, such as 32 or 1,32,256")
+    return found
+
+
 def check_knobs():
+    samples_at_once()
     if shortest > longest or min(shortest, tokens) < 32:
         raise UserError(f"shortest={shortest}, longest={longest}, tokens={tokens}: take 32 or more, and shortest <= longest")
     if WORLD > 1 and shard == "none":
@@ -113,6 +133,13 @@ def flops(c, lengths, n_response, with_recomputation):
     forward = 2 * body * sum(lengths) + attention
     head = 2 * c.vocab_size * c.hidden_size * n_response
     return 3 * (forward + head) + (forward * recompute + head) * with_recomputation
+
+
+def datasheet_rate(machine, dtype):
+    """FLOP/s that a card's datasheet promises; None for a card that is not in DATASHEET, a part of a card, or fp32."""
+    if dtype != torch.bfloat16 or "MIG" in machine:
+        return None
+    return next((1e12 * rate for name, rate in DATASHEET.items() if name in machine), None)
 
 
 def synchronize(device):
@@ -163,9 +190,40 @@ def measure_update(c, policy, backend, device):
     return t, peak, [len(r.prompt_ids) + len(r.response_ids) for r in rollouts], n
 
 
+def measure_head(c, device, dtype):
+    """{name: [seconds, bytes]} of forward and backward of the head alone over `tokens` hidden states. The bytes are those above
+    what hidden states, weight and their gradients take; None on a CPU. The weight is in fp32, as under autocast."""
+    hidden = torch.randn(tokens, c.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(c.vocab_size, c.hidden_size, device=device).mul_(0.02).requires_grad_()
+    targets = torch.randint(c.vocab_size, (tokens,), device=device)
+
+    def ours():
+        found = Head.apply(hidden, weight, targets[:, None])
+        return -found[:, 0].mean() - 0.005 * found[:, 1].mean()
+
+    heads = {"ours": ours}
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        heads["liger"] = lambda: LigerFusedLinearCrossEntropyLoss()(weight.to(dtype), hidden, targets)
+
+    def once(head):
+        hidden.grad = weight.grad = None
+        head().backward()
+
+    found = {}
+    for name, head in heads.items():
+        once(head)
+        measured_memory()
+        start, _ = measured_memory()  # a peak over no time: what is in use
+        t = seconds(partial(once, head), device, repeats)
+        found[name] = [t, measured_memory()[0] - start if device == "cuda" else None]
+    return found
+
+
 def measure_engine(c, policy, dtype):
-    """Measure weight syncs into the engine (seconds, temporary memory, memory that stays), and a rollout by it."""
-    prompts = [[2 + i % 29] * 16 for i in range(rollout_prompts)]
+    """Measure weight syncs into the engine (seconds, temporary memory, memory that stays), and rollouts by it."""
+    prompts = [[2 + i % 29] * 16 for i in range(max(samples_at_once()))]
     folder = os.path.join(tempfile.gettempdir(), f"bench_{size}_{os.environ.get('MASTER_PORT', os.getpid())}")
     try:
         if RANK == 0:  # the torch sampler reads only the config: load() brings its weights
@@ -191,21 +249,25 @@ def measure_engine(c, policy, dtype):
         passing, after = max(passing, peak - allocated), [*after, now]
     # Single readings of resident memory fluctuate with the allocator: compare the medians of the two halves.
     growth = statistics.median(after[len(after) // 2 :]) - statistics.median(after[: max(1, len(after) // 2)])
-    engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs)
-    start = time.perf_counter()
-    total = sum(len(s.ids) for s in engine.generate(prompts, list(range(len(prompts))), 1.0, rollout_tokens, syncs))
-    rate = total / (time.perf_counter() - start)
+    rates = {}
+    for n in samples_at_once():
+        generate = partial(engine.generate, prompts[:n], list(range(n)), 1.0, rollout_tokens, syncs)
+        generate()
+        start = time.perf_counter()
+        total = sum(len(s.ids) for s in generate())
+        rates[n] = total / (time.perf_counter() - start)
     engine.close()
     _, n_embedding, n_layer = count_parameters(c)
     return {"engine": type(engine).__name__, "sync_s": statistics.median(times), "syncs": syncs,
             "sync_growth_mib": growth / 2**20, "sync_passing_mib": passing / 2**20,
-            "largest_module_mib": max(n_embedding, n_layer) * dtype.itemsize / 2**20, "rollout_tokens_per_s": rate}  # fmt: skip
+            "largest_module_mib": max(n_embedding, n_layer) * dtype.itemsize / 2**20,
+            "rollout_tokens_per_s": rates}  # fmt: skip
 
 
 def main():
     device, precision = pick_device(config["device"], "auto")
     dtype = getattr(torch, precision)
-    c = model_config()
+    c = model_config(SHAPES[size])
     check_knobs()
     start_processes(device, shard, config)
     torch.manual_seed(0)
@@ -214,12 +276,17 @@ def main():
     policy = shard_policy(Policy(hf), dtype) if shard == "fsdp" else Policy(hf, 1.0, dtype)
     if recompute:
         recompute_layers(policy)
+    compiled = worth_compiling(compile, c)
+    if compiled:
+        compile_layers(hf)
     rate, shape = measure_matrix_product(c, device, dtype)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     product = " x ".join(map(str, shape))
-    print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s")
+    promised = datasheet_rate(machine, dtype)
+    beside = f" ({promised / 1e12:.1f} in the card's datasheet)" if promised else ""
+    print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s{beside}")
     result = {"size": size, "tokens": tokens, "machine": machine, "ranks": WORLD, "shard": shard, "recompute": recompute,
-              "matrix_flops": rate, "update": {}}  # fmt: skip
+              "compiled": compiled, "matrix_flops": rate, "datasheet_flops": promised, "update": {}}  # fmt: skip
     forecast = training_memory(
         c, tokens, n_gpus=WORLD, shard=shard == "fsdp", compute_bytes=dtype.itemsize, recompute=recompute
     )
@@ -229,8 +296,10 @@ def main():
         f" {show(forecast)} per rank at the update's peak"
     )
     for backend in attention_backends(device, dtype):
+        kernel = f" ({pick_flash_kernel()})" if backend == "packed_varlen" else ""
         t, peak, lengths, n = measure_update(c, policy, backend, device)
         mfu, hfu = (2 * flops(c, lengths, n, with_recomputation) / t / rate for with_recomputation in (False, True))
+        of_datasheet = f" ({mfu * rate / promised:.1%} of the datasheet's)" if promised else ""
         row = {
             "tokens_per_s": 2 * tokens / t,
             "mfu": mfu,
@@ -242,14 +311,20 @@ def main():
         result["update"][backend] = row
         memory = f"{show(peak)} ({peak / forecast:.2f} of the forecast)" if peak else "not measured on a CPU"
         print0(
-            f"update, {backend}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s per rank, MFU {mfu:.1%}, HFU {hfu:.1%}, peak {memory}"
+            f"update, {backend}{kernel}: {t:.3f} s, {2 * tokens / t:.0f} tokens/s per rank, MFU {mfu:.1%}{of_datasheet},"
+            f" HFU {hfu:.1%}, peak {memory}"
         )
+    policy.zero_grad()
+    result["head"] = measure_head(c, device, dtype)
+    for name, (t, n_bytes) in result["head"].items():
+        memory = f"{show(n_bytes)} above the start" if n_bytes is not None else "memory not measured on a CPU"
+        print0(f"head, {name}: {tokens} x {c.hidden_size} x {c.vocab_size} in {1000 * t:.1f} ms, {memory}")
     if syncs:
-        policy.zero_grad()
         r = measure_engine(c, policy, dtype)
         result |= r
         share = r["sync_passing_mib"] / r["largest_module_mib"]
-        print0(f"{r['engine']}: rollout {r['rollout_tokens_per_s']:.0f} tokens/s; weight sync {r['sync_s']:.3f} s")
+        rates = ", ".join(f"{rate:.0f} tokens/s of {n} at once" for n, rate in r["rollout_tokens_per_s"].items())
+        print0(f"{r['engine']}: rollout {rates}; weight sync {r['sync_s']:.3f} s")
         print0(
             f"memory of a sync: {r['sync_passing_mib']:.1f} MiB for a moment, {share:.2f} of the largest module;"
             f" {r['sync_growth_mib']:+.1f} MiB from the first half to the last half of {syncs} syncs"

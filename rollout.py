@@ -56,7 +56,7 @@ import torch
 
 from configurator import UserError, first_line
 from data import Rollout, digest
-from runtime.files import model_files
+from runtime.files import load_config, model_files
 from runtime.plan import worth_compiling
 from runtime.process import heartbeat
 from runtime.ranks import RANK, print0
@@ -231,7 +231,7 @@ def open_sampler(
         gpu_memory=gpu_memory,
         seed=seed + RANK // tensor_parallel,  # the ranks of one engine must draw alike
         tensor_parallel=tensor_parallel,
-        graphs=torch.cuda.is_available() and worth_compiling(cuda_graphs, model),  # on a CPU there are none
+        graphs=torch.cuda.is_available() and worth_compiling(cuda_graphs, load_config(model)),  # on a CPU there are none
     )
 
 

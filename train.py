@@ -212,7 +212,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
         # Load the policy, the engine and the teacher model; make the optimizers and the method's memory.
         policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute,
-                             compiled=worth_compiling(compile, base))  # fmt: skip
+                             compiled=worth_compiling(compile, model_config))  # fmt: skip
         backend = policy.hf.config._attn_implementation
         print0(f"attention: {backend}" + f", {pick_flash_kernel()}" * (backend == "packed_varlen"))
         ddp = WORLD > 1 and shard == "ddp"  # averages gradients over ranks; FSDP does so by itself

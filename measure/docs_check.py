@@ -59,6 +59,7 @@ COMMANDS = {
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp" + SHORT)],
     "python bench.py": [("bench.py", "bench.py --repeats=1")],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
+    "bash measure/gpu.sh out/gpu": [("bash", "TINY=1 bash"), ("out/gpu", "out/gpu bench")],
     "python measure/profile_step.py": [("step.py", "step.py toy")],
     "python measure/growth.py": [],
     "python measure/start_up.py": [("start_up.py", "start_up.py 1")],

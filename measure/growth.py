@@ -21,7 +21,7 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import ROOT
-from measure.peers.compare import build_model, write_prompts
+from measure.random_model import build_model, numbers, write_rows
 
 BASE = {"group": 8, "tokens": 128, "vocabulary": 8192, "width": 256, "ranks": 1}
 POINTS = {"group": (8, 16, 32), "tokens": (128, 256, 512), "vocabulary": (8192, 32768, 131072), "width": (256, 512, 1024),
@@ -34,8 +34,10 @@ def measure(folder, sampler, group, tokens, vocabulary, width, ranks):
     """[seconds of the rollout, seconds of the update, GiB that the update adds]"""
     model, out = os.path.join(folder, f"model_{width}_{vocabulary}"), os.path.join(folder, "run")
     if not os.path.isdir(model):
-        build_model(model, width, intermediate=2 * width, layers=2, heads=width // 64, vocabulary=vocabulary)
-    parquet = write_prompts(folder)
+        heads = width // 64
+        build_model(model, (width, 2 * width, 2, heads, heads, vocabulary, True))
+    parquet = os.path.join(folder, "prompts.parquet")
+    write_rows(parquet, numbers(64, 16, 16))
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     command = [
         sys.executable, *launcher, "train.py", f"--model={model}", f"--data={parquet}", "--eval_data=", f"--sampler={sampler}",

@@ -47,7 +47,7 @@ def by_kind(function):
 
 
 def main(shape="25m-256"):
-    _, n_prompts, group, tokens = SHAPES[shape]
+    _, n_prompts, group, tokens, *_ = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         model = build(folder, shape)["model"]
         policy, sampler = load_policy(model), TorchSampler(model, [], tokens + 16)

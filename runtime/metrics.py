@@ -151,6 +151,8 @@ class Phases:
 
     def end(self):
         if self.name:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or the phase's last kernels would count in the next
             peak, in_use = measured_memory()
             self.record[f"time/{self.name}"] = time.time() - self.start
             peak -= min(self.asleep, self.given_back())

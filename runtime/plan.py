@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configurator import UserError
-from runtime.files import load_config
 from runtime.requests import MAX_ROWS
 
 GIB = 2**30
@@ -33,11 +32,10 @@ def count_parameters(config):
     return size(hf), size(hf.get_input_embeddings()), max(map(size, layers))
 
 
-def worth_compiling(choice, model):
+def worth_compiling(choice, config):
     """The knobs `compile` and `cuda_graphs` -> True or False. On an H200 vLLM took 60 s to compile and capture for a toy that
     then trained for 7 s, so "auto" is only for models above 100 M parameters, on a GPU."""
-    is_large = lambda: count_parameters(load_config(model))[0] > 100e6
-    return choice == "yes" or (choice == "auto" and torch.cuda.is_available() and is_large())
+    return choice == "yes" or (choice == "auto" and torch.cuda.is_available() and count_parameters(config)[0] > 100e6)
 
 
 def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):

@@ -28,6 +28,7 @@ from data import Packed, packing_of
 
 BASE = os.path.join(ROOT, "toy", "base")
 TRAIN = os.path.join(ROOT, "toy", "train.parquet")
+TRAIN_PY = os.path.join(ROOT, "train.py")
 
 # ---------------------------------------------------------------- shapes of real models
 
@@ -198,7 +199,7 @@ def run(script, tmp_path, name, *argv):
     return metrics(out)
 
 
-def launch(tmp_path, name, n_ranks, *argv, script=os.path.join(ROOT, "train.py")):
+def launch(tmp_path, name, n_ranks, *argv, script=TRAIN_PY):
     """train.py, or a script that runs it, under torchrun with n_ranks processes, or plainly with one. Returns its metrics."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--standalone"]
     command = [sys.executable, *(torchrun if n_ranks > 1 else []), script]

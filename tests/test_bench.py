@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import Qwen2Config
 
 import bench
@@ -30,6 +31,22 @@ def test_sequences_fill_the_budget():
     assert max(rollouts[0].prompt_ids) < 100
 
 
+@pytest.mark.parametrize(
+    "machine,tflops",
+    [
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_datasheets_rate(machine, tflops):
+    assert bench.datasheet_rate(machine, torch.bfloat16) == (tflops and tflops * 1e12)
+    assert bench.datasheet_rate(machine, torch.float32) is None
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     argv = [
@@ -39,12 +56,15 @@ def test_the_command(tmp_path):
         "--repeats=1",
         "--syncs=2",
         "--sampler=torch",
+        "--rollout_prompts=2,5",
         f"--out={tmp_path / 'r.jsonl'}",
     ]
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "MFU" in done.stdout and "not measured on a CPU" in done.stdout
     row = json.loads((tmp_path / "r.jsonl").read_text())
+    assert row["head"]["ours"][0] > 0 and "head, ours: 512 x 64 x 32 in" in done.stdout
+    assert list(row["rollout_tokens_per_s"]) == ["2", "5"] and "tokens/s of 5 at once" in done.stdout
     assert row["matrix_flops"] > 0 and row["update"]["packed_sdpa"]["tokens_per_s"] > 0 and row["torch"]
 
 
@@ -54,6 +74,8 @@ def test_the_command(tmp_path):
         ("--tokens=0", "tokens=0 must be above zero"),
         ("--repeats=0", "repeats=0 must be above zero"),
         ("--syncs=-1", "syncs=-1 must be zero or more"),
+        ("--rollout_prompts=2,0", "rollout_prompts='2,0': write numbers above zero"),
+        ("--rollout_prompts=all", "rollout_prompts='all': write numbers above zero"),
         ("--rollout_tokens=0", "rollout_tokens=0 must be above zero"),
         ("--shortest=300", "take 32 or more, and shortest <= longest"),
         ("--tokens=1", "take 32 or more"),

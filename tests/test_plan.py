@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from helpers import BASE, LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
+from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
+from transformers import Qwen2Config
 
 from configurator import ROOT, UserError
-from runtime import plan
-from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory
+from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory, worth_compiling
 
 
 def test_parameters_of_the_released_7b():
@@ -137,10 +137,8 @@ def test_memory_is_measured():
 
 def test_small_models_are_not_compiled(monkeypatch):
     """Neither by torch nor by vLLM, unless one says so."""
-    choices = lambda: [plan.worth_compiling(choice, BASE) for choice in ("auto", "yes", "no")]
-    monkeypatch.setattr(plan, "count_parameters", lambda config: (101_000_000, 0, 0))
-    assert choices() == [False, True, False]  # on a CPU
+    small = Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=1000)
+    choices = lambda: [[worth_compiling(choice, config) for choice in ("auto", "yes", "no")] for config in (small, QWEN_05B)]
+    assert choices() == [[False, True, False]] * 2  # on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choices() == [True, True, False]
-    monkeypatch.setattr(plan, "count_parameters", lambda config: (99_000_000, 0, 0))
-    assert choices() == [False, True, False]
+    assert choices() == [[False, True, False], [True, True, False]]

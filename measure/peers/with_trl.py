@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from turns import resident, settle, tell, wait  # isort: skip, it redirects stdout before the libraries print
+from turns import in_use, settle, synchronize, tell, wait  # isort: skip, it redirects stdout before the libraries print
 
 import pyarrow.parquet as pq
 import torch
@@ -19,50 +19,66 @@ from parity import grade
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-spec, times = json.loads(sys.argv[1]), {}
+spec, seen = json.loads(sys.argv[1]), {}
 NEVER = -1  # the token that ends a completion, so none does: both sides decode the same number of tokens
+
+
+class Clock:
+    """Adds the seconds inside it to seen[name]."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        synchronize()
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error):
+        synchronize()
+        seen[self.name] = seen.get(self.name, 0) + time.perf_counter() - self.start
 
 
 class Timed(GRPOTrainer):
     """GRPOTrainer that measures decoding, reward, and all that comes before the update."""
 
     def _prepare_inputs(self, batch):
-        start = time.perf_counter()
-        inputs = super()._prepare_inputs(batch)
-        times["before_update"] = time.perf_counter() - start
-        _, times["peak"] = resident()
-        settle()
-        times["resident"], _ = resident()
-        assert inputs["completion_mask"].sum() == spec["prompts"] * spec["group"] * spec["completion"]
+        """Called for each micro-batch. The step's first call decodes and grades for all of them."""
+        with Clock("before_update"):
+            inputs = super()._prepare_inputs(batch)
+        if "in_use" not in seen:
+            _, seen["peak"] = in_use()
+            settle()
+            seen["in_use"], _ = in_use()
+        seen["tokens"] = seen.get("tokens", 0) + inputs["completion_mask"].sum().item()
         return inputs
 
     def _generate_single_turn(self, *a, **k):
-        start = time.perf_counter()
-        result = super()._generate_single_turn(*a, **k)
-        times["decode"] = time.perf_counter() - start
-        return result
+        with Clock("decode"):
+            return super()._generate_single_turn(*a, **k)
 
     def _calculate_rewards(self, *a, **k):
-        start = time.perf_counter()
-        result = super()._calculate_rewards(*a, **k)
-        times["reward"] = time.perf_counter() - start
-        return result
+        with Clock("reward"):
+            return super()._calculate_rewards(*a, **k)
 
 
 class Turns(TrainerCallback):
     def on_step_begin(self, *a, **k):
         wait()
-        resident()  # the high-water mark starts here
-        times["start"] = time.perf_counter()
+        in_use()  # the peak starts here
+        synchronize()
+        seen.clear()
+        seen["start"] = time.perf_counter()
 
     def on_step_end(self, *a, **k):
-        times["end"] = time.perf_counter()
+        synchronize()
+        seen["end"] = time.perf_counter()
 
     def on_log(self, *a, **k):  # logging is part of the step, and its last part
-        seconds, (_, peak) = time.perf_counter() - times["start"], resident()
-        tell({"seconds": seconds, "decode": times["decode"], "reward": times["reward"],
-              "update": times["end"] - times["start"] - times["before_update"],
-              "update_bytes": peak - times["resident"], "peak_bytes": max(peak, times["peak"])})  # fmt: skip
+        seconds, (_, peak) = time.perf_counter() - seen["start"], in_use()
+        assert seen["tokens"] == spec["prompts"] * spec["group"] * spec["completion"], seen
+        tell({"seconds": seconds, "decode": seen["decode"], "reward": seen["reward"],
+              "update": seen["end"] - seen["start"] - seen["before_update"],
+              "update_bytes": peak - seen["in_use"], "peak_bytes": max(peak, seen["peak"])})  # fmt: skip
 
 
 def main():
@@ -73,13 +89,20 @@ def main():
         {"prompt": r["prompt"], "answer": r["reward_model"]["ground_truth"]} for r in pq.read_table(spec["parquet"]).to_pylist()
     ]
     n, batch = spec["completion"], spec["prompts"] * spec["group"]
+    if spec["trl_sampler"] == "vllm":
+        sampling = dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=spec["gpu_memory"],
+                        vllm_max_model_length=64 + n, vllm_importance_sampling_correction=False,
+                        generation_kwargs={"ignore_eos": True})  # fmt: skip
+    else:
+        sampling = dict(generation_kwargs={"eos_token_id": NEVER})
     config = GRPOConfig(
-        output_dir=os.path.join(spec["folder"], "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        num_generations=spec["group"], max_completion_length=n, generation_kwargs={"eos_token_id": NEVER}, beta=0.0,
-        epsilon=0.2, loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
-        lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0, bf16=False,
-        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
-        dataloader_num_workers=0, disable_tqdm=True, optim="adamw_torch_fused", max_steps=10**6,
+        output_dir=os.path.join(spec["folder"], "trl"), per_device_train_batch_size=spec["micro_rows"],
+        gradient_accumulation_steps=batch // spec["micro_rows"], num_generations=spec["group"], max_completion_length=n,
+        beta=0.0, epsilon=0.2, loss_type="dr_grpo", scale_rewards="none", temperature=1.0, top_p=1.0, top_k=0,
+        learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.99,
+        weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", seed=0, dataloader_num_workers=0,
+        disable_tqdm=True, optim="adamw_torch_fused", max_steps=10**6, use_cpu=spec["device"] == "cpu",
+        bf16=spec["dtype"] == "bfloat16", gradient_checkpointing=spec["recompute"], use_liger_kernel=spec["liger"], **sampling,
     )  # fmt: skip
     reward = lambda completions, answer, **k: [grade(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
     reward.__name__ = "reward"
