@@ -369,7 +369,8 @@ def prepare_reanswer(args):
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
     if ending != ".parquet":
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
-    partial = {path: f"{path}.partial" for path in (out, complement, report)}
+    # Named after the folder that is locked: another command's --out may be this one's complement.
+    partial = {out: f"{work}.out.partial", complement: f"{work}.complement.partial", report: f"{work}.report.partial"}
     ready = os.path.join(work, "ready")  # it exists if a run was killed while it renamed its files: those are whole
     if not os.path.exists(ready):
         check_free(partial)
