@@ -298,6 +298,14 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, dr
     assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
 
 
+def test_bfloat16_passes_the_canary_by_default(script, tmp_path, capsys):
+    """The engine and the trainer round differently there, more than float32's limit allows; a GPU's default is bfloat16."""
+    rows = run(script, tmp_path, "x", "--dtype=bfloat16", "--max_steps=1", "--canary_interval=1", "--prompts_per_step=4")
+    assert "(limit 0.1)" in capsys.readouterr().out
+    gaps = [r[name] for r in rows for name in ("mismatch/canary", "mismatch/abs") if name in r]
+    assert len(gaps) == 3 and 1e-3 < max(gaps) < 0.1
+
+
 @pytest.mark.slow
 def test_ranks_die_with_their_torchrun(tmp_path):
     """Killed outright, torchrun cannot end its ranks: they must not go on, holding GPUs and writing files."""
