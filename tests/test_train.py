@@ -544,6 +544,32 @@ def test_a_rank_with_nothing_to_do_does_not_hang(tmp_path):
         close(one[1:], launch(tmp_path, shard, 2, *argv, f"--shard={shard}")[1:], 1e-4, ("loss", "grad_norm", "teacher/p"))
 
 
+THREE_SEQUENCES = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/toy", {tests!r}]
+from helpers import forked_ranks, load_script
+for n, shard in ((1, "none"), (8, "ddp"), (8, "fsdp")):
+    train = load_script("train", [*sys.argv[2:], "--shard=" + shard, "--out_dir=" + sys.argv[1] + "/" + shard])
+    train.worth_training = lambda rollouts: rollouts[6:9]
+    if code := forked_ranks(n, train.main):
+        sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_eight_ranks_and_three_sequences(tmp_path):
+    """As skip_equal_groups may leave them: five ranks run a dummy, in DDP and FSDP alike, and the steps are those of one."""
+    (tmp_path / "three.py").write_text(THREE_SEQUENCES.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
+    argv = ["--prompts_per_step=8", "--max_steps=2", "--sampler=torch", "--eval_data=", "--reward_workers=1",
+            "--hang_timeout=60"]  # fmt: skip
+    done = subprocess.run([sys.executable, tmp_path / "three.py", tmp_path, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one = metrics(tmp_path / "none")
+    assert all(r["grad_norm"] > 0 for r in one[1:])
+    for shard in ("ddp", "fsdp"):
+        close(one[1:], metrics(tmp_path / shard)[1:], 1e-4, ("loss", "grad_norm", "reward/own", "teacher/p"))
+
+
 @pytest.mark.slow
 def test_sharded_training_with_a_tensor_parallel_engine(tmp_path):
     """Two FSDP ranks share one engine of two halves: its log-probs are the trainer's, and the toy is learnt as ever."""
