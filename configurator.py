@@ -68,9 +68,9 @@ def run(main):
                 raise
             raise UserError(f"{os.fsdecode(e.filename)}: {e.strerror}") from None
     except UserError as e:
-        rank = int(os.environ.get("RANK", 0))
+        rank = os.environ.get("RANK", "0")
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))
-        print(printable(f"error: rank {rank}: {e}" if rank else f"error: {e}"), file=sys.stderr, flush=True)
+        print(printable(f"error: {e}" if rank == "0" else f"error: rank {rank}: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:  # in a tool that did not call runtime.process.begin()
         print("interrupted", file=sys.stderr)

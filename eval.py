@@ -55,6 +55,7 @@ dtype = "auto"  # of weights and matrix products; auto: bfloat16 on a GPU [auto 
 gpu_memory = 0.85  # share of the GPU's memory that vLLM may take [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
 chunk = 256  # samples per chunk of work; a kill loses at most one chunk per rank [> 0]
+hang_timeout = 300.0  # end after so many seconds without progress on any rank [0.1, 604800]
 
 from configurator import UserError, configure, out_of_range, printable, run
 
@@ -72,6 +73,7 @@ from reward import Verifier, graded_text, letter_with_text
 from rollout import Sample, choose_sampler, open_sampler, pick_device, request_seed
 from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
+from runtime.guard import Watch
 from runtime.metrics import best_and_worst
 from runtime.preflight import check_ids
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
@@ -84,6 +86,7 @@ from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_
 # them is compared instead (the problems, the weights, k by source, each temperature).
 NOT_COMPARED = (
     "data model out_dir sources max_problems template system shuffle_options k temperature sweep gpu_memory reward_workers"
+    " hang_timeout"
 ).split()
 
 
@@ -301,7 +304,11 @@ def main():
                     name, tokenizer.stop_ids, room, sampler=engine_kind, dtype=precision, gpu_memory=gpu_memory,
                     seed=seed, tensor_parallel=tensor_parallel,
                 )  # fmt: skip
-            work_through(place, chunks, partial(work, t=t), tensor_parallel)
+            with Watch(hang_timeout) as watch:
+                verifier.tick = watch.progress
+                if engine:
+                    engine.tick = watch.progress
+                work_through(place, chunks, partial(work, t=t), watch, tensor_parallel)
             if RANK == 0:
                 tables[f"{t:g}"] = report(place.path, paths)
         if sweep and RANK == 0:

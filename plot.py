@@ -46,6 +46,7 @@ OUTCOMES = [
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 MARKERS = "osD^vPX"  # for readers and printers without colours
 KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # each looks the same in all pictures
+TITLE = "nano-luffy: curves of runs"  # in each picture's metadata: by it main() knows what it may draw again
 PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#0072B2", "update": "#a6a6a6"}
 
 
@@ -175,7 +176,7 @@ def draw(methods, paths, panels, phases=False):
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(methods), 7), frameon=False)
     try:
         for path in paths:
-            figure.savefig(path, dpi=130)
+            figure.savefig(path, dpi=130, metadata={"Title": TITLE})
     except OSError as e:
         raise UserError(f"--out: {path} cannot be written: {e.strerror}") from None
     plt.close(figure)
@@ -199,6 +200,15 @@ def draw_sweep(tables, path):
     figure.savefig(path, dpi=150)
 
 
+def check_replaceable(path):
+    """Raise UserError if a file is there that draw() did not write."""
+    try:
+        if os.path.lexists(path) and TITLE.encode() not in open(path, "rb").read():
+            raise UserError(f"--out: {path} is there already and is no picture of curves: choose another name")
+    except OSError as e:
+        raise UserError(f"--out: {path} cannot be written: {e.strerror}") from None
+
+
 # ---------------------------------------------------------------- the trace page
 
 
@@ -216,6 +226,8 @@ def trace(argv):
             config = dict(json.load(f))
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: copy it again") from None
+    if missing := [name for name in ("model", "shaping", "gamma", "sft_coef") if name not in config]:
+        raise UserError(f"{path} has no {missing[0]!r}: give a folder that train.py wrote")
     names = os.listdir(rollouts) if os.path.isdir(rollouts := os.path.join(folder, "rollouts")) else []
     steps = sorted(int(m[1]) for m in map(re.compile(r"step_(0|[1-9][0-9]*)\.jsonl").fullmatch, names) if m)
     step = options.get("step") or str(max(steps, default=""))
@@ -363,6 +375,8 @@ def main():
     if ending not in ("", ".png", ".svg", ".pdf"):
         raise UserError(f"--out={out}: choose a name that ends in .png, .svg or .pdf, or without an ending for .png and .svg")
     paths = [out] if ending else [f"{name}.png", f"{name}.svg"]
+    for path in paths:
+        check_replaceable(path)
     methods = by_method(folders)
     print(table(methods))
     draw(methods, paths, PANELS, phases=True)

@@ -63,6 +63,7 @@ def parse(argv):
     p.add_argument("--gpu_memory", type=float, default=0.85, help="share of the GPU's memory for vLLM (%(default)s)")
     p.add_argument("--tensor_parallel", type=int, default=1, help="consecutive ranks that share one engine (%(default)s)")
     p.add_argument("--chunk", type=int, default=256, help="samples per chunk; a kill loses one chunk per rank (%(default)s)")
+    p.add_argument("--hang_timeout", type=float, default=300.0, help="end after so many seconds without progress (%(default)s)")
 
     p = commands.add_parser("model", allow_abbrev=False, help="set a model's RoPE base, positions and chat template")
     p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
@@ -103,6 +104,7 @@ from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler, pick_device
 from runtime.files import load_config, model_path, partial_name, remove_partials, weight_files, write_json
 from runtime.folder import Lock, OutputFolder
+from runtime.guard import Watch
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import tensor_files
@@ -364,14 +366,16 @@ def prepare_reanswer(args):
     """
     check_range(args, "k max_tokens chunk gpu_memory tensor_parallel solved_at", "[> 0]")
     for name, written in (("reward_workers", "[1, 1024]"), ("reward_timeout", "[0.01, 86400]"),
-                          ("temperature", "[0 or 0.01, 100]"), ("seed", "[0, 4294967295]")):  # fmt: skip
+                          ("hang_timeout", "[0.1, 604800]"), ("temperature", "[0 or 0.01, 100]"),
+                          ("seed", "[0, 4294967295]")):  # fmt: skip
         check_range(args, name, written)
     out = repo_path(args.out)
     stem, ending = os.path.splitext(out)
     complement, report, work = (stem + s for s in (".complement.parquet", ".report.json", ".work"))
     if ending != ".parquet":
         raise UserError(f"--out={args.out}: name a file that ends in .parquet")
-    partial = {path: f"{path}.partial" for path in (out, complement, report)}
+    # Named after the folder that is locked: another command's --out may be this one's complement.
+    partial = {out: f"{work}.out.partial", complement: f"{work}.complement.partial", report: f"{work}.report.partial"}
     ready = os.path.join(work, "ready")  # it exists if a run was killed while it renamed its files: those are whole
     if not os.path.exists(ready):
         check_free(partial)
@@ -412,7 +416,11 @@ def prepare_reanswer(args):
             return evaluate(part, engine, verifier, tokenizer, stamp=name, k=args.k, temperature=args.temperature,
                             max_tokens=args.max_tokens, seed=args.seed)  # fmt: skip
 
-        work_through(place, chunks, answer, args.tensor_parallel)
+        with Watch(args.hang_timeout) as watch:
+            verifier.tick = watch.progress
+            if engine:
+                engine.tick = watch.progress
+            work_through(place, chunks, answer, watch, args.tensor_parallel)
         if RANK == 0 and not os.path.exists(ready):
             files = chunk_files(work, chunks)
             counts = write_answers(source, content.digest(), files, partial[out], partial[complement], THINK if opened else "")

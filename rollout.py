@@ -57,7 +57,7 @@ import torch
 from configurator import UserError, first_line
 from data import Rollout, digest
 from runtime.files import load_config, model_files
-from runtime.plan import worth_compiling
+from runtime.plan import show, worth_compiling
 from runtime.process import heartbeat
 from runtime.ranks import RANK, print0
 from runtime.requests import MAX_ROWS, Sample, check_requests, check_stamp, per_prompt
@@ -261,7 +261,7 @@ class VLLMSampler:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, max_model_len),
             }
-        with kept_rng(), warnings.catch_warnings(), as_named(model) as folder:
+        with kept_rng(), warnings.catch_warnings(), as_named(model) as folder, memory_remedies(gpu_memory):
             warnings.simplefilter("ignore")
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             from vllm import LLM
@@ -420,6 +420,24 @@ def as_named(model):
         for name in names:
             os.symlink(os.path.abspath(os.path.join(model, name)), os.path.join(folder, name))
         yield folder
+
+
+@contextlib.contextmanager
+def memory_remedies(gpu_memory):
+    """While vLLM starts: turn its errors about memory into UserErrors that name our knobs."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as e:
+        remedies = {
+            "Free memory on device": "lower gpu_memory, or end the other programs on this GPU"
+            f" (this one holds {show(torch.cuda.memory_reserved())})",
+            "No available memory for the cache": "raise gpu_memory",
+            "larger than the available KV cache": "raise gpu_memory, or lower max_tokens",
+            "out of memory": "lower gpu_memory; in train.py also cuda_graphs=no",  # also torch.OutOfMemoryError
+        }
+        if not (remedy := next((remedy for words, remedy in remedies.items() if words in str(e)), None)):
+            raise
+        raise UserError(f"vLLM does not start at gpu_memory={gpu_memory}: {first_line(e)}\n{remedy}") from None
 
 
 @contextlib.contextmanager

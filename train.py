@@ -392,12 +392,13 @@ def finish_step(run, policy, engine, verifier, tokenizer, problem, held_out, gua
     """What follows a step's updates, and step 0: canary, evaluation, its line in metrics.jsonl."""
     step, found = run.step, {}
     if engine and step and is_due(step, canary_interval):
+        guard.phase(step, "canary")
         found["mismatch/canary"] = compare_engine(run, policy, engine, problem)
     due = step in (0, max_steps) or is_due(step, eval_interval)
     modes = [("greedy", 1, 0.0)] * eval_greedy + [("avg@k", eval_k, eval_temperature)] * (eval_k > 0)
     if held_out and modes and due:
-        sync(engine, policy, run)
         guard.phase(step, "evaluation")
+        sync(engine, policy, run)
         record, table, rows = evaluate_modes(
             held_out, engine, verifier, tokenizer, guard, stamp=run.n_updates, modes=modes, max_tokens=max_tokens,
             seed=seed, tensor_parallel=tensor_parallel,

@@ -8,6 +8,7 @@ The run saves a checkpoint at every step. It must resume each time, lose only th
 weights, optimizer, metrics and rollouts, byte for byte. If not, the exit code is 1.
 """
 
+import glob
 import json
 import os
 import random
@@ -148,8 +149,10 @@ def newest_checkpoint(out):
 def outcome(out, steps):
     """What must not depend on kills: the final files, the metrics without time and memory, the rollouts."""
     found = {}
-    for name in ("model.safetensors", os.path.join("state", "adamw.safetensors")):
-        found[name] = open(os.path.join(out, f"ckpt_{steps}", name), "rb").read()
+    checkpoint = os.path.join(out, f"ckpt_{steps}")
+    for name in glob.glob("**/*.safetensors", root_dir=checkpoint, recursive=True):
+        found[name] = open(os.path.join(checkpoint, name), "rb").read()
+    assert found, f"no tensors in {checkpoint}"
     for line in open(os.path.join(out, "metrics.jsonl")):
         row = json.loads(line)
         found[f"metrics {row['step']}"] = {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}

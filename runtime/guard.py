@@ -32,19 +32,72 @@ class Stopped(Exception):
     """A signal asked the run to end. Raised on all ranks together, or inside interruptible()."""
 
 
-class Guard:
-    """A context manager around training. hang_timeout: seconds without progress on any rank after which the run ends."""
+class Watch:
+    """A context manager around work of all ranks: a thread ends the process when none of them makes progress. hang_timeout:
+    seconds without progress on any rank after which it does."""
 
     def __init__(self, hang_timeout):
         self.hang_timeout = hang_timeout
         self.rank, self.world = RANK, WORLD
+        self.count, self.where = 0, "start"
+        self.seen, self.ended = {}, threading.Event()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+    def progress(self, where=None):
+        """Note progress, and what this rank does from now on, if that is given."""
+        self.count, self.where = self.count + 1, where or self.where
+
+    def follow(self):
+        """End the process when no rank makes progress. Another thread talks to torchrun's store, which never answers if
+        its machine froze."""
+        if self.world > 1:
+            threading.Thread(target=self.exchange, daemon=True).start()
+        last, quiet = None, 0  # checks without progress: a clock would go on while the process is stopped (Ctrl-Z)
+        while not self.ended.wait(EVERY):
+            self.seen[self.rank] = f"{self.count} {self.where}"
+            patience = self.hang_timeout + EVERY * self.rank  # so that one rank reports before torchrun ends them all
+            if self.seen != last:
+                last, quiet = dict(self.seen), 0
+            elif (quiet := quiet + 1) * EVERY > patience:
+                words = f"error: no rank made progress for {self.hang_timeout:g} s (hang_timeout): {self.places()}"
+                print(words, file=sys.stderr)
+                faulthandler.dump_traceback(all_threads=True)
+                sys.stderr.flush()
+                os._exit(1)
+
+    def exchange(self):
+        """Share the ranks' progress through torchrun's store, over a connection of its own: another thread may block
+        the other one."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            while not self.ended.wait(EVERY):
+                store.set(f"guard/{self.rank}", f"{self.count} {self.where}")
+                for rank in range(self.world):
+                    if rank != self.rank and store.check([f"guard/{rank}"]):
+                        self.seen[rank] = store.get(f"guard/{rank}").decode()
+
+    def places(self):
+        return "; ".join(f"rank {rank}: {place.partition(' ')[2]}" for rank, place in sorted(dict(self.seen).items()))
+
+
+class Guard(Watch):
+    """A Watch around training, which handles signals and errors as well."""
+
+    def __init__(self, hang_timeout):
+        super().__init__(hang_timeout)
         self.received, self.agreed = 0, 0  # the signal to end: received by this rank, and agreed on by all ranks
         self.save_asked, self.save_now = False, False  # the same for SIGUSR1
         self.droppable = True  # no optimizer step was taken since the last finished step
         self.inside = False  # whether interruptible() is active
         self.on_stop = lambda: None  # called when all ranks agreed to stop
-        self.count, self.where = 0, "start"
-        self.seen, self.ended = {}, threading.Event()
 
     # ------------------------------------------------------------ signals
 
@@ -53,9 +106,7 @@ class Guard:
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup it stays so
             ours.remove(signal.SIGHUP)
         self.before = {s: signal.signal(s, self.handle) for s in ours}
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, error_type, error, trace):
         try:
@@ -64,8 +115,7 @@ class Guard:
             elif error and not isinstance(error, UserError):
                 self.fail(error)
         finally:
-            self.ended.set()
-            self.thread.join()
+            super().__exit__()
             for number, handler in self.before.items():
                 signal.signal(number, handler)
         return isinstance(error, Stopped)
@@ -114,13 +164,9 @@ class Guard:
 
     # ------------------------------------------------------------ progress
 
-    def progress(self):
-        """Note progress."""
-        self.count += 1
-
     def phase(self, step, name):
         """Note progress, and what this rank does from now on."""
-        self.count, self.where = self.count + 1, f"step {step}, {name}"
+        self.progress(f"step {step}, {name}")
 
     def tick(self):
         """Note progress. Inside interruptible() it raises Stopped after a signal."""
@@ -134,38 +180,6 @@ class Guard:
         self.count += 1
         if self.droppable:
             self.agree()
-
-    def watch(self):
-        """End the process when no rank makes progress. Another thread talks to torchrun's store, which never answers if
-        its machine froze."""
-        if self.world > 1:
-            threading.Thread(target=self.exchange, daemon=True).start()
-        last, quiet = None, 0  # checks without progress: a clock would go on while the process is stopped (Ctrl-Z)
-        while not self.ended.wait(EVERY):
-            self.seen[self.rank] = f"{self.count} {self.where}"
-            patience = self.hang_timeout + EVERY * self.rank  # so that one rank reports before torchrun ends them all
-            if self.seen != last:
-                last, quiet = dict(self.seen), 0
-            elif (quiet := quiet + 1) * EVERY > patience:
-                words = f"error: no rank made progress for {self.hang_timeout:g} s (hang_timeout): {self.places()}"
-                print(words, file=sys.stderr)
-                faulthandler.dump_traceback(all_threads=True)
-                sys.stderr.flush()
-                os._exit(1)
-
-    def exchange(self):
-        """Share the ranks' progress through torchrun's store, over a connection of its own: another thread may block
-        the other one."""
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            while not self.ended.wait(EVERY):
-                store.set(f"guard/{self.rank}", f"{self.count} {self.where}")
-                for rank in range(self.world):
-                    if rank != self.rank and store.check([f"guard/{rank}"]):
-                        self.seen[rank] = store.get(f"guard/{rank}").decode()
-
-    def places(self):
-        return "; ".join(f"rank {rank}: {place.partition(' ')[2]}" for rank, place in sorted(dict(self.seen).items()))
 
 
 def canary(policy, engine, problem, temperature, max_tokens, stamp, limit):

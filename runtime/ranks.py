@@ -18,8 +18,15 @@ import torch.distributed as dist
 from configurator import ROOT, UserError, provenance
 from runtime.process import die_with_parent
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, MACHINES = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+def number(name, default):
+    """A variable of the environment as a number; the default if it is none, which start_processes() refuses."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+RANK, WORLD = number("RANK", 0), max(1, number("WORLD_SIZE", 1))
+LOCAL_RANK, MACHINES = number("LOCAL_RANK", 0), number("GROUP_WORLD_SIZE", 1)
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells every process
 ROLL_CALL = 300.0  # seconds that a rank waits for those of other machines to start
 
@@ -27,11 +34,16 @@ ROLL_CALL = 300.0  # seconds that a rank waits for those of other machines to st
 def start_processes(device, shard, knobs):
     """Join torchrun's process group. Call it before an engine starts, which would make a group of its own. knobs: all of
     them, {name: value}; several machines must have the same ones. Raises UserError, see roll_call(), and if the environment
-    has only some of TORCHRUN."""
+    has only some of TORCHRUN, or values that torchrun does not set."""
     found, missing = ([n for n in TORCHRUN[:3] if n in os.environ], [n for n in TORCHRUN if n not in os.environ])
+    remedy = f"unset {' '.join(found)}, or start by torchrun"
     if found and missing:
-        raise UserError(f"{found[0]} is set in the environment, but {missing[0]} is not: unset {' '.join(found)}, or start by"
-                        " torchrun")  # fmt: skip
+        raise UserError(f"{found[0]} is set in the environment, but {missing[0]} is not: {remedy}")
+    for name in [n for n in TORCHRUN if found and n != "MASTER_ADDR"]:
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r} in the environment, which is no number: {remedy}")
+    if found and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):  # the others would wait for rank 0, 1, ...
+        raise UserError(f"RANK={RANK} in the environment must be below WORLD_SIZE={os.environ['WORLD_SIZE']}: {remedy}")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         die_with_parent()  # torchrun ends its ranks, unless it is killed itself

@@ -71,14 +71,15 @@ def move_aside(folder, differ):
         print0(f"{folder} held work with other settings ({', '.join(differ)}): moved to {aside}")
 
 
-def work_through(output, chunks, work, tensor_parallel=1):
+def work_through(output, chunks, work, watch, tensor_parallel=1):
     """Call work(chunk) for each chunk whose file in the OutputFolder's samples/ is missing. Every engine takes its share of
     them. A file has a digest, then a JSON line per row, and is written whole or not at all. Returns when the files of all
-    ranks exist."""
+    ranks exist. watch: a Watch, which is told where this rank is, and ends the process if the other ranks never come."""
     paths, start, rewards = chunk_files(output.path, chunks), time.time(), []
     for i in range(RANK // tensor_parallel, len(chunks), WORLD // tensor_parallel):
         if os.path.exists(paths[i]):
             continue
+        watch.progress(f"chunk {i + 1} of {len(chunks)}")
         rows = work(chunks[i])
         if RANK % tensor_parallel == 0:
             output.check()
@@ -88,7 +89,8 @@ def work_through(output, chunks, work, tensor_parallel=1):
         print0(
             f"  {n_done} of {len(chunks)} chunks, {seconds:.0f} s, mean reward on this rank {sum(rewards) / len(rewards):.3f}"
         )
-    while not all(map(os.path.exists, paths)):  # another rank still works; if it dies, torchrun ends this one
+    watch.progress("waiting for the other ranks' chunks")
+    while not all(map(os.path.exists, paths)):  # another rank still works; if it dies, this machine's torchrun may not notice
         time.sleep(1)
     barrier()  # all ranks have seen the files: now the caller may move them
 

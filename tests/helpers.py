@@ -6,9 +6,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
+import types
 
 import build
 import pyarrow as pa
@@ -207,6 +210,34 @@ def launch(tmp_path, name, n_ranks, *argv, script=TRAIN_PY):
     done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return metrics(tmp_path / name)
+
+
+def forked_ranks(n, main):
+    """Call main() in n forked processes, each with the environment of one of n ranks. Returns their process ids, by rank. They
+    start much faster than under torchrun, because torch is loaded once, and nothing ends the others if one dies. For a script
+    of its own: nothing may have used torch's threads before."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = []
+    for rank in range(n):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD": n}
+                os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{n}", MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=f"{port}")  # fmt: skip
+                modules = [m for m in list(sys.modules.values()) if type(m) is types.ModuleType]
+                for scope in (main.__globals__, *map(vars, modules)):
+                    scope.update({name: value for name, value in ours.items() if type(scope.get(name)) is int})
+                code = main() or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    return children
 
 
 def killed_runs(command, folder, n_chunks, kills):

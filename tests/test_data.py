@@ -10,7 +10,7 @@ import torch
 from helpers import BASE, a_row, write
 
 from configurator import UserError
-from data import Order, Rollout, bins_needed, load_benchmark, load_problems, pack, partition, set_aside, unpack
+from data import Order, Rollout, bins_needed, load_benchmark, load_problems, pack, partition, set_aside, spread, unpack
 from runtime.tokenizer import load_tokenizer, response_text
 
 
@@ -171,6 +171,18 @@ def test_partition_keeps_the_budget_and_every_sequence():
     assert bins_needed([], 600) == 1
     with pytest.raises(UserError, match="micro_tokens=600"):
         bins_needed([700, 3], 600)
+
+
+def test_every_rank_gets_as_many_micro_batches():
+    """Or a collective of the backward pass would never end. Every sequence is on one rank, and no micro-batch is too long."""
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 3, 8, 50, 200):
+        rollouts = [Rollout(i, [2], [5] * m) for i, m in enumerate(torch.randint(1, 500, (n,), generator=g).tolist())]
+        for world in (1, 2, 8):
+            shares = [spread(rollouts, 600, rank, world) for rank in range(world)]
+            assert len({len(share) for share in shares}) == 1
+            assert sorted(row for share in shares for b in share for row in b.rows) == list(range(n))
+            assert max(b.input_ids.numel() for share in shares for b in share) <= 600
 
 
 def some_rollouts():

@@ -3,19 +3,26 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import traceback
 
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 from helpers import a_row, build_model, killed_runs, lines_of, write
 from tokenizers import processors
 
 from configurator import ROOT, UserError
 from data import load_templates
 from eval import not_shuffled, options, renderer, samples_per_source, shuffled
+from runtime import guard, work
 from runtime.checkpoint import fault_in
 from runtime.files import fingerprint, model_files, weights_digest
+from runtime.folder import OutputFolder
+from runtime.guard import Watch
 from runtime.tokenizer import load_tokenizer
 
 SOURCES = ["aime", "aime25", "amc", "math", "minerva", "olympiad_bench"]
@@ -465,6 +472,56 @@ def test_ranks_share_the_work(sampler, run_eval, byte_model, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert read(tmp_path / "two") == alone
+
+
+def test_a_rank_that_never_comes_ends_the_evaluation(tmp_path, monkeypatch, capfd):
+    """One that died on another machine, where no torchrun ends this one: it has done its own chunk, and waits."""
+    for owner, name, value in ((work, "WORLD", 2), (guard, "EVERY", 0.05), (dist, "barrier", lambda: None)):
+        monkeypatch.setattr(owner, name, value)
+    with OutputFolder(str(tmp_path / "out"), "eval.py") as output:
+        work.open_work(output, {"k": 1}, {})
+        if (child := os.fork()) == 0:
+            try:
+                with Watch(hang_timeout=0.3) as watch:
+                    work.work_through(output, ["its", "another's"], lambda chunk: [{"reward": [1.0], "of": chunk}], watch)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert os.listdir(tmp_path / "out" / "samples") == ["00000.jsonl"]
+    words = "error: no rank made progress for 0.3 s (hang_timeout): rank 0: waiting for the other ranks' chunks"
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_ends_the_evaluation_on_the_other(byte_model, tmp_path):
+    """Two torchruns as on two machines. After the second is gone, the first ends within hang_timeout and says who is missing,
+    and the same command on one machine does the rest."""
+    rows = [a_row(prompt=[{"content": f"{i}+{i}=?", "role": "user"}], target=None) for i in range(16)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    front = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    argv = [os.path.join(ROOT, "eval.py"), f"--model={byte_model}", "--k=4", "--chunk=4", "--max_tokens=200",
+            f"--data={write(tmp_path / 'a.parquet', rows)}", "--sampler=torch"]  # fmt: skip
+    out, nodes = tmp_path / "out", []
+    for i in range(2):
+        line = [*front, "--nnodes=2", f"--node_rank={i}", f"--master_port={port}", *argv, f"--out_dir={out}"]
+        nodes.append(
+            subprocess.Popen([*line, "--hang_timeout=4"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    while not (out / "samples" / "00001.jsonl").exists():  # the second one's first
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.01)
+    nodes[1].kill()  # its rank dies with it
+    nodes[1].communicate()
+    killed = time.time()
+    _, err = nodes[0].communicate(timeout=120)
+    assert nodes[0].returncode == 1 and time.time() - killed < 60, err[-3000:]
+    assert re.search(r"no rank made progress for 4 s \(hang_timeout\): rank 0: waiting for .*; rank 1: chunk \d+ of 16", err)
+    before = os.listdir(out / "samples")
+    done = subprocess.run([sys.executable, *argv, f"--out_dir={out}"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"  {len(before) + 1} of 16 chunks" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.slow

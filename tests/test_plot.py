@@ -165,9 +165,10 @@ def test_damaged_rollouts(done, tmp_path):
         (tmp_path / "run" / "rollouts" / "step_2.jsonl").write_text(text)
         with pytest.raises(UserError, match="step_2.jsonl is damaged: choose another step"):
             trace([str(tmp_path / "run"), "--step=2", f"--out={tmp_path / 'page.html'}"])
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is damaged"):
-        trace([str(tmp_path / "run")])
+    for text, words in (("{", "is damaged"), ("{}", "has no 'model': give a folder that train.py wrote")):
+        (tmp_path / "run" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"config.json {words}"):
+            trace([str(tmp_path / "run"), f"--out={tmp_path / 'page.html'}"])
 
 
 def test_rollouts_of_an_older_version(done, tmp_path):
@@ -214,6 +215,28 @@ def test_a_page_replaces_only_a_page(done, tmp_path):
     assert "mine" in (tmp_path / "notes.html").read_text()
     for step in (1, 2):
         trace([str(done), f"--step={step}", f"--out={tmp_path / 'x.html'}"])
+
+
+def test_a_picture_replaces_only_a_picture_of_curves(tmp_path, monkeypatch):
+    """In each format: one that was drawn here is drawn again, a user's is left alone, and then none is written."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward/own": 0.5}\n')
+    monkeypatch.setattr("plot.PANELS", [])  # only the phases: it is quicker
+
+    def draw(out):
+        monkeypatch.setattr("sys.argv", ["plot.py", str(tmp_path), f"--out={tmp_path / out}"])
+        main()
+
+    for out in ("c", "c.pdf"):
+        for _ in range(2):
+            draw(out)
+    plt.figure().savefig(tmp_path / "mine.svg")
+    mine = (tmp_path / "mine.svg").read_bytes()
+    with pytest.raises(UserError, match="mine.svg is there already and is no picture of curves: choose another name"):
+        draw("mine")
+    assert (tmp_path / "mine.svg").read_bytes() == mine and not (tmp_path / "mine.png").exists()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="folder.png cannot be written: Is a directory"):
+        draw("folder.png")
 
 
 def test_the_most_telling_group_is_shown_first(done, tmp_path):

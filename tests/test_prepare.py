@@ -403,7 +403,7 @@ def test_files_of_others_are_never_overwritten(tmp_path, reanswer, monkeypatch):
     os.remove(tmp_path / "new.parquet")
 
     # Between the two calls for one file, and between two files.
-    for function, at in (("remove", ".complement.parquet.partial"), ("link", "new.parquet.partial")):
+    for function, at in (("remove", "new.work.complement.partial"), ("link", "new.work.out.partial")):
         real = getattr(os, function)
 
         def killed(path, *more, real=real, at=at):
@@ -437,6 +437,25 @@ def test_what_appears_during_the_work_is_not_overwritten(tmp_path, reanswer, mon
     os.remove(tmp_path / "new.parquet")
     call(*reanswer("new.parquet"))
     assert pq.read_table(tmp_path / "new.parquet").num_rows and not os.path.exists(tmp_path / "new.work")
+
+
+def test_two_at_once_share_no_file(tmp_path, reanswer, monkeypatch):
+    """The one's complement is the other's --out: whoever is later keeps its work, and writes its own rows."""
+    real = prepare.write_answers
+
+    def write_answers(*arguments):
+        counts = real(*arguments)
+        monkeypatch.setattr(prepare, "write_answers", real)
+        call(*reanswer("new.complement.parquet", "--k=1"))  # while the first one's files are half-way
+        return counts
+
+    monkeypatch.setattr(prepare, "write_answers", write_answers)
+    with pytest.raises(UserError, match="new.complement.parquet exists"):
+        call(*reanswer("new.parquet"))
+    os.remove(tmp_path / "new.complement.parquet")
+    call(*reanswer("new.parquet"))
+    call(*reanswer("other.parquet"))
+    assert written(tmp_path, "new") == written(tmp_path, "other")
 
 
 def test_files_of_other_settings_are_not_overwritten(tmp_path, reanswer, monkeypatch):

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, run
 from measure.two_hosts import C10D, STATIC, launch_line
 from runtime import ranks
 
@@ -79,3 +79,36 @@ def test_a_part_of_torchruns_environment(script, tmp_path, monkeypatch, name):
         with pytest.raises(UserError, match=f"^{left} is set in the environment, but {missing} is not: unset {left}, or start"):
             script(name, ["--sampler=torch", f"--out_dir={tmp_path / 'out'}"]).main()
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "abc", "RANK is 'abc' in the environment, which is no number"),
+        ("WORLD_SIZE", "", "WORLD_SIZE is '' in the environment, which is no number"),
+        ("MASTER_PORT", "-1", "MASTER_PORT is '-1' in the environment, which is no number"),
+        ("RANK", "2", "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ("WORLD_SIZE", "0", "RANK=0 in the environment must be below WORLD_SIZE=0"),
+    ],
+)
+def test_torchruns_variables_with_other_values(script, tmp_path, monkeypatch, name, value, words):
+    """No number, or a rank that is not there, for which the others would wait."""
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for variable, text in {**usual, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setattr(ranks, "RANK", ranks.number("RANK", 0))  # as at the import
+    with pytest.raises(UserError, match=f"^{words}: unset RANK WORLD_SIZE LOCAL_RANK, or start by torchrun$"):
+        script("train", ["--sampler=torch", f"--out_dir={tmp_path / 'out'}"]).main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_is_no_number_is_one_line(monkeypatch, capsys):
+    """An error names the rank that prints it, whatever that is."""
+
+    def fail():
+        raise UserError("no")
+
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(SystemExit) as e:
+        run(fail)
+    assert e.value.code == 2 and capsys.readouterr().err == "error: rank abc: no\n"

@@ -240,6 +240,41 @@ def test_tied_head_follows_a_reload(byte_model, problems):
     assert not torch.distributed.is_initialized()  # NCCL would warn of a group that is left
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ValueError("Free memory on device cuda:0 (30.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.4,"
+                    " 31.7 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."),
+         r"lower gpu_memory, or end the other programs on this GPU \(this one holds 3.0 GiB\)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"),
+         "lower gpu_memory; in train.py also cuda_graphs=no"),
+        (RuntimeError("CUDA out of memory occurred when warming up sampler with 256 dummy requests. Please try lowering"),
+         "lower gpu_memory; in train.py also cuda_graphs=no"),
+        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"), "raise gpu_memory"),
+        (ValueError("(4.0 GiB KV cache is needed, which is larger than the available KV cache memory (1.2 GiB)."),
+         "raise gpu_memory, or lower max_tokens"),
+    ],
+)  # fmt: skip
+def test_an_engine_without_memory_says_which_knob(monkeypatch, error, remedy):
+    """Two lines: which of vLLM's checks failed, and the remedy. Any other error stays what it is."""
+    raised = []
+
+    def no_llm(**options):
+        raise raised[-1]
+
+    platform = SimpleNamespace(is_sleep_mode_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=no_llm))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
+    raised.append(error)
+    with pytest.raises(UserError, match=rf"^vLLM does not start at gpu_memory=0.4: .*\n{remedy}$") as e:
+        VLLMSampler(BASE, [1], 64)
+    assert str(error)[:60] in str(e.value)
+    raised.append(type(error)("something else"))
+    with pytest.raises(type(error), match="^something else$"):
+        VLLMSampler(BASE, [1], 64)
+
+
 def test_order_of_waking_and_loading(policy, problems, monkeypatch):
     """Where vLLM can sleep: the weights wake before they are loaded, the cache after, and the prefix cache is reset. What it
     gave back is known until all is awake; asleep it holds no weights."""

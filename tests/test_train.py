@@ -389,6 +389,14 @@ def test_an_engine_that_disagrees_over_a_batch_ends_the_run(script, tmp_path, dr
     assert sorted(n for n in os.listdir(out) if n.startswith("ckpt")) == ["ckpt_1", "ckpt_2"]
 
 
+def test_bfloat16_passes_the_canary_by_default(script, tmp_path, capsys):
+    """The engine and the trainer round differently there, more than float32's limit allows; a GPU's default is bfloat16."""
+    rows = run(script, tmp_path, "x", "--dtype=bfloat16", "--max_steps=1", "--canary_interval=1", "--prompts_per_step=4")
+    assert "(limit 0.1)" in capsys.readouterr().out
+    gaps = [r[name] for r in rows for name in ("mismatch/canary", "mismatch/abs") if name in r]
+    assert len(gaps) == 3 and 1e-3 < max(gaps) < 0.1
+
+
 @pytest.mark.slow
 def test_ranks_die_with_their_torchrun(tmp_path):
     """Killed outright, torchrun cannot end its ranks: they must not go on, holding GPUs and writing files."""
@@ -640,6 +648,32 @@ def test_a_rank_with_nothing_to_do_does_not_hang(tmp_path):
     one = launch(tmp_path, "one", 1, *argv)
     for shard in ("ddp", "fsdp"):
         close(one[1:], launch(tmp_path, shard, 2, *argv, f"--shard={shard}")[1:], 1e-4, ("loss", "grad_norm", "teacher/p"))
+
+
+THREE_SEQUENCES = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/toy", {tests!r}]
+from helpers import forked_ranks, load_script
+for n, shard in ((1, "none"), (8, "ddp"), (8, "fsdp")):
+    train = load_script("train", [*sys.argv[2:], "--shard=" + shard, "--out_dir=" + sys.argv[1] + "/" + shard])
+    train.worth_training = lambda rollouts: rollouts[6:9]
+    if any([os.waitpid(child, 0)[1] for child in forked_ranks(n, train.main)]):
+        sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_eight_ranks_and_three_sequences(tmp_path):
+    """As skip_equal_groups may leave them: five ranks run a dummy, in DDP and FSDP alike, and the steps are those of one."""
+    (tmp_path / "three.py").write_text(THREE_SEQUENCES.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
+    argv = ["--prompts_per_step=8", "--max_steps=2", "--sampler=torch", "--eval_data=", "--reward_workers=1",
+            "--hang_timeout=60"]  # fmt: skip
+    done = subprocess.run([sys.executable, tmp_path / "three.py", tmp_path, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one = metrics(tmp_path / "none")
+    assert all(r["grad_norm"] > 0 for r in one[1:])
+    for shard in ("ddp", "fsdp"):
+        close(one[1:], metrics(tmp_path / shard)[1:], 1e-4, ("loss", "grad_norm", "reward/own", "teacher/p"))
 
 
 @pytest.mark.slow
