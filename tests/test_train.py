@@ -569,6 +569,27 @@ def test_the_canary_stops_a_deaf_engine(script, tmp_path):
         module.main(open_sampler=lambda model, stop_ids, max_model_len, **k: Deaf(model, stop_ids, max_model_len))
 
 
+@pytest.mark.parametrize(
+    ("place", "argv"),
+    [("canary", ["--canary_interval=1"]), ("evaluation", ["--eval_data=toy/test.parquet", "--eval_interval=1"])],
+)
+def test_a_load_that_fails_outside_of_sync_says_where(script, tmp_path, capsys, place, argv):
+    """Weights are loaded for the canary and for an evaluation, too."""
+    argv = ["--sampler=torch", f"--out_dir={tmp_path / 'x'}", "--reward_workers=1", "--eval_data=", "--eval_max_problems=1",
+            "--prompts_per_step=1", *argv]  # fmt: skip
+    module = script("train", argv)
+
+    class Failing(TorchSampler):
+        def load(self, hf, stamp):
+            if stamp == 1:
+                raise OSError("no more memory")
+            super().load(hf, stamp)
+
+    with pytest.raises(OSError, match="no more memory"):
+        module.main(open_sampler=lambda model, stop_ids, max_model_len, **k: Failing(model, stop_ids, max_model_len))
+    assert f"rank 0 failed in step 1, {place}" in capsys.readouterr().err
+
+
 def close(one, two, tolerance, keys=("loss", "grad_norm", "entropy/own", "teacher/p", "reward/own")):
     for a, b in zip(one, two, strict=True):
         for key in keys:
