@@ -59,7 +59,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data import Rollout, pack
 from loss import batch_loss
-from model import Head, Policy, attention_backends, compile_layers, pick_flash_kernel, recompute_layers, shard_policy
+from model import Head, Policy, attention_backends, compile_layers, recompute_layers, shard_policy, use_flash_kernel
 from rollout import choose_sampler, open_sampler, pick_device
 from runtime.files import make_folder
 from runtime.plan import count_parameters, measured_memory, show, training_memory, worth_compiling
@@ -296,7 +296,7 @@ def main():
         f" {show(forecast)} per rank at the update's peak"
     )
     for backend in attention_backends(device, dtype):
-        kernel = f" ({pick_flash_kernel()})" if backend == "packed_varlen" else ""
+        kernel = f" ({use_flash_kernel('auto')})" if backend == "packed_varlen" else ""
         t, peak, lengths, n = measure_update(c, policy, backend, device)
         mfu, hfu = (2 * flops(c, lengths, n, with_recomputation) / t / rate for with_recomputation in (False, True))
         of_datasheet = f" ({mfu * rate / promised:.1%} of the datasheet's)" if promised else ""

@@ -381,6 +381,8 @@ def packing_of(cu_seqlens, loss_mask, stands_for=None):
     cu_queries = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))[cu_seqlens.long()].int()
     n_copies = where.bincount()
     copied = (n_copies > 1).nonzero()[:, 0]
+    if len(copied) == 1:
+        copied = copied.repeat(2)  # for the compiler one row is another graph than several; twice the same does no harm
     order = where.argsort(stable=True)  # the tokens of each computed one, one after the other
     ends, column = n_copies.cumsum(0)[copied, None], torch.arange(int(n_copies.max()))
     place = ends - n_copies[copied, None] + column

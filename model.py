@@ -86,14 +86,18 @@ def attention_backends(device, dtype):
     return ["packed_varlen", "packed_sdpa"] if device == "cuda" and dtype != torch.float32 else ["packed_sdpa"]
 
 
-def pick_flash_kernel():
-    """Let varlen_attn use flash-attention 4 or 3 where one is installed and torch can switch to it (Hopper and newer).
-    Returns its name, or "FA2" for torch's own."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
-        for name in ("FA4", "FA3"):
-            with contextlib.suppress(ImportError, RuntimeError, ValueError):
-                torch.nn.attention.activate_flash_attention_impl(name)
-                return name
+def use_flash_kernel(choice):
+    """Let varlen_attn run torch's own kernel, "FA2", or an installed package's: "FA3" is flash-attn-3, "FA4" flash-attn-4.
+    "auto" is the newest that there is, on a Hopper card or a newer one. Returns its name. Raises UserError for a missing one."""
+    if choice == "FA2" or (choice == "auto" and torch.cuda.get_device_capability() < (9, 0)):
+        return "FA2"
+    for name in ("FA4", "FA3") if choice == "auto" else (choice,):
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+            return name
+        except (ImportError, RuntimeError, ValueError) as e:
+            if choice != "auto":
+                raise UserError(f"flash_kernel={choice} does not load: {first_line(e)}: set flash_kernel=auto") from None
     return "FA2"
 
 
@@ -211,8 +215,8 @@ class Policy(torch.nn.Module):
         if batch.top1 is not None:
             targets = torch.cat([targets, batch.top1[rows, None].clamp_min(0)], -1)
         # Inside forward, because outside it FSDP's head weight is a shard.
-        hidden_before = hidden.index_select(0, batch.packing["before"])
-        found = Head.apply(self.before_head(hidden_before), self.hf.lm_head.weight, targets)
+        # Not index_select: a shared prompt's last token predicts several, and their gradients must be summed in one order.
+        found = Head.apply(self.before_head(hidden[batch.packing["before"]]), self.hf.lm_head.weight, targets)
         zeros = (0.0 * hidden[0, 0].float()).expand(batch.input_ids.size(1))  # with a gradient also on a rank without tokens
         *logps, entropy = (zeros.index_put((rows,), column) for column in found.unbind(-1))
         return logps[0], entropy, *logps[1:]
@@ -300,11 +304,13 @@ def recompute_layers(policy):
 
 def compile_layers(hf):
     """Compile the decoder layers, which share their graphs, at their first call. Sizes are symbols from the start, so that
-    sequences of other lengths need no other graph: at most 16 variants come of recomputation, of shared prompts and of calls
-    without gradients, and one more is an error. On an H200 an update of 1.5B took 0.84 of its time (LOG.md)."""
-    torch._dynamo.config.recompile_limit = 16
+    sequences of other lengths need no other graph. A handful of variants come of recomputation, shared prompts, and calls
+    without gradients; 16 are allowed. DDP's buckets do not cut the graphs: a layer fills several."""
+    torch._dynamo.config.optimize_ddp = False
+    # torch 2.11 has no such argument. The config's limit is each thread's own, and backward runs in another on a GPU.
+    limit = {"recompile_limit": 16} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
     for layer in hf.get_decoder().layers:
-        layer.compile(fullgraph=True, dynamic=True)
+        layer.compile(fullgraph=True, dynamic=True, **limit)
 
 
 def shard_policy(policy, dtype, offload=False):

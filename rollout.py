@@ -180,6 +180,8 @@ def pick_device(device, dtype):
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and found == "cuda":  # something has counted the GPUs before
+        raise UserError("device=cpu but torch sees a GPU already: set CUDA_VISIBLE_DEVICES= in the environment")
     if device == "cuda" and found == "cpu":
         why = "this build of torch is for CPUs" if not torch.version.cuda else "look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         raise UserError(f"device=cuda but torch finds no GPU ({why}): set device=auto or cpu")
@@ -371,6 +373,7 @@ class VLLMSampler:
         """Drop weights and KV cache: level 2, because level 1 would keep a copy of the weights in pinned memory of the host, 15
         GB a rank at 7B, and the next load() brings them all anyway. Does nothing on a CPU."""
         if self.can_sleep and not self.asleep:
+            torch.cuda.empty_cache()  # or what vLLM empties would count as given back
             free, _ = torch.cuda.mem_get_info()
             with self.fatal():
                 self.llm.sleep(level=2)

@@ -131,6 +131,7 @@ log = "jsonl"  # metrics.jsonl, always; wandb: also Weights & Biases (pip instal
 device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 shard = "ddp"  # none: one process; ddp: every rank holds the model; fsdp: FSDP2, each holds a slice [none | ddp | fsdp]
 recompute = False  # activation checkpointing: a decoder layer's activations are computed again in backward
+flash_kernel = "auto"  # of attention on a GPU; FA2: torch's; FA3, FA4: packages; auto: the newest [auto | FA2 | FA3 | FA4]
 compile = "auto"  # decoder layers, by torch.compile; takes half a minute; auto: a GPU and 100 M parameters [auto | yes | no]
 micro_tokens = 8192  # tokens per forward pass and rank; the result does not depend on it [> 0]
 tensor_parallel = 1  # consecutive ranks that share one engine [> 0]
@@ -156,7 +157,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data import Order, cut_into_updates, in_order, load_benchmark, load_problems, set_aside, spread
 from eval import evaluate_modes
 from loss import batch_loss, group_advantages, shape
-from model import ask_teacher, load_policy, mean_entropies, pick_flash_kernel
+from model import ask_teacher, load_policy, mean_entropies, use_flash_kernel
 from replay import open_memory
 from reward import Verifier
 from rollout import Grading, choose_sampler, open_sampler, pick_device, roll_out
@@ -214,7 +215,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute,
                              compiled=worth_compiling(compile, model_config))  # fmt: skip
         backend = policy.hf.config._attn_implementation
-        print0(f"attention: {backend}" + f", {pick_flash_kernel()}" * (backend == "packed_varlen"))
+        print0(f"attention: {backend}" + (f", {use_flash_kernel(flash_kernel)}" if backend == "packed_varlen" else ""))
         ddp = WORLD > 1 and shard == "ddp"  # averages gradients over ranks; FSDP does so by itself
         wrapped = DDP(policy, gradient_as_bucket_view=True) if ddp else policy
         engine = teacher = None
@@ -261,7 +262,8 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 1. Sync: the engine takes the policy's weights.
             phases.begin("sync")
-            sync(engine, policy, run)
+            if n_teacher < n_rollouts:
+                sync(engine, policy, run)
 
             # 2. Roll out: own samples from the engine, and beside them the teacher's trace or a
             # replayed success.

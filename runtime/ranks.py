@@ -50,6 +50,10 @@ def start_processes(device, shard, knobs):
         if MACHINES > 1:
             roll_call(knobs)
         if device == "cuda":
+            if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+                raise UserError(
+                    f"each process needs its own GPU, and this machine has {torch.cuda.device_count()}: start as many"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)
     elif shard == "fsdp":  # FSDP needs a process group even for one process

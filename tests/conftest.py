@@ -2,9 +2,14 @@
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# All tests run on the CPU, with a GPU in the machine or without; with `-m gpu` those that want one run on it. Before torch.
+ON_GPU = "gpu" in sys.argv
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -23,14 +28,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 
 
-def pytest_configure(config):
-    """All tests run on the CPU, with a GPU in the machine or without; with `-m gpu` those that want one run on it."""
-    if config.getoption("markexpr") != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def pytest_report_header(config):
-    return "device: " + ("the GPU" if config.getoption("markexpr") == "gpu" else "the CPU; make test-gpu has the others")
+def pytest_report_header():
+    return "device: " + ("the GPU" if ON_GPU else "the CPU; make test-gpu has the others")
 
 
 def pytest_collection_modifyitems(items):

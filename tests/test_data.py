@@ -228,6 +228,13 @@ def test_equal_prompts_are_computed_once():
     assert (p["copied"].tolist(), p["copies"].tolist()) == ([0, 1], [[0, 10, 14], [1, 11, 15]])
 
 
+def test_one_shared_token_is_listed_twice():
+    """So that the compiled layers are the same as for several."""
+    short = [Rollout(0, [2], [5, 1], sampler_logps=[0.0, 0.0]) for _ in range(3)]
+    p = pack(short).packing
+    assert (p["copied"].tolist(), p["copies"].tolist()) == ([0, 0], [[0, 3, 6]] * 2)
+
+
 def test_prompts_are_not_shared_for_little():
     """One token of 13 is too little."""
     own, continued, replayed = some_rollouts()

@@ -178,6 +178,14 @@ def test_the_kernel_gets_what_it_wants(policy, problems, monkeypatch):
         policy.hf.set_attn_implementation("packed_sdpa")
 
 
+def test_a_flash_kernel_that_is_not_installed(monkeypatch):
+    """auto does without; one that is named must be there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert model.use_flash_kernel("auto") == model.use_flash_kernel("FA2") == "FA2"
+    with pytest.raises(UserError, match="flash_kernel=FA3 does not load: .*: set flash_kernel=auto"):
+        model.use_flash_kernel("FA3")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["packed_sdpa", "packed_varlen"])
 @pytest.mark.parametrize("recompute", [False, True])

@@ -330,6 +330,14 @@ def test_the_knob_chooses_the_sampler(monkeypatch):
         choose_sampler("vllm")
 
 
+def test_a_cpu_is_not_taken_for_a_gpu(monkeypatch):
+    """If something has counted the GPUs before, hiding them comes too late."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="device=cpu but torch sees a GPU already: set CUDA_VISIBLE_DEVICES= in"):
+        rollout.pick_device("cpu", "auto")
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("build", [None, "cpu", "cuda"])
