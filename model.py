@@ -88,7 +88,7 @@ def attention_backends(device, dtype):
 
 def use_flash_kernel(choice):
     """Let varlen_attn run torch's own kernel, "FA2", or an installed package's: "FA3" is flash-attn-3, "FA4" flash-attn-4.
-    "auto" is the newest that there is, on a Hopper card or a newer one. Returns its name. Raises UserError for a missing one."""
+    "auto" is the newest that there is, on a Hopper card or a newer one. Returns its name. Raises UserError if it is missing."""
     if choice == "FA2" or (choice == "auto" and torch.cuda.get_device_capability() < (9, 0)):
         return "FA2"
     for name in ("FA4", "FA3") if choice == "auto" else (choice,):
