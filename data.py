@@ -52,12 +52,12 @@ class Rollout:
     response_ids: list
     source: str = "own"  # who wrote it: "own", "teacher" (the model may have written the end), "replay" (an earlier own sample)
     n_teacher_tokens: int = 0  # response tokens that the teacher wrote; the model wrote the rest
-    teacher_logps: list = field(default_factory=list)  # one per token that the teacher wrote, as it saw it; [] if unknown
     sampler_logps: list = field(default_factory=list)  # one per token the model wrote, as the sampler saw it
     finish_reason: str = "stop"  # "stop" (it ended by itself) or "length" (it was cut off)
     reward: float = 0.0
     reason: str = ""  # the verifier's
     advantage: float = 0.0
+    teacher_logps: list = field(default_factory=list)  # one per token that the teacher wrote, as it saw it; [] if unknown
 
     @property
     def solved(self):
