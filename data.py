@@ -310,7 +310,10 @@ def cut_into_updates(rollouts, problems, n):
     return [part for part in parts if part]
 
 
-SHARE_FROM = 0.1  # Prompts are shared where that saves so large a part of the tokens: picking keys and values costs time, too.
+def pays_to_share(n_saved, n):
+    """Is it worth computing equal prompts once, if that saves n_saved of n tokens? On a CPU always; on a GPU, where picking
+    keys and values costs time, too, from a tenth on."""
+    return n_saved > (0.1 * n if torch.cuda.is_available() else 0)
 
 
 def pack(rollouts, rows=None):
@@ -345,7 +348,7 @@ def pack(rollouts, rows=None):
         advantage=tensor(advantage, np.float32),
         behaviour_logp=tensor(behaviour, np.float32),
     )
-    share = len(ids) - len(set(stands_for)) >= SHARE_FROM * len(ids)
+    share = pays_to_share(len(ids) - len(set(stands_for)), len(ids))
     batch.packing = packing_of(batch.cu_seqlens, batch.loss_mask, tensor(stands_for, np.int64) if share else None)
     traces = batch.trace_lengths[batch.cu_seqlens[1:].long() - 1] > 0
     masks = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own, traces

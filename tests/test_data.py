@@ -235,10 +235,13 @@ def test_one_shared_token_is_listed_twice():
     assert (p["copied"].tolist(), p["copies"].tolist()) == ([0, 0], [[0, 3, 6]] * 2)
 
 
-def test_prompts_are_not_shared_for_little():
-    """One token of 13 is too little."""
+def test_a_gpu_shares_no_prompt_for_little(monkeypatch):
+    """One token of 13 is too little there. A CPU shares any."""
     own, continued, replayed = some_rollouts()
-    assert pack([replace(own, prompt_ids=[4]), continued, replayed]).packing["where"] is None
+    where = lambda: pack([replace(own, prompt_ids=[4]), continued, replayed]).packing["where"]
+    assert where() is not None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert where() is None
 
 
 def test_nothing_packed_weighs_nothing():

@@ -104,7 +104,7 @@ def test_a_shared_prompt_is_computed_once(policy, problems, monkeypatch):
     monkeypatch.setattr(policy.hf.get_decoder(), "forward", counted)
     found = run_backward(policy, batch)
     assert pack(traces(problems)).packing["where"] is None
-    monkeypatch.setattr(data, "SHARE_FROM", 1.0)
+    monkeypatch.setattr(data, "pays_to_share", lambda n_saved, n: False)
     assert_same(found, run_backward(policy, pack(groups(problems))))
     n_responses = sum(len(r.response_ids) for r in groups(problems))
     prompts = {tuple(r.prompt_ids) for r in groups(problems)}
