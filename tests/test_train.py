@@ -630,7 +630,6 @@ def test_any_number_of_ranks_and_shards_takes_the_same_steps(tmp_path):
         ("fsdp1", 1, ["--shard=fsdp"]),
         ("fsdp2", 2, ["--shard=fsdp", "--recompute=True"]),
         ("fsdp4", 4, ["--shard=fsdp", "--micro_tokens=300"]),
-        ("compiled1", 1, ["--compile=yes"]),
         ("compiled2", 2, ["--shard=fsdp", "--recompute=True", "--compile=yes", "--micro_tokens=300"]),
     ):
         script = compiled if "compiled" in name else TRAIN_PY
