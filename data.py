@@ -357,17 +357,21 @@ def pack(rollouts, rows=None):
 
 
 def packing_of(cu_seqlens, loss_mask, stands_for=None):
-    """What attention and head must know of n packed sequences, a dict. All that depends on the data is found here, on the CPU,
-    so that a GPU never waits for it. stands_for (T,): the index of the token that is computed for each, itself or the same
-    token of an equal prompt before it; None computes all. In the first three lines C tokens are computed, of T.
+    """What attention and head must know of n packed sequences of T tokens, a dict. All that depends on the data is found here,
+    on the CPU, so that a GPU never waits for it. stands_for (T,): for each token the index of the one that is computed in its
+    place: itself, or the same token of an equal prompt before it. With None all are computed. C is how many are.
 
     response (R,)        the response tokens
-    before (R,)          for each, which computed token predicts it: the one before it
-    computed (C,), where (T,)   the computed tokens, and for each token which of them stands for it; None if all are
-    slots (n, L), tokens (C,)   for rows padded on the right: the computed token in each slot, and the slot of each
-    cu_seqlens (n + 1,), longest   of all tokens: those of keys and values
-    cu_queries (n + 1,), longest_query   of the computed ones
-    copied (P,), copies (P, m)   the computed tokens that stand for several, and these tokens, filled up with -1
+    before (R,)          for each, the computed token that predicts it: the one before it
+    computed (C,)        the computed tokens; None if all are
+    where (T,)           for each token, which of the computed ones stands for it; None if all are computed
+    slots (n, L)         the sequences as rows, padded on the right: the computed token in each slot
+    tokens (C,)          the slot of each computed token
+    cu_seqlens (n + 1,)  where each sequence begins and ends, all its tokens counted (keys and values)
+    cu_queries (n + 1,)  the same, only computed tokens counted
+    longest, longest_query   the most tokens of a sequence, and the most computed ones
+    copied (P,)          the computed tokens that stand for several
+    copies (P, m)        for each of them the tokens that it stands for, filled up with -1
     """
     start, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
     longest = int(lengths.max())

@@ -305,8 +305,8 @@ def recompute_layers(policy):
 def compile_layers(hf):
     """Compile the decoder layers, which share their graphs, at their first call. Sizes are symbols from the start, so that
     sequences of other lengths need no other graph. A handful of variants come of recomputation, shared prompts, and calls
-    without gradients; 16 are allowed. DDP's buckets do not cut the graphs: a layer fills several."""
-    torch._dynamo.config.optimize_ddp = False
+    without gradients; 16 are allowed."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each layer's graph where one of DDP's buckets ends
     # torch 2.11 has no such argument. The config's limit is each thread's own, and backward runs in another on a GPU.
     limit = {"recompile_limit": 16} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
     for layer in hf.get_decoder().layers:
