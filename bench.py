@@ -127,7 +127,7 @@ def sequences(vocabulary):
 
 def flops(c, lengths, n_response, with_recomputation):
     """FLOPs of forward and backward over packed sequences, with or without what backward computes again."""
-    n, n_embedding, _ = count_parameters(c)
+    n, n_embedding, *_ = count_parameters(c)
     body = n - n_embedding * (1 if c.tie_word_embeddings else 2)  # an embedding lookup is no matrix product
     attention = sum(4 * (length / 2) * length * c.hidden_size for length in lengths) * c.num_hidden_layers  # forward, causal
     forward = 2 * body * sum(lengths) + attention
@@ -257,7 +257,7 @@ def measure_engine(c, policy, dtype):
         total = sum(len(s.ids) for s in generate())
         rates[n] = total / (time.perf_counter() - start)
     engine.close()
-    _, n_embedding, n_layer = count_parameters(c)
+    _, n_embedding, n_layer, _ = count_parameters(c)
     return {"engine": type(engine).__name__, "sync_s": statistics.median(times), "syncs": syncs,
             "sync_growth_mib": growth / 2**20, "sync_passing_mib": passing / 2**20,
             "largest_module_mib": max(n_embedding, n_layer) * dtype.itemsize / 2**20,
@@ -292,7 +292,7 @@ def main():
     )
     forecast = sum(forecast.values())
     print0(
-        f"{size}: {count_parameters(c)[0] / 1e6:.1f} M parameters, {WORLD} rank(s), shard={shard}; the plan forecasts"
+        f"{size}: {count_parameters(c).all / 1e6:.1f} M parameters, {WORLD} rank(s), shard={shard}; the plan forecasts"
         f" {show(forecast)} per rank at the update's peak"
     )
     for backend in attention_backends(device, dtype):

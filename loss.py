@@ -20,8 +20,10 @@ the tokens it names:
          + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   reverse KL to a teacher model's p_T
          - ce_coef      * mean log pi(y*) at own tokens                y* is the teacher model's top-1 token
 
+With top1_bonus, an own token's A grows by top1_bonus * (1[token = y*] - pi(y*)), whose policy gradient is that of pi(y*).
+
 Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
-kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
+kl_coef; TGPO, arXiv 2605.13230, for y*; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
 batch, T tokens of a packed micro-batch; index t is of token t given the tokens before it: logp[t] = log pi(t | < t).
 """
 
@@ -102,10 +104,10 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0, sft_per_sequence=False, shape_own=False):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False, shape_own=False, top1_bonus=0.0):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
-    logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
+    logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef or top1_bonus; batch: a data.Packed. counts: the numbers
     of response tokens (all, teacher's, own) and of traces in the WHOLE optimizer batch over all ranks, so that the
     loss does not depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens.
     sft_per_sequence: the NLL's mean is that over traces of each one's mean. With tis_cap above 0, own tokens are
@@ -119,8 +121,12 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     off_policy = batch.is_teacher | batch.is_replay
+    advantage = batch.advantage
+    if top1_bonus:  # pi(y*) is a baseline: alone, as TGPO's tipo_adv adds it, it would have no expected effect
+        bonus = (batch.input_ids[0] == batch.top1).float() - top1_logp.detach().exp()
+        advantage = advantage + top1_bonus * bonus * (own & (batch.top1 >= 0))
     policy_term = token_loss(
-        logp, old_logp, batch.advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
+        logp, old_logp, advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
         behaviour_logp=batch.behaviour_logp, shape_own=shape_own,
     )  # fmt: skip
     if tis_cap:

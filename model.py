@@ -22,7 +22,7 @@ from configurator import UserError, first_line
 from data import spread, unpack
 from runtime.plan import HEAD_CHUNK
 from runtime.ranks import RANK, WORLD, gather
-from runtime.tensors import load_whole, read_rows_of, tensor_files
+from runtime.tensors import load_whole, read_parameter, tensor_files
 
 disable_progress_bar()  # the bars of loading and saving would break up the log
 
@@ -344,9 +344,7 @@ def load_sharded(model, temperature, dtype, device, backend, weight_dtype, offlo
     if not files:
         raise OSError("sharded loading needs model.safetensors, or its index, in a local folder")
     for name, p in hf.named_parameters():
-        if name not in files:
-            raise OSError(f"its weights lack {name}")
-        read_rows_of(files[name], name, p)
+        read_parameter(files, name, p)
     return policy.eval()
 
 
@@ -365,7 +363,7 @@ def mean_entropies(policy, rollouts, micro_tokens):
 @torch.no_grad()
 def ask_teacher(teacher, micro_batches, want_top1, n_tokens, offload):
     """Write the teacher model's log-probs into the micro-batches, and with want_top1 its most likely tokens. An id
-    from n_tokens on is not a token of the policy and counts as none. offload: the teacher's weights are on the host
+    from n_tokens on is no token of the policy's and counts as none. offload: the teacher's weights are on the host
     between calls."""
     if offload:
         teacher.to(micro_batches[0].input_ids.device)

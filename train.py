@@ -66,7 +66,8 @@ sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leav
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
 ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token
-ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
+top1_bonus = 0.0  # times (1[the token is the teacher model's top-1] - that one's probability), added to own tokens' advantage
+ce_steps = 0  # steps over which ce_coef and top1_bonus fall linearly to zero; 0 keeps them
 tis_cap = 0.0  # truncated importance sampling: own tokens times min(pi_old / pi_sampler, cap); 0 is off
 skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
 skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over-long masking)
@@ -104,7 +105,7 @@ dtype = "auto"  # of matrix products and the engine; auto is bfloat16 on a GPU, 
 data = "toy/train.parquet"  # prompts, answers and traces: parquet, JSON lines or a dataset on the hub (docs/data.md)
 eval_data = "toy/test.parquet"  # held-out problems; "" for none
 model = "toy/base"  # the base: a folder in Hugging Face format, or a hub name
-teacher_model = ""  # for kl_coef and ce_coef: a folder or hub name, with the policy's own tokenizer
+teacher_model = ""  # for kl_coef, ce_coef and top1_bonus: a folder or hub name, with the policy's own tokenizer
 grader = "math_verify"  # or oat (the last \boxed{} counts), or a Python file that defines grade(text, answer)
 out_dir = "out/toy"  # an earlier run found there is moved aside, never overwritten
 resume = "no"  # auto: from out_dir's newest whole checkpoint; force: even if knobs or data differ [no | auto | force]
@@ -458,8 +459,9 @@ def note_old_logps(policy, micro_batches, guard):
 
 def note_teacher(teacher, micro_batches, terms, tokenizer):
     """Put the teacher model's log-probs and first choices into the micro-batches, if this step's loss reads them."""
-    if micro_batches and (terms["kl_coef"] or terms["ce_coef"]):
-        ask_teacher(teacher, micro_batches, want_top1=terms["ce_coef"] > 0, n_tokens=len(tokenizer),
+    want_top1 = terms["ce_coef"] > 0 or terms["top1_bonus"] > 0
+    if micro_batches and (terms["kl_coef"] or want_top1):
+        ask_teacher(teacher, micro_batches, want_top1=want_top1, n_tokens=len(tokenizer),
                     offload=teacher_offload and shard != "fsdp")  # fmt: skip
 
 
@@ -480,7 +482,8 @@ def loss_terms(step):
     """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
     terms = {name: globals()[name] for name in LOSS_DEFAULTS}
     if ce_steps:
-        terms["ce_coef"] *= max(0.0, 1 - (step - 1) / ce_steps)
+        for name in ("ce_coef", "top1_bonus"):
+            terms[name] *= max(0.0, 1 - (step - 1) / ce_steps)
     return terms
 
 

@@ -77,7 +77,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     with Storages() as storages:
         for p in policy.parameters():
             storages.add(p.untyped_storage())
-        storages.now += 8 * count_parameters(config)[0]  # Adam's two moments
+        storages.now += 8 * count_parameters(config).all  # Adam's two moments
         for i in range(2):
             logp, entropy = policy(batch)
             (logp.sum() - entropy.sum()).backward()

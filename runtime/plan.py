@@ -6,6 +6,7 @@ after its first step.
 
 import contextlib
 import re
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,18 @@ GIB = 2**30
 HEAD_CHUNK = 2048
 
 
+class Parameters(NamedTuple):
+    """Numbers of parameters of a model."""
+
+    all: int
+    embedding: int
+    layer: int  # the largest decoder layer
+    active: int  # at work for one token: all, or of a mixture of experts those that the router takes
+
+
 def count_parameters(config):
-    """Numbers of parameters of the model that a transformers config describes: (all, the embedding's, the largest
-    decoder layer's). Raises UserError if it is not a decoder like Llama or Qwen2."""
+    """The Parameters of the model that a transformers config describes. Raises UserError if it is not a decoder like Llama or
+    Qwen2."""
     try:
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config)
@@ -29,13 +39,21 @@ def count_parameters(config):
     except (AttributeError, ValueError):
         raise UserError(f"{config.model_type} models are not supported: choose a decoder like Llama or Qwen2") from None
     size = lambda module: sum(p.numel() for p in module.parameters())
-    return size(hf), size(hf.get_input_embeddings()), max(map(size, layers))
+    experts = [p for name, p in hf.named_parameters() if ".experts." in name]  # stacked: (experts, rows, columns)
+    idle = sum(p.numel() // len(p) * (len(p) - config.num_experts_per_tok) for p in experts)
+    return Parameters(size(hf), size(hf.get_input_embeddings()), max(map(size, layers)), size(hf) - idle)
 
 
 def worth_compiling(choice, config):
     """The knobs `compile` and `cuda_graphs` -> True or False. On an H200 vLLM took 60 s to compile and capture for a toy that
     then trained for 7 s, so "auto" is only for models above 100 M parameters, on a GPU."""
-    return choice == "yes" or (choice == "auto" and torch.cuda.is_available() and count_parameters(config)[0] > 100e6)
+    return choice == "yes" or (choice == "auto" and torch.cuda.is_available() and count_parameters(config).all > 100e6)
+
+
+def per_token(config):
+    """Multiplications of one token with weights, forward: every parameter at work but the embedding's, which are only read."""
+    p = count_parameters(config)
+    return p.active if config.tie_word_embeddings else p.active - p.embedding
 
 
 def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recompute):
@@ -45,7 +63,7 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
     Persistent: fp32 weights, gradients and two Adam moments (16 bytes per parameter), divided by n_gpus if sharded.
     Temporary: weights gathered in compute precision, activations, and either the head's chunk of logits or one layer.
     """
-    n, n_embedding, n_layer = count_parameters(config)
+    n, n_embedding, n_layer, _ = count_parameters(config)
     layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads
@@ -72,7 +90,7 @@ def training_memory(config, micro_tokens, n_gpus, shard, compute_bytes, recomput
 def kv_cache(config, engine_bytes, tensor_parallel, dtype_bytes):
     """(bytes for the KV cache, tokens that fit into it) of an engine that may take engine_bytes per GPU. Its weights, and
     2 GiB for the engine itself, are subtracted."""
-    n, _, _ = count_parameters(config)
+    n = count_parameters(config).all
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = max(1, config.num_key_value_heads // tensor_parallel)  # each GPU has at least one
     per_token = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype_bytes
@@ -142,14 +160,24 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     )
     sharded = world if k["shard"] == "fsdp" else 1
     if k["sft_buffer"]:
-        items["the SFT step's own moments"] = 8 * count_parameters(config)[0] // sharded
-    if teacher_config and not (k["teacher_offload"] and on_gpu):
-        items["teacher model's weights"] = count_parameters(teacher_config)[0] * dtype_bytes // sharded
+        items["the SFT step's own moments"] = 8 * count_parameters(config).all // sharded
+    offloaded = k["teacher_offload"] and on_gpu
+    teacher_bytes = count_parameters(teacher_config).all * dtype_bytes // sharded if teacher_config else 0
+    if teacher_config and not offloaded:
+        items["teacher model's weights"] = teacher_bytes
     peak = sum(items.values())
-    n = count_parameters(config)[0]
+    n = count_parameters(config).all
     log(f"memory per rank, {n / 1e6:.2f} M parameters, shard={k['shard']}, recompute={k['recompute']}:")
     for item, n_bytes in (*items.items(), ("total, at the update's peak", peak)):
         log(f"  {item:<34}{show(n_bytes):>12}")
+    if teacher_config:
+        theirs = count_parameters(teacher_config)
+        cost = per_token(teacher_config) / per_token(config) / (3 + k["recompute"])  # backward is twice the forward
+        log(
+            f"teacher model: {theirs.all / 1e6:.2f} M parameters, {theirs.active / 1e6:.2f} M at work for a token;"
+            f" to ask it adds {cost:.0%} to the products of a step's updates"
+            + (f", and each micro-batch takes {show(teacher_bytes)} from the host" if offloaded and sharded > 1 else "")
+        )
     each = checkpoint_bytes(n, k)
     log(f"checkpoints: {show(each)} each, {show(each * checkpoints_kept(k))} at most")
     if not on_gpu:
@@ -163,10 +191,17 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     # The gradients are freed before the rollout, except under DDP, whose buckets hold them.
     freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4
     staying = ("weights, gradients, Adam (fp32)", "the SFT step's own moments", "teacher model's weights")
-    rollout = sum(items.get(name, 0) for name in staying) - freed + share
-    fits = max(peak, rollout) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
+    between = sum(items.get(name, 0) for name in staying) - freed
+    uses = {"the update": peak, "the rollout": between + share}
+    if teacher_config:  # it comes whole from the host if it is not sharded; else two layers and the head are gathered
+        layer, head = count_parameters(teacher_config).layer, count_parameters(teacher_config).embedding
+        uses["asking the teacher model"] = between + (
+            (2 * layer + head) * dtype_bytes if sharded > 1 else teacher_bytes * offloaded
+        )
+    fits = max(uses.values()) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
-        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout {show(rollout)},"
-        " CUDA itself about 1 GiB (arithmetic, not a measurement)"
+        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: "
+        + ", ".join(f"{what} takes {show(n_bytes)}" for what, n_bytes in uses.items())
+        + ", CUDA itself about 1 GiB (arithmetic, not a measurement)"
     )
     return fits

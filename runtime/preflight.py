@@ -11,7 +11,7 @@ import torch
 from configurator import UserError
 from data import Order
 from runtime.files import load_config, model_path
-from runtime.plan import print_plan
+from runtime.plan import count_parameters, print_plan
 from runtime.ranks import WORLD, gather_engines, mine, print0
 from runtime.rows import count_rows, data_path
 from runtime.tokenizer import check_same_tokens, load_tokenizer, response_text
@@ -53,11 +53,12 @@ def check_knobs(k, n_ranks, shape):
         )
     if k.sft_buffer and k.replay_share:
         raise UserError("sft_buffer (ReLIFT) and replay_share (ExGRPO) are two methods: set one of them to 0")
-    if k.teacher_model and not (k.kl_coef or k.ce_coef):
-        raise UserError("teacher_model has no effect without kl_coef or ce_coef: set one of them, or leave teacher_model out")
-    if (k.kl_coef or k.ce_coef) and not k.teacher_model and not k.dry_run:
-        raise UserError("kl_coef and ce_coef need a teacher model: set --teacher_model=FOLDER (for the toy task, a checkpoint"
-                        " of config/method/sft_verified.py)")  # fmt: skip
+    asks_teacher = k.kl_coef or k.ce_coef or k.top1_bonus
+    if k.teacher_model and not asks_teacher:
+        raise UserError("teacher_model has no effect without kl_coef, ce_coef or top1_bonus: set one of them, or leave it out")
+    if asks_teacher and not k.teacher_model and not k.dry_run:
+        raise UserError("kl_coef, ce_coef and top1_bonus need a teacher model: set --teacher_model=FOLDER (for the toy task, a"
+                        " checkpoint of config/method/sft_verified.py)")  # fmt: skip
 
 
 def dry_run(k):
@@ -66,7 +67,7 @@ def dry_run(k):
     n_problems = count_rows(data_path(k.data))
     print_plan(vars(k), load_config(model_path(k.model)), n_problems, k.plan_gpus, on_gpu=True, gpu_gib=k.plan_gib, log=print0,
                teacher_config=teacher_config)  # fmt: skip
-    if (k.kl_coef or k.ce_coef) and not k.teacher_model:
+    if (k.kl_coef or k.ce_coef or k.top1_bonus) and not k.teacher_model:
         print0("the teacher model is not counted: set --teacher_model=FOLDER")
     return 0
 
@@ -88,6 +89,9 @@ def check_models(k, base, tokenizer, model_config):
             f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
             "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
         )
+    parameters = count_parameters(model_config)
+    if parameters.active < parameters.all:
+        raise UserError(f"{base} is a mixture of experts, which only a teacher model may be: choose a dense model")
     if teacher_config and teacher_config.max_position_embeddings < needed:
         context = teacher_config.max_position_embeddings
         raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: choose another teacher")

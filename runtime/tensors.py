@@ -67,20 +67,48 @@ def misshapen(name, there, wanted):
     return OSError(f"{name} is {list(there)} in the file, {list(wanted)} by config.json: use files of one model")
 
 
+def own_rows(tensor):
+    """(this rank's rows of a tensor, the first one's number); all rows, and 0, unless FSDP2 shards it."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    size = -(-tensor.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
+    return tensor.to_local(), min(tensor.size(0), dist.get_rank() * size)
+
+
 @torch.no_grad()
 def read_rows_of(path, name, tensor):
     """Fill a tensor from a safetensors file; if FSDP2 shards it, only this rank's rows. Returns the tensor. Raises OSError
     for another shape."""
+    local, start = own_rows(tensor)
     with safe_open(path, "pt") as f:
-        rows, local, start = f.get_slice(name), tensor, 0
+        rows = f.get_slice(name)
         if rows.get_shape() != list(tensor.shape):  # copy_ would repeat or cut rows
             raise misshapen(name, rows.get_shape(), tensor.shape)
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            size = -(-tensor.size(0) // dist.get_world_size())  # FSDP2 cuts dim 0 as torch.chunk does
-            start = min(tensor.size(0), dist.get_rank() * size)
         local.copy_(rows[start : start + local.size(0)])
     return tensor
+
+
+# transformers stacks the experts of a layer into one tensor; files have each by itself (its conversion_mapping.py, qwen2_moe).
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@torch.no_grad()
+def read_parameter(files, name, tensor):
+    """Fill a model's parameter from {tensor name: file}, as read_rows_of does. The experts of a mixture, (experts, rows,
+    columns), are read one by one if the files have them so. Raises OSError if a tensor is missing or has another shape."""
+    experts, _, kind = name.rpartition(".")
+    if name in files or not experts.endswith(".experts") or kind not in STACKED:
+        if name not in files:
+            raise OSError(f"its weights lack {name}")
+        read_rows_of(files[name], name, tensor)
+        return
+    local, first = own_rows(tensor)
+    for i, whole in enumerate(local, start=first):
+        for part, rows in zip(STACKED[kind], whole.chunk(len(STACKED[kind])), strict=True):
+            one = f"{experts}.{i}.{part}.weight"
+            if one not in files:
+                raise OSError(f"its weights lack {one}")
+            read_rows_of(files[one], one, rows)
 
 
 def whole_tensors(named, dtype=None):

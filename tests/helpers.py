@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from configurator import ROOT, configure
@@ -50,6 +51,11 @@ QWEN_05B = Qwen2Config(
 QWEN3_17B = Qwen3Config(
     hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
     vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_30B_A3B = Qwen3MoeConfig(
+    hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+    num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, vocab_size=151936,
+    max_position_embeddings=262144, tie_word_embeddings=False,
 )  # fmt: skip
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -145,6 +151,18 @@ def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), 
         eos_token_id=tokenizer.eos_token_id, initializer_range=0.2, **changes,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def build_mixture(folder, **changes):
+    """The weights and the config of a random mixture of 4 experts in each of 2 layers, 2 at work for a token."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, initializer_range=0.3, **changes,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

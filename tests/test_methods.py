@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import build
 import pytest
 import torch
-from helpers import QWEN_05B, QWEN_7B, a_row, launch, packed, rollouts_of, run, write
+from helpers import QWEN_05B, QWEN_7B, a_row, build_mixture, launch, packed, rollouts_of, run, write
 from safetensors.torch import load_file
 
 from configurator import ROOT, UserError
@@ -144,6 +144,28 @@ def test_a_probability_is_no_advantage():
     torch.testing.assert_close(expected_gradient(THETA, indicator), want)
 
 
+def test_the_bonus_for_the_first_choice_raises_its_probability():
+    """What tgpo_adv does instead: its gradient is that of pi(y*) in each state, on-policy and from another sampler's tokens,
+    and nothing where y* is no token of the policy's."""
+
+    def bonus_term(behaviour, known=True):
+        def one(y, logp, h, rows):
+            top1 = T_LOGPROBS[states(y)].argmax(-1)
+            old = behaviour.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+            batch = sampled(y, top1=top1 if known else torch.full((2,), -1), old_logp=old)
+            return batch_loss(logp, h, rows[torch.arange(2), top1], batch, OWN, top1_bonus=2.0, loss_constant=2.0)
+
+        return one
+
+    first = T_LOGPROBS.argmax(-1)
+    # The sampler decides how often the second step's states are visited, so it differs in the last step's choices only.
+    other = torch.cat([THETA[:1], table(2)[1:]])
+    want = gradient_over_states(THETA, lambda logprobs, s: -logprobs[first[s]].exp())
+    torch.testing.assert_close(expected_gradient(THETA, bonus_term(THETA)), want)
+    torch.testing.assert_close(expected_gradient(THETA, bonus_term(other), other), want)
+    assert not expected_gradient(THETA, bonus_term(THETA, known=False)).any()
+
+
 def test_entropy_and_sft_terms():
     got = expected_gradient(
         THETA, lambda y, logp, h, _: batch_loss(logp, h, None, sampled(y), OWN, policy_coef=0.0, entropy_coef=2.0)
@@ -195,7 +217,15 @@ def test_replayed_tokens_are_weighted_by_their_ratio():
 # ---------------------------------------------------------------- runs of the overlays
 
 OVERLAYS = sorted(os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "config", "method", "*.py")))
-WITH_TEACHER = ("rkl", "kdrl", "tgpo")
+WITH_TEACHER = ("rkl", "kdrl", "tgpo", "tgpo_adv")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A teacher model of other code and size: a mixture of 4 experts in each of 2 layers, and 40 embeddings for 21 tokens."""
+    folder = build_mixture(tmp_path_factory.mktemp("mixture"), vocab_size=40)
+    load_tokenizer("toy/base").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +268,7 @@ def test_every_overlay_runs(script, tmp_path, name, other_model):
     assert {key for row in rows for key in row} <= glossary()
     if name in WITH_TEACHER:
         assert rows[1]["teacher_model/kl"] > 0.01
-    if name == "tgpo":
+    if name in ("tgpo", "tgpo_adv"):
         assert 0 < rows[1]["teacher_model/agrees"] < 1
     if name == "relift":
         assert rows[1]["sft/loss"] > 0 and rows[1]["relift/waiting"] < 16  # the base fails every question
@@ -272,10 +302,12 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
         (["config/method/exgrpo.py", "--sft_buffer=16"], "are two methods"),
-        (["--teacher_model=toy/base"], "has no effect without kl_coef or ce_coef"),
+        (["--teacher_model=toy/base"], "has no effect without kl_coef, ce_coef or top1_bonus"),
+        (["--model={mixture}"], "is a mixture of experts, which only a teacher model may be: choose a dense model"),
     ],
 )
-def test_method_knobs_are_checked(script, tmp_path, argv, words):
+def test_method_knobs_are_checked(script, tmp_path, argv, words, mixture):
+    argv = [a.format(mixture=mixture) for a in argv]
     with pytest.raises(UserError, match=words):
         run(script, tmp_path, "bad", *argv)
     assert not (tmp_path / "bad").exists()
@@ -499,13 +531,19 @@ def test_several_traces_in_a_group(script, tmp_path):
         ("exgrpo", ["--data={easy}", "--temperature=1.6"]),
         ("tgpo", ["--teacher_model={other}", "--teacher_offload=True", "--ce_coef=0.5"]),
         ("kdrl", ["--teacher_model={other}", "--kl_coef=0.1"]),
+        ("grpo_std", []),
+        ("luffy", []),
+        ("rkl", ["--teacher_model={mixture}"]),
+        ("kdrl", ["--teacher_model={mixture}", "--kl_coef=0.1"]),
+        ("tgpo", ["--teacher_model={mixture}", "--ce_coef=0.5", "--update_batches=2"]),
+        ("tgpo_adv", ["--teacher_model={mixture}", "--teacher_offload=True", "--top1_bonus=0.5", "--update_batches=2"]),
         ("sft_released", []),
     ],
 )
-def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model):
+def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model, mixture):
     """Memory and teacher models are the same in one process and on two FSDP2 ranks, and so are four steps."""
     argv = [f"config/method/{name}.py", "--max_steps=4", "--sampler=torch", "--eval_data=",
-            *(m.format(easy=easy_data, other=other_model) for m in more)]  # fmt: skip
+            *(m.format(easy=easy_data, other=other_model, mixture=mixture) for m in more)]  # fmt: skip
     one = launch(tmp_path, "one", 1, *argv)
     two = launch(tmp_path, "two", 2, *argv, "--shard=fsdp")
     kinds = ("loss", "grad_norm", "reward", "replay", "relift", "teacher_model", "entropy")

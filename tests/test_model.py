@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BASE, packed
+from helpers import BASE, build_mixture, packed
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -18,7 +18,7 @@ from configurator import UserError
 from data import Rollout, pack
 from model import ask_teacher, load_policy, mean_entropies
 from rollout import as_named
-from runtime.tensors import tensor_files
+from runtime.tensors import read_parameter, tensor_files
 
 
 def traces(problems, n=6):
@@ -419,6 +419,24 @@ def test_a_teachers_choices_that_the_policy_lacks_count_as_none():
     assert batch.top1.tolist() == [2, 20, -1] and batch.teacher_logp.tolist() == [-0.5] * 3 and places == []
     ask_teacher(teacher, [other], want_top1=False, n_tokens=21, offload=True)
     assert other.top1 is None and other.teacher_logp.tolist() == [-0.5] * 3 and places == [torch.device("cpu"), "cpu"]
+
+
+def test_experts_are_read_one_by_one(tmp_path):
+    """Files have each expert by itself, a model stacks them. Under FSDP the parameters are read by read_parameter."""
+    folder = build_mixture(tmp_path, vocab_size=16)
+    want, files = dict(load_policy(str(folder), frozen=True).hf.named_parameters()), tensor_files(str(folder))
+    experts = "model.layers.0.mlp.experts."
+    assert f"{experts}gate_up_proj" not in files and want[f"{experts}gate_up_proj"].shape == (4, 32, 32)
+    for name, parameter in want.items():
+        read_parameter(files, name, found := torch.empty_like(parameter))
+        assert torch.equal(found, parameter), name
+    lacking = {name: file for name, file in files.items() if name != f"{experts}3.up_proj.weight"}
+    with pytest.raises(OSError, match="its weights lack model.layers.0.mlp.experts.3.up_proj.weight"):
+        read_parameter(lacking, f"{experts}gate_up_proj", torch.empty(4, 32, 32))
+    with pytest.raises(OSError, match=r"experts.0.down_proj.weight is \[32, 16\] in the file, \[32, 8\] by config.json"):
+        read_parameter(files, f"{experts}down_proj", torch.empty(4, 32, 8))
+    with pytest.raises(OSError, match="its weights lack model.more.weight"):
+        read_parameter(files, "model.more.weight", torch.empty(1))
 
 
 def test_bad_models(tmp_path):

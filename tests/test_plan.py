@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import LLAMA_8B, QWEN_05B, QWEN_7B, QWEN_15B
+from helpers import LLAMA_8B, QWEN3_30B_A3B, QWEN_05B, QWEN_7B, QWEN_15B
 from transformers import Qwen2Config
 
 from configurator import ROOT, UserError
@@ -13,9 +13,30 @@ from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print
 
 
 def test_parameters_of_the_released_7b():
-    n, n_embedding, n_layer = count_parameters(QWEN_7B)
+    n, n_embedding, n_layer, active = count_parameters(QWEN_7B)
     assert n == 7_615_616_512  # what Qwen2.5-7B has
-    assert n_embedding == 152064 * 3584 and n_layer * 28 + 2 * n_embedding + 3584 == n
+    assert active == n and n_embedding == 152064 * 3584 and n_layer * 28 + 2 * n_embedding + 3584 == n
+
+
+def test_tgpos_own_pair_fits_eight_gpus(script):
+    """A Qwen2.5-Math-7B that learns from Qwen3-30B-A3B: 30.5 B parameters, 3.3 B of them for a token, as its card says."""
+    teacher = count_parameters(QWEN3_30B_A3B)
+    assert teacher.all == 30_532_122_624 and teacher.active == pytest.approx(3.35e9, rel=0.01)
+    words = {}
+    for offload in ("False", "True"):
+        lines, argv = [], ["config/tgpo_7b.py", "config/method/tgpo.py", f"--teacher_offload={offload}"]
+        assert print_plan(script("train", argv).config, QWEN_7B, 0, 8, True, 80, lines.append, teacher_config=QWEN3_30B_A3B)
+        words[offload] = "\n".join(lines)
+    # 3.04 B multiplications a token (the embedding is only read) beside four times 7.07 B.
+    assert "30532.12 M parameters, 3353.03 M at work for a token; to ask it adds 11% to" in words["False"]
+    assert "teacher model's weights                7.1 GiB" in words["False"]
+    assert "teacher model's weights" not in words["True"] and "each micro-batch takes 7.1 GiB from the host" in words["True"]
+    # Alone on a GPU it comes whole.
+    lines = []
+    knobs = script("train", [*argv, "--shard=none"]).config
+    print_plan(knobs, QWEN_05B, 0, 1, True, 80, lines.append, teacher_config=QWEN3_30B_A3B)
+    asked = float(re.search(r"asking the teacher model takes ([\d.]+) GiB", lines[-1])[1])
+    assert asked == pytest.approx((12 * count_parameters(QWEN_05B).all + 2 * teacher.all) / GIB, abs=0.1)
 
 
 def test_sharding_divides_what_persists():
@@ -108,8 +129,8 @@ def test_ddps_buckets_stay_through_the_rollout(script):
     for shard, n_ranks in (("none", 1), ("ddp", 1), ("ddp", 2)):
         lines = []
         print_plan({**knobs, "shard": shard}, QWEN_05B, 0, n_ranks, True, 80, lines.append)
-        rollout[shard, n_ranks] = float(re.search(r"the rollout ([\d.]+) GiB", lines[-1])[1])
-    n = count_parameters(QWEN_05B)[0]
+        rollout[shard, n_ranks] = float(re.search(r"the rollout takes ([\d.]+) GiB", lines[-1])[1])
+    n = count_parameters(QWEN_05B).all
     assert rollout["none", 1] == rollout["ddp", 1] == pytest.approx(rollout["ddp", 2] - 4 * n / 2**30, abs=0.11)
 
 
@@ -119,8 +140,8 @@ def test_relifts_second_optimizer_is_counted(script):
     for name in ("luffy_7b", "relift_7b"):
         lines = []
         print_plan(script("train", [f"config/{name}.py"]).config, QWEN_7B, 0, 8, True, 80, lines.append)
-        found[name] = [float(x) for x in re.search(r"update takes ([\d.]+) .*rollout ([\d.]+) ", lines[-1]).groups()]
-    own = count_parameters(QWEN_7B)[0] / 2**30  # 8 bytes, a share of an eighth
+        found[name] = [float(x) for x in re.search(r"update takes ([\d.]+) .*rollout takes ([\d.]+) ", lines[-1]).groups()]
+    own = count_parameters(QWEN_7B).all / 2**30  # 8 bytes, a share of an eighth
     assert [a - b for a, b in zip(found["relift_7b"], found["luffy_7b"], strict=True)] == pytest.approx([own, own], abs=0.11)
 
 
