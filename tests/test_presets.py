@@ -176,6 +176,12 @@ PRESETS = {  # {the released script: (our configs, the rows)}
         ("teacher_coef", 0.002, "ce_coef", 0.002),
         ("teacher_coef / teacher_decay (1e-5)", 200, "ce_steps", 200),
     ]),
+    "TGPO train.sh --algo tipo_adv": ("config/tgpo_7b.py config/method/tgpo_adv.py", [
+        *[row for row in TGPO if row[2] != "use_std"], *CLIP, NO_TRACE,
+        ("algorithm.grpo_use_std", True, "use_std", True),
+        ("teacher_coef", 0.02, "top1_bonus", 0.02, "pi_old(y*) there has no expected gradient; ours is 1[y = y*] - pi(y*)"),
+        ("teacher_coef / teacher_decay (1e-4)", 200, "ce_steps", 200),
+    ]),
     "TGPO train.sh --algo kdrl": ("config/tgpo_7b.py config/method/kdrl.py", [
         *[row for row in TGPO if row[2] != "use_std"], *CLIP, NO_TRACE,
         ("algorithm.grpo_use_std", False, "use_std", True, "as in its exp_scripts; --use_std=False is tasks.sh"),
@@ -280,7 +286,7 @@ def test_both_coefficients_of_rl_with_sft_loss_are_raised_or_neither():
 
 
 @pytest.mark.parametrize("base", ["config/luffy_7b.py", "config/tgpo_7b.py"])
-@pytest.mark.parametrize("method", ["rkl", "kdrl", "tgpo", "grpo_std", "grpo_token_mean"])
+@pytest.mark.parametrize("method", ["rkl", "kdrl", "tgpo", "tgpo_adv", "grpo_std", "grpo_token_mean"])
 def test_a_token_mean_has_a_coefficient_of_one_micro_batch(base, method):
     assert resolve("train.py", base, f"config/method/{method}.py")["entropy_coef"] == 0.001
 

@@ -26,7 +26,7 @@ from runtime.process import protect_output
 
 FOUR = ["grpo", "sft", "mixed", "luffy"]
 ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft_verified", "rl_sft_loss", "sft_then_rl",
-       "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo"]  # fmt: skip
+       "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo", "tgpo_adv"]  # fmt: skip
 WORLDS = {
     "imperfect": ([], ALL),
     "clean": (["config/toy/clean.py"], FOUR),
@@ -34,7 +34,7 @@ WORLDS = {
 }
 # The ratio differs from 1 only after an optimizer step. So methods with a clip take two steps per rollout: with one step
 # the clip has no effect.
-CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo"}
+CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo", "tgpo_adv"}
 STEPS = (10, 20, 60)
 DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "rkl"]  # with all methods nothing could be seen
 
@@ -45,7 +45,7 @@ def arguments(out, world, method, seed):
     extra = ["--update_batches=2"] if method in CLIPPED else []
     if method == "sft_then_rl":
         extra.append(f"--model={out}/{world}/sft_{seed}/ckpt_60")
-    if method in ("rkl", "kdrl", "tgpo"):  # the teacher model is SFT's, trained on the world's traces with their mistakes
+    if method in ("rkl", "kdrl", "tgpo", "tgpo_adv"):  # the teacher model is SFT's, trained on the world's traces with their mistakes
         extra.append(f"--teacher_model={out}/{world}/sft_0/ckpt_60")
     return [*configs, f"config/method/{method}.py", f"--seed={seed}", "--sampler=torch", "--reward_workers=1", *extra]
 
