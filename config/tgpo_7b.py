@@ -1,10 +1,12 @@
 # The base of TGPO's runs (arXiv 2605.13230), as its train.sh and config/tasks.sh set them. Methods stack on it; alone it is
 # LUFFY as TGPO ran it. Not run by us yet.
 #
-#     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py --teacher_model=FOLDER
+#     python prepare.py align --model=Qwen/Qwen3-30B-A3B-Thinking-2507 --policy=models/Qwen2.5-Math-7B-16k-think \
+#         --out=models/Qwen3-30B-A3B-aligned
+#     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py --teacher_model=models/Qwen3-30B-A3B-aligned
 #
-# rkl and kdrl likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of docs/presets.md.
-# The teacher there is Qwen3-30B-A3B-Thinking-2507, which also wrote the traces; it must have the policy's tokens.
+# rkl, kdrl and tgpo_adv likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of
+# docs/presets.md, which also says what aligning does. The same teacher wrote the traces: prepare.py reanswer, with its own files.
 # Its losses are token means per micro-batch, summed over K of them, so the coefficients are exact and only the clip of the
 # gradient is not: 1.0 there is 1 / K here, and K is 4 to 11 (64 sequences in micro-batches of 16,384 tokens).
 
