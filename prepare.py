@@ -762,7 +762,8 @@ def prepare_align(args):
     differ = ends[0] != ends[1]
     swapped = ends if differ and args.swap_ends == "True" else []
     if swapped and config.tie_word_embeddings:
-        places[HEAD], settings["tie_word_embeddings"] = places[EMBEDDING], False
+        places.setdefault(HEAD, places[EMBEDDING])  # a head of its own, in the embedding's file
+        settings["tie_word_embeddings"] = False
     parts = {}  # a file of weights to rewrite: which of the two tensors change there
     for name, file in places.items():
         if rows > old or (swapped and name == HEAD):

@@ -4,7 +4,8 @@
 #     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py --teacher_model=FOLDER
 #
 # rkl and kdrl likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of docs/presets.md.
-# The teacher there is Qwen3-30B-A3B-Thinking-2507, which also wrote the traces; it must have the policy's tokens.
+# The teacher there is Qwen3-30B-A3B-Thinking-2507, which also wrote the traces. To be FOLDER it must go through
+# prepare.py align (docs/presets.md).
 # Its losses are token means per micro-batch, summed over K of them, so the coefficients are exact and only the clip of the
 # gradient is not: 1.0 there is 1 / K here, and K is 4 to 11 (64 sequences in micro-batches of 16,384 tokens).
 

@@ -893,6 +893,16 @@ def test_align_changes_only_what_differs(tmp_path, policy, capsys):
     assert HEAD not in new and new[EMBEDDING].shape == (320, 64)
     assert load_config(str(tmp_path / "tied_out")).tie_word_embeddings
 
+    stored = build_teacher(tmp_path / "stored", shard="80KB")  # a tied head that is a tensor, too, in another file
+    save_file({HEAD: tensors(stored)[EMBEDDING]}, stored / "model-head.safetensors")
+    index = json.loads((stored / "model.safetensors.index.json").read_text())
+    index["weight_map"][HEAD] = "model-head.safetensors"
+    (stored / "model.safetensors.index.json").write_text(json.dumps(index))
+    align(tmp_path, f"--model={stored}", f"--out={tmp_path / 'untied'}")
+    new = tensors(tmp_path / "untied")
+    assert torch.equal(new[EMBEDDING][256], new[HEAD][259]) and torch.equal(new[EMBEDDING][259], new[HEAD][256])
+    assert torch.equal(load_file(tmp_path / "untied" / "model-head.safetensors")[HEAD], new[HEAD])
+
     build_teacher(tmp_path / "teacher")
     align(tmp_path, "--swap_ends=False", f"--out={tmp_path / 'named'}")
     old, new = (logits(tmp_path / folder, prompt_and_response(policy)) for folder in ("teacher", "named"))
