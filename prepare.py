@@ -1,10 +1,11 @@
 """
-Prepare what training needs: problems in LUFFY's schema, and a model with enough positions and a chat template for long
-thoughts.
+Prepare what training needs: problems in LUFFY's schema, a model with enough positions and a chat template for long thoughts,
+and a teacher model that reads the policy's token ids.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py align --model=TEACHER --policy=models/Qwen2.5-Math-7B-16k-think --out=models/TEACHER-aligned
 
 All commands write to *.partial and rename at the end, so a file with its final name is whole. They overwrite nothing.
 """
@@ -72,6 +73,13 @@ def parse(argv):
     p.add_argument("--max_position", type=int, default=16384, help="0 leaves the model's own (%(default)s)")
     p.add_argument("--template", default="luffy", help="luffy, llama, keep, or a Jinja file (%(default)s)")
     p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate some tokens with it (%(default)s)")
+
+    p = commands.add_parser("align", allow_abbrev=False, help="give a teacher model the policy's tokenizer, end and rows")
+    p.add_argument("--model", required=True, help="the teacher: a folder in Hugging Face format, or a hub name")
+    p.add_argument("--policy", required=True, help="the model to be trained; only its tokenizer and config are read")
+    p.add_argument("--out", required=True, help="the new folder")
+    p.add_argument("--swap_ends", default="True", choices=["True", "False"],
+                   help="False renames the end and leaves the weights, as published (%(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -92,8 +100,10 @@ from fnmatch import fnmatch
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import set_verbosity_error
 
@@ -102,13 +112,22 @@ from eval import evaluate
 from model import load_policy
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler, pick_device
-from runtime.files import load_config, model_path, partial_name, remove_partials, weight_files, write_json
+from runtime.files import (
+    CONFIGS,
+    TOKENIZER,
+    load_config,
+    model_path,
+    partial_name,
+    remove_partials,
+    weight_files,
+    write_json,
+)
 from runtime.folder import Lock, OutputFolder
 from runtime.guard import Watch
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
-from runtime.tensors import tensor_files
-from runtime.tokenizer import ends_in_words, gives_back, load_tokenizer, render_prompt
+from runtime.tensors import misshapen, tensor_files
+from runtime.tokenizer import check_same_ids, check_same_tokens, ends_in_words, gives_back, load_tokenizer, render_prompt
 from runtime.work import chunk_files, open_work, read_chunks, settings_of, work_through
 
 QUESTION = {"role": "user", "content": "What is 1 + 1?"}  # to try a model's chat template with
@@ -494,10 +513,30 @@ def prepare_model(args):
     UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
     out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
+    check_new(out)
+    source, files, weights = model_on_disk(source)
+    with new_folder(out, source) as partial:
+        copy_files(source, partial, set(files) - set(weights))
+        edit_config(partial, args.rope_theta, args.max_position)
+        tokenizer = edit_template(partial, template, args.max_position, args.template)
+        dtype = check_weights(source, partial, tokenizer)
+        print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
+        copy_files(source, partial, weights)
+        if args.round_trip == "True":
+            round_trip(partial, tokenizer, dtype)
+    print(f"wrote {out}")
+
+
+def check_new(out):
+    """Raise UserError unless a folder of this name can be made: there may be an empty one."""
     if os.path.lexists(out) and (os.path.islink(out) or not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{out} exists and is not an empty folder: remove it, or name another --out")
-    if not os.path.isdir(source):
-        source = from_hub(source, ignore_patterns=list(SKIPPED))
+
+
+def model_on_disk(model):
+    """Fetch a model from the hub, if it is a name there. Returns its folder, the names of its files without those of SKIPPED
+    and without other files of weights than its own, and those of its weights. Raises UserError unless they are safetensors."""
+    source = model if os.path.isdir(model) else from_hub(model, ignore_patterns=list(SKIPPED))
     try:
         named = weight_files(source)
     except OSError as e:
@@ -507,26 +546,28 @@ def prepare_model(args):
         raise UserError(f"{source} has no *.safetensors, the only supported format of weights: load it with"
                         " AutoModelForCausalLM.from_pretrained and write it with save_pretrained")  # fmt: skip
     skipped = lambda name: any(fnmatch(name, p) for p in SKIPPED) or (fnmatch(name, "*.safetensors*") and name not in named)
-    files = [e.name for e in os.scandir(source) if e.is_file() and not skipped(e.name)]
+    return source, [e.name for e in os.scandir(source) if e.is_file() and not skipped(e.name)], weights
+
+
+def copy_files(source, folder, names):
+    for name in names:
+        shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def new_folder(out, source):
+    """A folder that is named `out` when the block ends, and is removed if it fails. Errors then name the user's folder,
+    source."""
     remove_partials(glob.escape(out))
     partial = partial_name(out)
-    copy = lambda names: [shutil.copyfile(os.path.join(source, name), os.path.join(partial, name)) for name in names]
     os.makedirs(partial)
     try:
-        copy(set(files) - set(weights))
-        edit_config(partial, args.rope_theta, args.max_position)
-        tokenizer = edit_template(partial, template, args.max_position, args.template)
-        dtype = check_weights(source, partial, tokenizer)
-        print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
-        copy(weights)
-        if args.round_trip == "True":
-            round_trip(partial, tokenizer, dtype)
+        yield partial
         os.rename(partial, out)  # nothing but an empty folder may be there
-    except UserError as e:  # name the user's folder, not the copy, which is removed
+    except UserError as e:
         raise UserError(str(e).replace(partial, source)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"wrote {out}")
 
 
 def chat_template(name):
@@ -634,13 +675,17 @@ def check_weights(source, folder, tokenizer):
         if tensor.get_shape() != list(parameter.shape):
             raise UserError(f"{source}: {name} is {tensor.get_shape()} in the weights, {list(parameter.shape)} by config.json:"
                             " use files of one model")  # fmt: skip
-    top, rows = max(tokenizer.get_vocab().values()), hf.get_input_embeddings().weight.size(0)
-    if top >= rows:
-        raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: use files of one model")
+    check_rows(source, tokenizer, hf.get_input_embeddings().weight.size(0))
     if extra := [name for name in files if name not in hf.state_dict()]:
         print(f"note: config.json has no place for {len(extra)} tensor(s) of the weights, {extra[0]} among them")
     print(ends_in_words(tokenizer))
     return "float32" if dtypes == {"F32"} else "bfloat16"
+
+
+def check_rows(source, tokenizer, rows):
+    """Raise UserError unless each token has a row of the embedding."""
+    if (top := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(f"{source}: the tokenizer's ids end at {top}, the embedding has {rows} rows: use files of one model")
 
 
 def round_trip(folder, tokenizer, dtype, tokens=8):
@@ -679,6 +724,146 @@ def round_trip(folder, tokenizer, dtype, tokens=8):
                         " files differently")  # fmt: skip
 
 
+# ---------------------------------------------------------------- align
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def prepare_align(args):
+    """Make a teacher model for kl_coef and ce_coef of one whose tokenizer differs a little from the policy's. It gets the
+    policy's tokenizer files and its EOS, pad and BOS. Raises UserError unless each of the policy's tokens has the same id in
+    the teacher's tokenizer, which may have more: their rows stay, and training masks a first choice among them.
+
+    The end. A teacher that was trained to end in another token gives the policy's EOS hardly any probability, whatever its
+    config calls it. So the head's rows of the two ends are swapped, and the teacher's probability of ending is found at the
+    policy's EOS. The embedding's rows are not: no token of a response follows its EOS, but the teacher's end may be in the
+    prompt, where it closes the template's turns (<|im_end|>), and must be read as what it is. A tied head is therefore written
+    as a tensor of its own. swap_ends=False leaves the weights, as TGPO's release did.
+
+    The rows. Where the policy has more, embedding and head are padded with zeros; nothing is cut. A zero row's logit is 0. No
+    tokenizer gives these ids, but the policy may sample one: to the teacher its log-prob is minus the logsumexp of the logits,
+    low and finite. As a first choice it would be masked, like each id that is no token of the policy.
+
+    Only the files of weights that hold embedding or head are written anew, one in memory at a time and in their dtype. The
+    others are hard links to the teacher's, or copies where the file system has no links: the experts of a large teacher take no
+    second place. The folder is for judging. To sample from the teacher, as reanswer does, take the original.
+    """
+    out, teacher, policy = repo_path(args.out), model_path(args.model), model_path(args.policy)
+    check_new(out)
+    if not os.path.isdir(policy):
+        policy = from_hub(policy, allow_patterns=[*CONFIGS, *TOKENIZER])
+    ours, theirs = load_tokenizer(policy), load_tokenizer(teacher)
+    check_same_ids(ours, theirs)
+    source, files, weights = model_on_disk(teacher)
+    places, config = embedding_and_head(source)
+    old, rows = config.vocab_size, max(config.vocab_size, load_config(policy).vocab_size)
+    check_rows(source, theirs, old)
+    ends, settings = [theirs.eos_token_id, ours.eos_token_id], {"vocab_size": rows}
+    differ = ends[0] != ends[1]
+    swapped = ends if differ and args.swap_ends == "True" else []
+    if swapped and config.tie_word_embeddings:
+        places.setdefault(HEAD, places[EMBEDDING])  # a head of its own, in the embedding's file
+        settings["tie_word_embeddings"] = False
+    parts = {}  # a file of weights to rewrite: which of the two tensors change there
+    for name, file in places.items():
+        if rows > old or (swapped and name == HEAD):
+            parts.setdefault(os.path.basename(file), []).append(name)
+    with new_folder(out, source) as partial:
+        copy_files(policy, partial, [name for name in TOKENIZER if os.path.isfile(os.path.join(policy, name))])
+        copy_files(source, partial, set(files) - {*weights, *TOKENIZER})
+        edit_ends(partial, ours, settings)
+        linked, grown = 0, []
+        for name in weights:
+            path, new = os.path.join(source, name), os.path.join(partial, name)
+            if name in parts:
+                grown.append(rewrite(path, new, parts[name], rows, swapped))
+            else:
+                linked += link_or_copy(path, new)
+        for name in [name for name in files if parts and name.endswith(".safetensors.index.json")]:
+            edit_index(os.path.join(partial, name), parts, map(sum, zip(*grown, strict=True)))
+        check_same_tokens(ours, load_tokenizer(partial))
+        embedding_and_head(partial)
+    before, after = (f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})" for tokenizer in (theirs, ours))
+    how = "their rows of the head swapped" if swapped else "in name only"
+    print(
+        f"aligned: {len(ours)} tokens (the teacher's own tokenizer has {len(theirs)}); rows {old} -> {rows}; end"
+        f" {before} -> {after}{f', {how}' if differ else ''}; files of weights: {linked} linked,"
+        f" {len(weights) - linked - len(parts)} copied, {len(parts)} rewritten"
+    )
+    print(f"wrote {out}")
+
+
+def embedding_and_head(folder):
+    """{tensor name: file} of a model's embedding and head, of which a tied model may lack the latter, and its config. Raises
+    UserError unless both have the config's shape."""
+    try:
+        config, files = load_config(folder), tensor_files(folder)
+        for name in (EMBEDDING, HEAD):
+            if name not in files and not (name == HEAD and config.tie_word_embeddings):
+                raise OSError(f"its weights lack {name}")
+        places = {name: files[name] for name in (EMBEDDING, HEAD) if name in files}
+        for name, file in places.items():
+            with safe_open(file, "pt") as f:
+                shape, wanted = f.get_slice(name).get_shape(), [config.vocab_size, config.hidden_size]
+            if shape != wanted:
+                raise misshapen(name, shape, wanted)
+    except (OSError, AttributeError) as e:  # a config that keeps its sizes elsewhere
+        raise UserError(f"{folder} is no causal LM in safetensors: {first_line(e)}") from None
+    return places, config
+
+
+def edit_ends(folder, tokenizer, changes):
+    """Write the tokenizer's EOS, pad and BOS, and in config.json more changes."""
+    ends = tokenizer.stop_ids if len(tokenizer.stop_ids) > 1 else tokenizer.eos_token_id
+    special = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    for name, more in zip(CONFIGS, (changes, {}), strict=True):
+        if name == "config.json" or os.path.isfile(os.path.join(folder, name)):
+            with edited(os.path.join(folder, name)) as config:
+                config.update(special | more)
+
+
+def rewrite(path, new, names, rows, swapped):
+    """Copy a safetensors file. The tensors in `names` are padded with zeros to `rows` rows, and the two rows `swapped` of the
+    head change places; a head that is not in the file is made of the embedding. Returns how many numbers and bytes were added.
+    The source is only read: nothing is done in place, because its tensors are its pages."""
+    tensors, order = load_file(path), torch.arange(rows)
+    order[swapped] = order[swapped[::-1]]
+    size = lambda: (sum(t.numel() for t in tensors.values()), sum(t.nbytes for t in tensors.values()))
+    before = size()
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
+    for name in names:
+        tensor = tensors[name] if name in tensors else tensors[EMBEDDING]
+        tensor = F.pad(tensor, (0, 0, 0, rows - len(tensor)))
+        tensors[name] = tensor[order] if name == HEAD else tensor
+    try:
+        save_file(tensors, new, metadata)
+        shutil.copymode(path, new)  # save_file() writes for the user alone
+    except SafetensorError as e:  # a full disk
+        raise OSError(first_line(e)) from None
+    return [now - was for now, was in zip(size(), before, strict=True)]
+
+
+def link_or_copy(path, new):
+    """Give a file another name, or copy it where the file system has no links. Returns whether it is a link."""
+    try:
+        os.link(os.path.realpath(path), new)  # in a hub cache the path is a symbolic link
+        return True
+    except OSError:
+        shutil.copyfile(path, new)
+        return False
+
+
+def edit_index(path, parts, grown):
+    """Note in an index of weights what rewrite() did: the tensors of each file, and how many numbers and bytes were added."""
+    with edited(path) as index:
+        index["weight_map"].update({name: file for file, names in parts.items() for name in names})
+        sizes = index.get("metadata") or {}
+        for name, more in zip(("total_parameters", "total_size"), grown, strict=True):
+            if name in sizes:
+                sizes[name] += more
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -687,13 +872,14 @@ def main(args):
         raise UserError(f"{args.command} runs in one process: leave torchrun out")
     if not args.out.strip():
         raise UserError("--out is empty: name a file or folder")
-    out, command = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model}
+    out, commands = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model,
+                                          "align": prepare_align}  # fmt: skip
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
         # One lock for all names that commands may share: y.easy.parquet is written for --out=y.parquet, too.
         family = re.sub(r"(\.(complement|easy|hard))*\.parquet$", "", out)
         with Lock(f"{family}.lock", "prepare.py", what=out) if RANK == 0 else contextlib.nullcontext():
-            command[args.command](args)
+            commands[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written
         raise UserError(first_line(e) if e.filename else f"{out} cannot be written: {first_line(e)}") from None
 

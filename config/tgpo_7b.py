@@ -2,8 +2,9 @@
 # LUFFY as TGPO ran it. Not run by us yet.
 #
 #     python prepare.py align --model=Qwen/Qwen3-30B-A3B-Thinking-2507 --policy=models/Qwen2.5-Math-7B-16k-think \
-#         --out=models/Qwen3-30B-A3B-aligned
-#     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py --teacher_model=models/Qwen3-30B-A3B-aligned
+#         --out=models/Qwen3-30B-A3B-Thinking-2507-aligned
+#     torchrun --nproc_per_node=8 train.py config/tgpo_7b.py config/method/tgpo.py \
+#         --teacher_model=models/Qwen3-30B-A3B-Thinking-2507-aligned
 #
 # rkl, kdrl and tgpo_adv likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of
 # docs/presets.md, which also says what aligning does. The same teacher wrote the traces: prepare.py reanswer, with its own files.

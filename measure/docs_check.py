@@ -68,6 +68,8 @@ COMMANDS = {
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
         [("openr1 ", "openr1 --src=raw.parquet ")],
+    "python prepare.py align --model=Qwen/Qwen3-30B-A3B-Thinking-2507 --policy=models/Qwen2.5-Math-7B-16k-think"
+    " --out=models/Qwen3-30B-A3B-Thinking-2507-aligned": [],
     "python -c \"import datasets; datasets.load_dataset('Elliott/Openr1-Math-46k-8192', split='train').to_parquet("
     "'data/openr1.parquet')\"": HUB,
     "python -c \"import datasets; datasets.load_dataset('Elliott/Openr1-Math-48k-Complement', split='train').to_parquet("
@@ -325,6 +327,7 @@ def stand_ins(folder):
 
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
+    build_model(folder / "Qwen" / "Qwen3-30B-A3B-Thinking-2507", rows=272, eos="<|im_end|>")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
     for name in loop.partition(";")[0].split()[3:]:  # for each trained model, what prepare.py will have made of the base
         (folder / name).parent.mkdir(exist_ok=True)

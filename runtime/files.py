@@ -123,9 +123,10 @@ def weights_digest(name):
 # ---------------------------------------------------------------- model folders
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-OTHERS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def model_files(folder):
     for name, key in POINTERS:
         if key in read_object(folder, name):
             raise OSError(f"{name} names other files by {key!r}: remove that entry")
-    return [name for name in OTHERS if os.path.isfile(os.path.join(folder, name))] + weight_files(folder)
+    return [name for name in CONFIGS + TOKENIZER if os.path.isfile(os.path.join(folder, name))] + weight_files(folder)
 
 
 def weight_files(folder):

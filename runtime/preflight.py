@@ -95,13 +95,13 @@ def check_models(k, base, tokenizer, model_config):
     if teacher_config and teacher_config.max_position_embeddings < needed:
         context = teacher_config.max_position_embeddings
         raise UserError(f"sequences may take {needed} tokens, the teacher model's context is {context}: choose another teacher")
+    if teacher_config:
+        check_same_tokens(tokenizer, load_tokenizer(model_path(k.teacher_model)))
     if teacher_config and teacher_config.vocab_size < model_config.vocab_size:
         raise UserError(
             f"the policy may sample any of its {model_config.vocab_size} embeddings, the teacher model has only"
-            f" {teacher_config.vocab_size}: pad it (resize_token_embeddings)"
+            f" {teacher_config.vocab_size}: pad it by prepare.py align"
         )
-    if teacher_config:
-        check_same_tokens(tokenizer, load_tokenizer(model_path(k.teacher_model)))
     if model_config.num_attention_heads % k.tensor_parallel:
         raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the model's {model_config.num_attention_heads} heads")
     return teacher_config

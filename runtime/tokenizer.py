@@ -153,19 +153,23 @@ def ends_in_words(tokenizer):
     return f"responses end at {' or '.join(names)}, traces in {names[0]}{ignored}"
 
 
-def check_same_tokens(ours, theirs):
-    """Raise UserError unless the teacher model's tokenizer has the policy's tokens under the same ids, and the same
-    EOS: the teacher model reads the policy's token ids. It may have further tokens."""
+def check_same_ids(ours, theirs):
+    """Raise UserError unless the teacher model's tokenizer has the policy's tokens under the same ids. It may have further
+    tokens."""
     a, b = ({i: token for token, i in t.get_vocab().items()} for t in (ours, theirs))
     if different := [i for i in a if a[i] != b.get(i)]:
         i = min(different)
         raise UserError(f"the teacher model's tokenizer differs in {len(different)} of {len(a)} tokens: id {i} is {a[i]!r} for"
                         f" the policy and {b.get(i)!r} for the teacher; choose models of one family")  # fmt: skip
+
+
+def check_same_tokens(ours, theirs):
+    """Raise UserError unless the teacher model, which reads the policy's token ids, has the same tokens and the same EOS."""
+    check_same_ids(ours, theirs)
     if ours.eos_token_id != theirs.eos_token_id:
         ends = [f"{t.eos_token!r} ({t.eos_token_id})" for t in (ours, theirs)]
-        raise UserError(
-            f"the policy's EOS is {ends[0]}, the teacher model's {ends[1]}: choose a teacher that was trained to emit this EOS"
-        )
+        raise UserError(f"the policy's EOS is {ends[0]}, the teacher model's {ends[1]}: choose a teacher that was trained to"
+                        " emit this EOS, or move its end there by prepare.py align")  # fmt: skip
 
 
 def render_prompt(tokenizer, messages):

@@ -130,27 +130,29 @@ def packed(n, **fields):
 # ---------------------------------------------------------------- models
 
 
-def byte_tokenizer(special, **options):
-    """A tokenizer over bytes; EOS is the first of the special tokens."""
+def byte_tokenizer(special, eos=None, **options):
+    """A tokenizer over bytes; EOS is the first of the special tokens, or the one that is named."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], **options)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos or special[0], **options)
 
 
-def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), tied=True, dtype=torch.float32, **changes):
-    """A random model over bytes, saved as real ones are. Its heads have 32 dimensions, as vLLM on a CPU requires."""
-    tokenizer = byte_tokenizer(["<|endoftext|>", "<s>", *marks], bos_token="<s>", model_max_length=512)
+def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), tied=True, dtype=torch.float32, eos=None,
+                rows=288, shard="50GB", **changes):  # fmt: skip
+    """A random model over bytes, saved as real ones are, in files of at most `shard`. Its heads have 32 dimensions, as vLLM on
+    a CPU requires. eos: a mark, in place of <|endoftext|>; rows: of the embedding."""
+    tokenizer = byte_tokenizer(["<|endoftext|>", "<s>", *marks], eos, bos_token="<s>", model_max_length=512)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = kind(
-        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=rows, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, initializer_range=0.2, **changes,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import build
 import pyarrow as pa
@@ -10,16 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import BAD, build_model, killed_runs, lines_of, openr1_row, openr1_trace, write_openr1
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 import prepare
 from configurator import ROOT, UserError
 from data import load_problems, load_templates
 from reward import graded_text
 from rollout import TorchSampler
+from runtime.files import load_config
+from runtime.preflight import check_models
 from runtime.rows import read_rows
+from runtime.tensors import tensor_files
 from runtime.tokenizer import load_tokenizer, render_prompt, response_text
 
 SYSTEM = load_templates()["system"]
@@ -757,3 +762,221 @@ def test_round_trip_through_the_real_engine(tmp_path, kind):
     shown = command("model", f"--model={source}", f"--out={tmp_path / 'out'}", "--max_position=2048")
     difference = float(re.search(r"by vLLM: \d of \d tokens are the same, log-probs differ by at most (\S+)", shown)[1])
     assert difference < (0.1 if kind is LlamaConfig else 1e-4)
+
+
+# ---------------------------------------------------------------- align
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+THINKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")  # the teacher has two tokens more than the policy, as Qwen3 has
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+TEACHERS = {  # each has fewer rows than the policy, and another EOS
+    "in one file": dict(kind=Qwen2Config, tied=False),
+    "in many files": dict(kind=Qwen3Config, tied=False, shard="40KB", dtype=torch.bfloat16, head_dim=32),
+    "tied": dict(kind=Qwen2Config, tied=True),
+    "tied in many files": dict(kind=Qwen2Config, tied=True, shard="80KB"),
+    "with experts": dict(kind=Qwen3MoeConfig, tied=False, shard="80KB", dtype=torch.bfloat16, **EXPERTS),
+}
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """It ends in <|endoftext|>, 256, and has 320 rows."""
+    policy = build_model(tmp_path / "policy", rows=320)
+    edit(policy, "generation_config.json", eos_token_id=[256, 258])
+    return policy
+
+
+def build_teacher(folder, kind=Qwen2Config, **changes):
+    """It ends in <|im_end|>, 259, and has 262 tokens and 288 rows."""
+    teacher = build_model(folder, kind, **{"marks": THINKS, "eos": "<|im_end|>", **changes})
+    edit(teacher, "generation_config.json", eos_token_id=[259, 256], temperature=0.6, do_sample=True)
+    return teacher
+
+
+def align(tmp_path, *argv):
+    """Of two options of one name the latter counts. Returns the default of --out."""
+    options = [f"--{name}={tmp_path / folder}" for name, folder in (("model", "teacher"), ("policy", "policy"), ("out", "out"))]
+    call("align", *options, *argv)
+    return tmp_path / "out"
+
+
+def tensors(folder):
+    """A model's tensors. tensor_files() raises where headers and index disagree."""
+    return {name: load_file(file)[name] for name, file in tensor_files(str(folder)).items()}
+
+
+def prompt_and_response(folder):
+    """Ids with both ends, one in the prompt, where the template closes its turns, and one behind the response."""
+    ids = load_tokenizer(str(folder)).encode("<|im_start|>1+1?<|im_end|>2<|endoftext|>", add_special_tokens=False)
+    assert {256, 258, 259} <= set(ids)
+    return ids
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_an_aligned_teacher_ends_where_the_policy_does(tmp_path, policy, kind, capsys):
+    """The same logits, with the two ends' columns swapped, and zeros for the rows that it lacked."""
+    teacher = build_teacher(tmp_path / "teacher", **TEACHERS[kind])
+    before = contents(teacher)
+    out, shown = align(tmp_path), capsys.readouterr().out
+    assert contents(teacher) == before and sorted(os.listdir(tmp_path)) == ["out", "policy", "teacher"]
+
+    order = torch.arange(288)
+    order[[256, 259]] = order[[259, 256]]
+    old, new = (logits(folder, prompt_and_response(policy)) for folder in (teacher, out))
+    torch.testing.assert_close(new[..., :288], old[..., order], rtol=0, atol=1e-5)
+    assert new.shape[-1] == 320 and not new[..., 288:].any()
+    assert (old[..., 256] - old[..., 259]).abs().min() > 0.01  # so the order matters
+
+    old, new = tensors(teacher), tensors(out)
+    assert new.keys() == old.keys() | {HEAD} and any("experts.3.up_proj" in name for name in new) == (kind == "with experts")
+    for name in old:
+        assert new[name].dtype == old[name].dtype and (name in (EMBEDDING, HEAD) or torch.equal(new[name], old[name]))
+    assert torch.equal(new[EMBEDDING][:288], old[EMBEDDING]) and not new[EMBEDDING][288:].any()
+    assert torch.equal(new[HEAD][:288], old.get(HEAD, old[EMBEDDING])[order]) and not new[HEAD][288:].any()
+
+    changed = {os.path.basename(file) for name, file in tensor_files(str(out)).items() if name in (EMBEDDING, HEAD)}
+    weights = {name for name in os.listdir(out) if name.endswith(".safetensors")}
+    assert {name for name in weights if os.path.samefile(out / name, teacher / name)} == weights - changed
+    assert (len(weights) > 2) == ("many" in kind or "experts" in kind) == (out / "model.safetensors.index.json").exists()
+    if len(weights) > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())["metadata"]
+        assert index["total_size"] == sum(t.nbytes for t in new.values())
+        assert index["total_parameters"] == sum(t.numel() for t in new.values())
+    assert "aligned: 260 tokens (the teacher's own tokenizer has 262); rows 288 -> 320; end '<|im_end|>' (259) -> " in shown
+    assert "'<|endoftext|>' (256), their rows of the head swapped; " in shown
+    assert f"; files of weights: {len(weights - changed)} linked, 0 copied, {len(changed)} rewritten\n" in shown
+
+    ours, theirs = load_tokenizer(str(policy)), load_tokenizer(str(out))
+    assert theirs.get_vocab() == ours.get_vocab() and theirs.chat_template == ours.chat_template
+    assert theirs.stop_ids == ours.stop_ids == [256, 258]
+    config = json.loads((out / "config.json").read_text())
+    was = json.loads(before["config.json"])
+    assert config == was | {"vocab_size": 320, "eos_token_id": [256, 258], "pad_token_id": 256, "bos_token_id": 257,
+                            "tie_word_embeddings": False}  # fmt: skip
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_training_takes_the_aligned_teacher_only(tmp_path, policy):
+    """Both errors name the command."""
+    teacher = build_teacher(tmp_path / "teacher")
+    tokenizer, config = load_tokenizer(str(policy)), load_config(str(policy))
+
+    limits = dict.fromkeys(("max_prompt_tokens", "max_tokens", "max_teacher_tokens"), 64)
+
+    def check(folder):
+        k = SimpleNamespace(teacher_model=str(folder), tensor_parallel=1, **limits)
+        return check_models(k, "policy", tokenizer, config)
+
+    with pytest.raises(UserError, match=r"EOS is '<.endoftext.>' \(256\), the teacher model's '<.im_end.>' .*prepare.py align"):
+        check(teacher)
+    edit(teacher, "tokenizer_config.json", eos_token="<|endoftext|>")
+    with pytest.raises(UserError, match=r"its 320 embeddings, the teacher model has only 288: .*prepare.py align"):
+        check(teacher)
+    edit(teacher, "tokenizer_config.json", eos_token="<|im_end|>")
+    assert check(align(tmp_path)).vocab_size == 320
+
+
+def test_align_changes_only_what_differs(tmp_path, policy, capsys):
+    """Nothing is cut; what is tied stays so where only rows are missing; and the ends stay where the user says so."""
+    build_teacher(tmp_path / "same", eos=None, rows=352, shard="40KB")
+    out = align(tmp_path, f"--model={tmp_path / 'same'}")
+    assert "; rows 352 -> 352; end '<|endoftext|>' (256) -> '<|endoftext|>' (256); files" in capsys.readouterr().out
+    assert load_config(str(out)).vocab_size == 352
+    weights = [name for name in os.listdir(out) if name.endswith(".safetensors")]
+    assert len(weights) > 2 and all(os.path.samefile(out / name, tmp_path / "same" / name) for name in weights)
+    index = [(folder / "model.safetensors.index.json").read_bytes() for folder in (out, tmp_path / "same")]
+    assert index[0] == index[1]
+
+    build_teacher(tmp_path / "tied", eos=None)
+    align(tmp_path, f"--model={tmp_path / 'tied'}", f"--out={tmp_path / 'tied_out'}")
+    new = tensors(tmp_path / "tied_out")
+    assert HEAD not in new and new[EMBEDDING].shape == (320, 64)
+    assert load_config(str(tmp_path / "tied_out")).tie_word_embeddings
+
+    stored = build_teacher(tmp_path / "stored", shard="80KB")  # a tied head that is a tensor, too, in another file
+    save_file({HEAD: tensors(stored)[EMBEDDING]}, stored / "model-head.safetensors")
+    index = json.loads((stored / "model.safetensors.index.json").read_text())
+    index["weight_map"][HEAD] = "model-head.safetensors"
+    (stored / "model.safetensors.index.json").write_text(json.dumps(index))
+    align(tmp_path, f"--model={stored}", f"--out={tmp_path / 'untied'}")
+    new = tensors(tmp_path / "untied")
+    assert torch.equal(new[EMBEDDING][256], new[HEAD][259]) and torch.equal(new[EMBEDDING][259], new[HEAD][256])
+    assert torch.equal(load_file(tmp_path / "untied" / "model-head.safetensors")[HEAD], new[HEAD])
+
+    build_teacher(tmp_path / "teacher")
+    align(tmp_path, "--swap_ends=False", f"--out={tmp_path / 'named'}")
+    old, new = (logits(tmp_path / folder, prompt_and_response(policy)) for folder in ("teacher", "named"))
+    torch.testing.assert_close(new[..., :288], old, rtol=0, atol=1e-5)
+    assert load_tokenizer(str(tmp_path / "named")).stop_ids == [256, 258] and HEAD not in tensors(tmp_path / "named")
+    assert "end '<|im_end|>' (259) -> '<|endoftext|>' (256), in name only; " in capsys.readouterr().out
+
+
+def test_align_links_what_a_hub_cache_links_to(tmp_path, policy, monkeypatch):
+    """The file behind the link; a copy where the file system has no links. Nothing of the cache is written to."""
+    teacher, blobs = build_teacher(tmp_path / "teacher", shard="40KB"), tmp_path / "blobs"
+    blobs.mkdir()
+    for i, name in enumerate(sorted(os.listdir(teacher))):
+        os.rename(teacher / name, blobs / str(i))
+        os.symlink(f"../blobs/{i}", teacher / name)
+    before = contents(blobs)
+    align(tmp_path)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    align(tmp_path, f"--out={tmp_path / 'copied'}")
+    names = set(os.listdir(tmp_path / "out"))
+    assert contents(tmp_path / "copied") == contents(tmp_path / "out") and contents(blobs) == before
+    assert not any(os.path.islink(tmp_path / folder / name) for name in names for folder in ("out", "copied"))
+    places = {folder: {os.stat(tmp_path / folder / name).st_ino for name in names} for folder in ("out", "copied")}
+    blob_nodes = {e.inode() for e in os.scandir(blobs)}
+    rewritten = {os.path.basename(tensor_files(str(tmp_path / "out"))[name]) for name in (EMBEDDING, HEAD)}
+    assert len(places["out"] & blob_nodes) == sum(name.endswith(".safetensors") for name in names) - len(rewritten) > 2
+    assert not places["copied"] & blob_nodes
+
+
+def damaged(teacher):
+    (teacher / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:9000])
+
+
+UNALIGNABLE = {  # what is done to the teacher's folder, and the message
+    "other tokens": (lambda f: build_teacher(f, marks=("<|im_end|>", "<|im_start|>"), eos=None),
+                     r"differs in 2 of 260 tokens: id 258 is '<.im_start.>' for the policy and '<.im_end.>' for the teacher; "
+                     "choose models of one family"),
+    "fewer tokens": (lambda f: build_teacher(f, marks=("<|im_start|>",), eos=None), "1 of 260 .* and None for the teacher"),
+    "no head": (lambda f: edit(f, tie_word_embeddings=False), "teacher is no causal LM .*: its weights lack lm_head.weight"),
+    "cut": (damaged, "teacher is no causal LM in safetensors: model.safetensors is no whole"),
+    "shape": (lambda f: edit(f, vocab_size=300), r"embed_tokens.weight is \[288, 64\] in the file, \[300, 64\] by config"),
+    "few rows": (lambda f: build_teacher(f, rows=261), "teacher: the tokenizer's ids end at 261, the embedding has 261 rows"),
+    "bin": (lambda f: os.rename(f / "model.safetensors", f / "pytorch_model.bin"), "teacher has no .*safetensors"),
+    "no tokenizer": (lambda f: os.remove(f / "tokenizer.json"), "teacher has no tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", UNALIGNABLE)
+def test_teachers_that_cannot_be_aligned(tmp_path, policy, fault):
+    teacher = build_teacher(tmp_path / "teacher")
+    change, words = UNALIGNABLE[fault]
+    change(teacher)
+    before = contents(teacher)
+    with pytest.raises(UserError, match=words) as e:
+        align(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["policy", "teacher"] and contents(teacher) == before
+    assert "partial" not in str(e.value) and str(e.value).count("\n") == 0
+
+
+def test_align_overwrites_nothing_and_leaves_nothing(tmp_path, policy, monkeypatch):
+    build_teacher(tmp_path / "teacher")
+    for stop, error, words in (
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (SafetensorError("I/O error: No space left on device"), UserError, "out cannot be written: .*No space left"),
+    ):  # fmt: skip
+        with monkeypatch.context() as m, pytest.raises(error, match=words):
+            m.setattr(prepare, "save_file", lambda *_, stop=stop: (_ for _ in ()).throw(stop))
+            align(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["policy", "teacher"]
+    for taken in ("policy", "teacher"):
+        before = contents(tmp_path / taken)
+        with pytest.raises(UserError, match=f"{taken} exists and is not an empty folder: remove it, or name another --out"):
+            align(tmp_path, f"--out={tmp_path / taken}")
+        assert contents(tmp_path / taken) == before
+    with pytest.raises(UserError, match="there is no model folder"):
+        align(tmp_path, f"--policy={tmp_path / 'none'}")
+    assert sorted(os.listdir(tmp_path)) == ["policy", "teacher"]
