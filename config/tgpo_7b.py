@@ -7,7 +7,8 @@
 #         --teacher_model=models/Qwen3-30B-A3B-Thinking-2507-aligned
 #
 # rkl, kdrl and tgpo_adv likewise, grpo_std without a teacher model; each algorithm of its tasks.sh is a line of
-# docs/presets.md, which also says what aligning does. The same teacher wrote the traces: prepare.py reanswer, with its own files.
+# docs/presets.md, which also says what aligning does. The same teacher, with its own files, wrote the traces: prepare.py
+# reanswer.
 # Its losses are token means per micro-batch, summed over K of them, so the coefficients are exact and only the clip of the
 # gradient is not: 1.0 there is 1 / K here, and K is 4 to 11 (64 sequences in micro-batches of 16,384 tokens).
 

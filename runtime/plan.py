@@ -192,16 +192,14 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     freed = 0 if k["shard"] == "ddp" and world > 1 else items["weights, gradients, Adam (fp32)"] // 4
     staying = ("weights, gradients, Adam (fp32)", "the SFT step's own moments", "teacher model's weights")
     between = sum(items.get(name, 0) for name in staying) - freed
-    uses = {"the update": peak, "the rollout": between + share}
-    if teacher_config:  # it comes whole from the host if it is not sharded; else two layers and the head are gathered
-        layer, head = count_parameters(teacher_config).layer, count_parameters(teacher_config).embedding
-        uses["asking the teacher model"] = between + (
-            (2 * layer + head) * dtype_bytes if sharded > 1 else teacher_bytes * offloaded
-        )
-    fits = max(uses.values()) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
+    asking, told = 0, ""
+    if teacher_config:  # sharded, two layers and the head are gathered; else an offloaded one comes whole
+        theirs = count_parameters(teacher_config)
+        asking = between + ((2 * theirs.layer + theirs.embedding) * dtype_bytes if sharded > 1 else teacher_bytes * offloaded)
+        told = f", asking the teacher model {show(asking)}"
+    fits = max(peak, between + share, asking) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(
-        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: "
-        + ", ".join(f"{what} takes {show(n_bytes)}" for what, n_bytes in uses.items())
-        + ", CUDA itself about 1 GiB (arithmetic, not a measurement)"
+        f"fits in {gpu_gib:.0f} GiB: {'yes' if fits else 'NO'}: the update takes {show(peak)}, the rollout"
+        f" {show(between + share)}{told}, CUDA itself about 1 GiB (arithmetic, not a measurement)"
     )
     return fits

@@ -35,7 +35,7 @@ def test_tgpos_own_pair_fits_eight_gpus(script):
     lines = []
     knobs = script("train", [*argv, "--shard=none"]).config
     print_plan(knobs, QWEN_05B, 0, 1, True, 80, lines.append, teacher_config=QWEN3_30B_A3B)
-    asked = float(re.search(r"asking the teacher model takes ([\d.]+) GiB", lines[-1])[1])
+    asked = float(re.search(r"asking the teacher model ([\d.]+) GiB", lines[-1])[1])
     assert asked == pytest.approx((12 * count_parameters(QWEN_05B).all + 2 * teacher.all) / GIB, abs=0.1)
 
 
@@ -129,7 +129,7 @@ def test_ddps_buckets_stay_through_the_rollout(script):
     for shard, n_ranks in (("none", 1), ("ddp", 1), ("ddp", 2)):
         lines = []
         print_plan({**knobs, "shard": shard}, QWEN_05B, 0, n_ranks, True, 80, lines.append)
-        rollout[shard, n_ranks] = float(re.search(r"the rollout takes ([\d.]+) GiB", lines[-1])[1])
+        rollout[shard, n_ranks] = float(re.search(r"the rollout ([\d.]+) GiB", lines[-1])[1])
     n = count_parameters(QWEN_05B).all
     assert rollout["none", 1] == rollout["ddp", 1] == pytest.approx(rollout["ddp", 2] - 4 * n / 2**30, abs=0.11)
 
@@ -140,7 +140,7 @@ def test_relifts_second_optimizer_is_counted(script):
     for name in ("luffy_7b", "relift_7b"):
         lines = []
         print_plan(script("train", [f"config/{name}.py"]).config, QWEN_7B, 0, 8, True, 80, lines.append)
-        found[name] = [float(x) for x in re.search(r"update takes ([\d.]+) .*rollout takes ([\d.]+) ", lines[-1]).groups()]
+        found[name] = [float(x) for x in re.search(r"update takes ([\d.]+) .*rollout ([\d.]+) ", lines[-1]).groups()]
     own = count_parameters(QWEN_7B).all / 2**30  # 8 bytes, a share of an eighth
     assert [a - b for a, b in zip(found["relift_7b"], found["luffy_7b"], strict=True)] == pytest.approx([own, own], abs=0.11)
 

@@ -45,7 +45,7 @@ def arguments(out, world, method, seed):
     extra = ["--update_batches=2"] if method in CLIPPED else []
     if method == "sft_then_rl":
         extra.append(f"--model={out}/{world}/sft_{seed}/ckpt_60")
-    if method in ("rkl", "kdrl", "tgpo", "tgpo_adv"):  # the teacher model is SFT's, trained on the world's traces with their mistakes
+    if method in ("rkl", "kdrl", "tgpo", "tgpo_adv"):  # its teacher model is SFT's, which copies mistakes
         extra.append(f"--teacher_model={out}/{world}/sft_0/ckpt_60")
     return [*configs, f"config/method/{method}.py", f"--seed={seed}", "--sampler=torch", "--reward_workers=1", *extra]
 
