@@ -1,9 +1,10 @@
-# LUFFY on one GPU of 24 GB or more: Qwen2.5-0.5B and a GSM8K-sized set in LUFFY's schema. These numbers are our own
+# LUFFY on one GPU of 24 GiB or more: Qwen2.5-0.5B and a GSM8K-sized set in LUFFY's schema. These numbers are our own
 # choice, not a paper's. Not run by us yet, so neither its time nor its accuracy is known.
 #
 #     python train.py config/luffy_1gpu.py
 #
-# 32 prompts x (7 own samples + 1 trace) = 256 sequences a step, 2 updates of 128 each. 7473 prompts / 32 = 233 steps an epoch.
+# 32 prompts x (7 own samples + 1 trace) = 256 sequences a step, 2 updates of 128 each. (7473 - 128) / 32 = 229 steps an
+# epoch.
 # What is not below is as in luffy_7b.py.
 
 include("config/luffy_7b.py")

@@ -10,7 +10,7 @@
 # 64 traces a step; 45.7k prompts / 64 = 714 steps an epoch. 3 epochs = 2142 steps, the first 215 of them warm-up. The
 # epochs are exact with --holdout=0; the 256 questions held out make them 710 steps. Only their answers are sampled.
 
-include("config/luffy_7b.py")  # betas 0.9 and 0.999, weight decay 0.01, gradient norm 1
+include("config/luffy_7b.py")  # betas 0.9 and 0.999, weight decay 0.01, as in that paper; gradient norm 1
 
 out_dir = "out/sft_7b"
 eval_interval = 714
@@ -27,8 +27,9 @@ learning_rate = 5e-5
 lr_schedule = "cosine"
 lr_floor = 0.1
 warmup_steps = 215
-seed = 0
 
+# From here on our own choice.
+seed = 0
 save_interval = 102  # seven times an epoch
 keep_every = 714
 rollout_interval = 0

@@ -333,7 +333,9 @@ def test_every_method_overlay_stacks_on_every_base():
     assert len(bases) >= 8
     for base in ([], *([p] for p in bases)):
         for method in glob.glob(os.path.join(ROOT, "config", "method", "*.py")):
-            teacher = ["--teacher_model=a/b"] if os.path.basename(method) in ("rkl.py", "kdrl.py", "tgpo.py") else []
+            teacher = (
+                ["--teacher_model=a/b"] if os.path.basename(method) in ("rkl.py", "kdrl.py", "tgpo.py", "tgpo_adv.py") else []
+            )
             preflight.check_knobs(SimpleNamespace(**resolve("train.py", *base, method, *teacher)), 8, shape)
 
 
