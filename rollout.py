@@ -70,7 +70,7 @@ from runtime.torch_sampler import TorchSampler
 
 def roll_out(
     sampler, problems, *, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp,
-    teacher_share=1.0, replays=None, done=lambda rollout: None,
+    beside=False, teacher_share=1.0, replays=None, done=lambda rollout: None,
 ):  # fmt: skip
     """n_rollouts responses per problem, group after group. Returns a list of Rollout.
 
@@ -81,6 +81,7 @@ def roll_out(
     max_tokens      limits a response, the teacher's part of it included
     seed, step      decide the samples, together with the problem and the row in its group
     stamp           of the weights to sample from
+    beside          traces take no own sample's place: there are n_rollouts of these, too
     teacher_share   the model reads this share of a trace's tokens and writes the rest; at 1 the
                     trace is used whole, and never enters the engine
     replays         {problem id: Rollout}: each takes the place of its problem's traces
@@ -99,7 +100,7 @@ def roll_out(
                 for ids, logps in list(zip(p.teacher, p.teacher_logps, strict=True))[:n_teacher]
                 if cut(ids)
             ]
-        n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
+        n_own = n_rollouts if beside else 0 if n_teacher == n_rollouts else n_rollouts - len(given)
         group = [Rollout(p.id, p.prompt_ids, [], source="own") for _ in range(n_own)] + given
         for i, r in enumerate(group):
             # The engine writes own samples, and the end of a cut trace.

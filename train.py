@@ -44,6 +44,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
+teacher_gate = -1  # traces join only where at most so many of n_rollouts own samples are right; -1 is always [-1, 1024]
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
 teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
 verified_only = False  # drop traces that the verifier rejects before training
@@ -280,16 +281,17 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 4. Advantage: reward minus the mean of the group, by default with the teacher's row in it.
             phases.begin("update")
-            rewards = torch.tensor([r.reward for r in rollouts])
-            groups = torch.tensor([r.problem for r in rollouts])
-            own = torch.tensor([r.source == "own" for r in rollouts]) if baseline == "own" else None
+            members = gated(rollouts)  # all of them, unless traces join only where the policy fails
+            rewards = torch.tensor([r.reward for r in members])
+            groups = torch.tensor([r.problem for r in members])
+            own = torch.tensor([r.source == "own" for r in members]) if baseline == "own" else None
             advantages = group_advantages(rewards, groups, use_std, own)
-            for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
+            for r, advantage in zip(members, advantages.tolist(), strict=True):
                 r.advantage = advantage
 
             # 5. Pack: each update's rollouts are spread over the ranks by tokens. Every rank gets as
             # many micro-batches as the others, or a collective of the backward pass would never end.
-            parts = cut_into_updates(worth_training(rollouts), batch, update_batches)
+            parts = cut_into_updates(worth_training(members), batch, update_batches)
             updates = [pack_share(part, device) for part in parts]
 
             # 6. Old log-probs, for updates that will find the policy moved. The teacher model's
@@ -316,7 +318,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 9. Log.
             record = {"step": step, "lr": lr, "micro_batches": sum(map(len, updates))}
-            record |= metrics.rollout_metrics(rollouts, sum(map(len, parts)))
+            record |= metrics.rollout_metrics(rollouts, [*chain(*parts)])
             record |= metrics.update_metrics(results, sft) | memory.metrics() | phases.record
             if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
@@ -425,12 +427,29 @@ def sample(engine, batch, replays, grading, step, stamp):
     share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
     rollouts = roll_out(
         engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=temperature,
-        max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, teacher_share=share, replays=replays,
-        done=grading.submit,
+        max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, beside=teacher_gate >= 0, teacher_share=share,
+        replays=replays, done=grading.submit,
     )  # fmt: skip
     if engine:
         engine.sleep()
     return rollouts
+
+
+def gated(rollouts):
+    """The rows of each group: all, or with a teacher_gate own samples alone where more of them are right. Elsewhere the traces
+    join: with sft_coef they are learnt in place of all samples (HPT), without it each replaces a wrong sample (AMPO)."""
+    if teacher_gate < 0:
+        return rollouts
+    groups, members = {}, []
+    for r in rollouts:
+        groups.setdefault(r.problem, ([], []))[r.source == "teacher"].append(r)
+    for own, traces in groups.values():
+        if sum(r.solved for r in own) > teacher_gate or not traces:
+            members += own
+        else:
+            n_left = 0 if sft_coef else len(own) - len(traces)
+            members += [*sorted(own, key=lambda r: not r.solved)[:n_left], *traces]  # right samples stay
+    return members
 
 
 def worth_training(rollouts):

@@ -44,6 +44,16 @@ def check_knobs(k, n_ranks, shape):
         raise UserError("log='wandb' needs its package: pip install wandb, or set log=jsonl; metrics.jsonl is always written")
     if k.baseline == "own" and k.n_teacher == k.n_rollouts:
         raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
+    if k.teacher_gate >= 0 and not k.n_teacher:
+        raise UserError(f"teacher_gate={k.teacher_gate} has no effect with n_teacher=0: set n_teacher, or teacher_gate=-1")
+    if k.teacher_gate >= max(0, k.n_rollouts - k.n_teacher):
+        raise UserError(
+            f"teacher_gate={k.teacher_gate} must be below n_rollouts - n_teacher = {k.n_rollouts - k.n_teacher}, so that there"
+            " are wrong samples whose places the traces take"
+        )
+    if k.teacher_gate >= 0 and k.sft_coef and k.baseline == "own":
+        raise UserError("teacher_gate with sft_coef leaves some groups no own sample: set baseline='group', which is the mean"
+                        " of own samples wherever there is one")  # fmt: skip
     if k.replay_share and k.n_teacher:
         raise UserError("replay_share puts a replayed sample in the place of a trace: set n_teacher=0")
     if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end) < 1:

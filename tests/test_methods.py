@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from configurator import ROOT, UserError
 from data import Rollout
-from loss import batch_loss, token_loss
+from loss import batch_loss, group_advantages, token_loss
 from model import load_policy
 from replay import Successes
 from rollout import TorchSampler
@@ -192,6 +192,98 @@ def test_replayed_tokens_are_weighted_by_their_ratio():
     torch.testing.assert_close(again.grad, logp.grad)
 
 
+# ---------------------------------------------------------------- the gate: traces join only where the policy fails
+
+TRACE = (1, 2)
+
+
+def rows_of(pair):
+    """A group before the gate: the policy's two samples, of which the sequence (0, 1) is right, and a right trace."""
+    own = [Rollout(0, [], list(y), reward=float(y == (0, 1)), reason="correct" if y == (0, 1) else "wrong") for y in pair]
+    return [*own, Rollout(0, [], list(TRACE), "teacher", 2, reward=1.0, reason="correct")]
+
+
+def loss_of_group(theta, rows, **terms):
+    """batch_loss of a group of sequences without a prompt."""
+    rewards = torch.tensor([r.reward for r in rows], dtype=torch.float64)
+    advantage = group_advantages(rewards, torch.zeros(len(rows), dtype=torch.long)).repeat_interleave(2)
+    teacher = torch.tensor([r.source == "teacher" for r in rows]).repeat_interleave(2)
+    ys = [tuple(r.response_ids) for r in rows]
+    logprobs = theta.log_softmax(-1)
+    logp = torch.cat([logprobs[states(y)][torch.arange(2), list(y)] for y in ys])
+    ends = torch.arange(0, 2 * len(rows) + 1, 2, dtype=torch.int32)
+    batch = packed(len(logp), input_ids=torch.tensor([sum(ys, ())]), advantage=advantage, is_teacher=teacher, cu_seqlens=ends)
+    return batch_loss(logp, -logp, None, batch, batch.counts, loss_constant=1.0, **terms)
+
+
+@pytest.mark.parametrize("sft_coef", [0.7, 0.0], ids=["HPT", "AMPO"])
+def test_the_expected_gradient_behind_the_gate(script, sft_coef):
+    """All 81 pairs of samples, each with its probability. Where both fail, HPT learns the trace by likelihood and AMPO puts it
+    in a sample's place; all other pairs are GRPO's."""
+    gated = script("train", ["--teacher_gate=0", "--n_rollouts=2", f"--sft_coef={sft_coef}"]).gated
+    theta = THETA.clone().requires_grad_(True)
+    seq = lambda y: theta.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+    p = lambda y: seq(y).sum().exp().detach()
+    pairs = list(itertools.product(SEQUENCES, repeat=2))
+    got = sum(p(a) * p(b) * loss_of_group(theta, gated(rows_of((a, b))), sft_coef=sft_coef) for a, b in pairs)
+
+    fails = {y: p(y) for y in SEQUENCES if y != (0, 1)}
+    both_fail = sum(fails.values()) ** 2
+    if sft_coef:
+        want = both_fail * -sft_coef * seq(TRACE).mean()
+    else:  # the trace and one of the failures; their mean reward is 1/2
+        f = seq(TRACE).exp()
+        failure = sum(q * 0.5 * seq(y).sum() for y, q in fails.items())
+        want = both_fail * -0.5 * (f / (f + 0.1)).sum() + sum(fails.values()) * failure
+    one_right = 2 * p((0, 1)) * sum(q * 0.5 * (seq(y) - seq((0, 1))).sum() for y, q in fails.items())
+    torch.testing.assert_close(*(torch.autograd.grad(x, theta)[0] for x in (got, want + one_right)), rtol=0, atol=1e-12)
+
+
+def test_who_is_in_a_group_behind_the_gate(script):
+    def group(rewards, n_traces, *argv):
+        own = [Rollout(0, [2], [i], reward=r, reason="correct" if r else "wrong") for i, r in enumerate(rewards)]
+        traces = [Rollout(0, [2], [10 + i], "teacher", 1) for i in range(n_traces)]
+        return [r.response_ids[0] for r in script("train", list(argv)).gated([*own, *traces])]
+
+    few, ampo, hpt = (1, 0, 0, 1, 0), ("--teacher_gate=2", "--n_teacher=2"), ("--teacher_gate=2", "--sft_coef=1.0")
+    assert group(few, 1) == [0, 1, 2, 3, 4, 10]  # without a gate all that was sampled
+    assert group(few, 2, *ampo) == [0, 3, 1, 10, 11]  # right samples keep their places
+    assert group(few, 1, *hpt) == [10] and group((0, 0), 2, *hpt) == [10, 11]
+    assert group(few, 0, *hpt) == group(few, 0, *ampo) == [0, 1, 2, 3, 4]  # nothing to put in
+    for argv in (ampo, hpt):
+        assert group((1, 0, 1, 1, 0), 1, *argv) == [0, 1, 2, 3, 4]
+    assert group(few, 1, "--teacher_gate=1") == [0, 1, 2, 3, 4]
+
+
+def test_a_gate_that_never_opens_is_grpo(script, tmp_path, easy_data):
+    """Where every group has a right answer, losses, norms and weights are those of a run without traces, bit by bit."""
+    argv = [f"--data={easy_data}", "--temperature=1.8", "--prompts_per_step=4", "--update_batches=2", "--max_steps=1"]
+    names = {"hpt": ["--teacher_gate=0", "--sft_coef=1.0"], "grpo": ["--n_teacher=0"]}
+    a, b = (run(script, tmp_path, name, *argv, *more)[1] for name, more in names.items())
+    assert b["groups/none_solved"] == 0 and b["groups/all_solved"] < 1 and b["grad_norm"] > 0
+    assert a["groups/with_trace"] == 0 and a["reward/teacher"] == 1
+    assert all(a[key] == b[key] for key in ("loss", "grad_norm", "reward/own", "entropy/own", "ratio/own"))
+    x, y = (load_file(tmp_path / name / "ckpt_1" / "model.safetensors") for name in names)
+    assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("argv", [["--teacher_gate=0"], ["--teacher_gate=0", "--sft_coef=1.0"]], ids=["AMPO", "HPT"])
+def test_the_gate_in_a_run(script, tmp_path, argv):
+    """The base fails every question but by luck: traces join, metrics and files still have all that was sampled."""
+    rows = run(script, tmp_path, "x", *argv, "--max_steps=1")
+    dumped = rollouts_of(tmp_path / "x", 1)
+    assert len(dumped) == 16 * 9 and rows[1]["groups/with_trace"] == rows[1]["groups/none_solved"] > 0.8
+    for start in range(0, len(dumped), 9):
+        *own, trace = dumped[start : start + 9]
+        assert trace["written_by"] == "teacher" and all(r["written_by"] == "own" for r in own)
+        joined = not any(r["reward"] for r in own)
+        assert bool(trace["update_logps"]) == joined
+        if joined and len(argv) == 1:  # seven failures and the trace
+            assert [r["advantage"] for r in own] == pytest.approx([-trace["reward"] / 8] * 7 + [0])
+    n_joined = round(16 * rows[1]["groups/with_trace"])
+    assert rows[1]["groups/trained"] == (n_joined * (1 if len(argv) == 2 else 8) + (16 - n_joined) * 8) / (16 * 9)
+
+
 # ---------------------------------------------------------------- runs of the overlays
 
 OVERLAYS = sorted(os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "config", "method", "*.py")))
@@ -266,6 +358,11 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["config/method/kdrl.py", "--teacher_model=nowhere"], "there is no model folder"),
         (["--baseline=own", "--n_rollouts=1"], "baseline='own' needs own samples"),
         (["--replay_share=0.5"], "set n_teacher=0"),
+        (["--teacher_gate=7"], "teacher_gate=7 must be below n_rollouts - n_teacher = 7"),
+        (["--teacher_gate=0", "--n_teacher=8"], "teacher_gate=0 must be below n_rollouts - n_teacher = 0"),
+        (["--teacher_gate=0", "--n_teacher=0"], "has no effect with n_teacher=0"),
+        (["--teacher_gate=0", "--sft_coef=1.0", "--baseline=own"], "leaves some groups no own sample"),
+        (["--teacher_gate=-2"], "lie between -1 and 1024"),
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
         (["--shape_own=True", "--shaping=log"], "shape_own divides by f, which is not above 0"),

@@ -453,6 +453,15 @@ def grouped(sampler, problems, n_rollouts, n_teacher, step=5, **options):
                     step=step, stamp=step, **options)  # fmt: skip
 
 
+def test_traces_beside_a_whole_group():
+    """For a gate there are n_rollouts own samples in any case. They are those that a run without traces would draw."""
+    problems, sampler, plain = [Problem(10, [3], "1", [[8, 1]], ""), Problem(11, [4], "2", [], "")], Scripted(), Scripted()
+    rollouts = grouped(sampler, problems, 8, 1, beside=True)
+    assert [r.source for r in rollouts] == ["own"] * 8 + ["teacher"] + ["own"] * 8
+    grouped(plain, problems, 8, 0)
+    assert (sampler.prompts, sampler.seeds) == (plain.prompts, plain.seeds)
+
+
 def test_groups_of_seven_and_one():
     problems = [Problem(10, [3], "1", [[8, 1], [9, 1]], ""), Problem(11, [4], "2", [], "")]
     sampler, whole = Scripted(), []

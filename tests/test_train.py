@@ -723,7 +723,7 @@ def test_a_reward_for_format_solves_nothing(tmp_path):
     """Neither a group nor a trace is solved by a reward below solved_at."""
     rows = [Rollout(q, [2], [1], reward=r, reason="correct" if r >= 1 else "wrong")
             for q, rewards in enumerate([(0.1, 0.1), (0.1, 1.0), (1.0, 2.0)]) for r in rewards]  # fmt: skip
-    found = rollout_metrics(rows, len(rows))
+    found = rollout_metrics(rows, rows)
     assert found["groups/none_solved"] == found["groups/all_solved"] == pytest.approx(1 / 3)
     assert found["reward/own"] == pytest.approx(4.3 / 6)
 
