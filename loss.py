@@ -16,13 +16,14 @@ the tokens it names:
 
     loss = policy_coef  * sum over policy tokens / loss_constant       or / their number
          - entropy_coef * mean entropy                                 all response tokens
-         - sft_coef     * mean log p of teacher tokens                 they then leave the policy term
+         - sft_coef     * mean log p, or f(p), of teacher tokens       they then leave the policy term
          + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   reverse KL to a teacher model's p_T
          - ce_coef      * mean log pi(y*) at own tokens                y* is the teacher model's top-1 token
 
 Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
-kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens. Shapes: B rollouts of a
-batch, T tokens of a packed micro-batch; index t is of token t given the tokens before it: logp[t] = log pi(t | < t).
+kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens; CHORD, arXiv 2508.11408,
+for phi. Shapes: B rollouts of a batch, T tokens of a packed micro-batch; index t is of token t given the tokens
+before it: logp[t] = log pi(t | < t).
 """
 
 import torch
@@ -61,11 +62,14 @@ def shape(p, how="luffy", gamma=0.1):
     pow      p^gamma            gamma p^gamma
     log      gamma log p        gamma
     p_log    gamma log p + p    gamma + p
+    phi      p - p^2 / 2        p (1 - p)
     """
     if how == "none":
         return p
     if how == "luffy":
         return p / (p + gamma)
+    if how == "phi":
+        return p - p**2 / 2
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # if p underflows to 0, the slopes below are infinite
     if how == "sqrt":
         return p.sqrt()
@@ -75,7 +79,7 @@ def shape(p, how="luffy", gamma=0.1):
         return gamma * p.log()
     if how == "p_log":
         return gamma * p.log() + p
-    raise ValueError(f"unknown shaping '{how}': choose none, luffy, sqrt, pow, log or p_log")
+    raise ValueError(f"unknown shaping '{how}': choose none, luffy, sqrt, pow, log, p_log or phi")
 
 
 def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
@@ -102,14 +106,15 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0, sft_per_sequence=False, shape_own=False):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False, shape_own=False, sft_shaping="log"):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
     of response tokens (all, teacher's, own) and of traces in the WHOLE optimizer batch over all ranks, so that the
     loss does not depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens.
-    sft_per_sequence: the NLL's mean is that over traces of each one's mean. With tis_cap above 0, own tokens are
-    multiplied by min(pi_old / pi_sampler, tis_cap): truncated importance sampling.
+    sft_shaping: f of the likelihood term; log is log p itself. sft_per_sequence: its mean is that over traces of each
+    one's mean. With tis_cap above 0, own tokens are multiplied by min(pi_old / pi_sampler, tis_cap): truncated
+    importance sampling.
 
     A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
     replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; the teacher's, or 0.
@@ -126,7 +131,9 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     if tis_cap:
         policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
     mean = lambda x, where, count: (x * where).sum() / (count or 1)
-    learnt, n_learnt = (logp / batch.trace_lengths.clamp(min=1), counts[3]) if sft_per_sequence else (logp, n_teacher)
+    learnt, n_learnt = logp if sft_shaping == "log" else shape(logp.exp(), sft_shaping, gamma), n_teacher
+    if sft_per_sequence:
+        learnt, n_learnt = learnt / batch.trace_lengths.clamp(min=1), counts[3]
     loss = -entropy_coef * mean(entropy, mask, n) - sft_coef * mean(learnt, teacher, n_learnt)
     if policy_coef:
         tokens, count = (mask & ~teacher, n - n_teacher) if sft_coef else (mask, n)

@@ -55,7 +55,7 @@ max_teacher_tokens = 40  # longer traces are dropped [> 0]
 # ---------------------------------------------------------------- the loss (loss.py says what each does)
 use_std = False  # divide advantages by the group's std
 baseline = "group"  # the mean that is subtracted: of the whole group, teacher rows included, or of own samples [group | own]
-shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
+shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log, phi
 gamma = 0.1  # of the shaping [> 0]
 shape_own = False  # shape own tokens, too: f(p) / f(p_old) in place of the ratio; not with log and p_log
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
@@ -64,6 +64,7 @@ loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequ
 policy_coef = 1.0  # coefficient of the policy term; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens included [any]
 sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leave the policy term
+sft_shaping = "log"  # f(p) in place of log p in that mean, without an advantage: any shaping; log is log p itself
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
 ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token

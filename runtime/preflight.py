@@ -19,10 +19,11 @@ from runtime.tokenizer import check_same_tokens, load_tokenizer, response_text
 
 def check_knobs(k, n_ranks, shape):
     """Check knobs against each other and against the number of processes. shape: loss.shape, which knows the shapings."""
-    try:
-        shape(torch.ones(()), k.shaping, k.gamma)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    for how in (k.shaping, k.sft_shaping):
+        try:
+            shape(torch.ones(()), how, k.gamma)
+        except ValueError as e:
+            raise UserError(str(e)) from None
     if k.shape_own and k.shaping in ("log", "p_log"):
         raise UserError(f"shape_own divides by f, which is not above 0 with shaping={k.shaping}: choose luffy, sqrt or pow")
     if n_ranks % k.tensor_parallel:

@@ -8,7 +8,7 @@ from helpers import packed
 from data import pack
 from loss import batch_loss, group_advantages, shape, token_loss
 
-SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log")
+SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log", "phi")
 
 
 def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
@@ -16,7 +16,7 @@ def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
     if teacher:
         p = math.exp(logp)
         f = {"none": p, "luffy": p / (p + gamma), "sqrt": math.sqrt(p), "pow": p**gamma,
-             "log": gamma * logp, "p_log": gamma * logp + p}[shaping]  # fmt: skip
+             "log": gamma * logp, "p_log": gamma * logp + p, "phi": p - p * p / 2}[shaping]  # fmt: skip
         return -advantage * f
     ratio = math.exp(logp - old)
     clipped = ratio
@@ -56,10 +56,11 @@ def test_gradient_is_the_finite_difference(shaping, low, high):
 
 
 def test_gradient_weights():
-    """A teacher token weighs p without shaping and gamma p / (p + gamma)^2 with it. An own token at ratio 1 weighs 1."""
+    """A teacher token weighs p without shaping, gamma p / (p + gamma)^2 with LUFFY's and p (1 - p) with CHORD's phi. An own
+    token at ratio 1 weighs 1."""
     p = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
     one, yes = torch.ones_like(p), torch.ones(5, dtype=torch.bool)
-    for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2)):
+    for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2), ("phi", p * (1 - p))):
         logp = p.log().requires_grad_(True)
         token_loss(logp, logp.detach(), one, yes, shaping).sum().backward()
         torch.testing.assert_close(logp.grad, -weight)

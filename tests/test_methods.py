@@ -44,6 +44,7 @@ def sampled(y, advantage=0.0, **fields):
 
 
 OWN = (2, 0, 2)  # response tokens: all, the teacher's, own
+TRACE = (1, 2)
 
 
 def expected_gradient(theta, loss, behaviour=None):
@@ -154,6 +155,22 @@ def test_entropy_and_sft_terms():
     assert batch_loss(logp, -logp, None, teacher, (2, 2, 0), sft_coef=0.5) == 0.75  # the policy term has no token left
 
 
+@pytest.mark.parametrize("how", ["log", "none", "phi", "luffy"])
+def test_the_shape_of_the_likelihood(how):
+    """The gradient at a trace's token is minus its weight x grad log p: 1 for SFT, p for DFT, p (1 - p) for CHORD-phi. No
+    advantage and no gamma of log count, and DFT's term is minus the mean probability."""
+    theta = THETA.clone().requires_grad_(True)
+    logp = theta.log_softmax(-1)[states(TRACE)][torch.arange(2), list(TRACE)]
+    batch = sampled(TRACE, advantage=-3.0, is_teacher=torch.tensor([True, True]))
+    loss = batch_loss(logp, -logp, None, batch, (2, 2, 0), sft_coef=0.7, sft_shaping=how)
+    p = logp.exp().detach()
+    weight = {"log": 1 + 0 * p, "none": p, "phi": p * (1 - p), "luffy": 0.1 * p / (p + 0.1) ** 2}[how]
+    got, want = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (loss, -(0.7 / 2) * (weight * logp).sum()))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if how == "none":
+        torch.testing.assert_close(loss, -0.7 * logp.exp().mean(), rtol=0, atol=1e-15)
+
+
 def test_truncated_importance_sampling():
     """Samples of another policy, one step each: weighted by pi_old / pi_sampler they give the on-policy gradient, until the
     cap limits the weights."""
@@ -193,8 +210,6 @@ def test_replayed_tokens_are_weighted_by_their_ratio():
 
 
 # ---------------------------------------------------------------- the gate: traces join only where the policy fails
-
-TRACE = (1, 2)
 
 
 def rows_of(pair):
@@ -365,6 +380,7 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--teacher_gate=-2"], "lie between -1 and 1024"),
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
+        (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
         (["--shape_own=True", "--shaping=log"], "shape_own divides by f, which is not above 0"),
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),

@@ -159,8 +159,9 @@ def by_hand(rows, k):
                 f = lambda x: x.exp() / (x.exp() + k["gamma"]) if k["shape_own"] else x.exp()
                 policy = policy - (advantage * f(logp) / f(logp.detach())).sum()
             elif k["sft_coef"]:
-                nll, n_teacher = nll - logp.sum(), n_teacher + len(logp)
-                traces.append(-logp.mean())
+                learnt = {"log": logp, "none": logp.exp(), "phi": logp.exp() * (1 - logp.exp() / 2)}[k["sft_shaping"]]
+                nll, n_teacher = nll - learnt.sum(), n_teacher + len(logp)
+                traces.append(-learnt.mean())
             else:
                 p = logp.exp()
                 policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
@@ -185,6 +186,8 @@ def by_hand(rows, k):
         ["--entropy_coef=0.3"],
         ["--sft_coef=0.7"],
         ["--sft_coef=0.7", "--sft_per_sequence=True"],
+        ["--sft_coef=0.7", "--sft_shaping=none"],
+        ["--sft_coef=0.7", "--sft_shaping=phi", "--sft_per_sequence=True"],
         ["--baseline=own"],
         ["--shape_own=True"],
         ["--policy_coef=0.3"],
