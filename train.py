@@ -66,6 +66,10 @@ entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens incl
 sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leave the policy term
 sft_shaping = "log"  # f(p) in place of log p in that mean, without an advantage: any shaping; log is log p itself
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
+sft_warmup_steps = 0  # steps over which sft_coef rises linearly from zero
+sft_steps = 0  # steps behind these over which it falls to sft_coef_end along a cosine; 0 keeps it
+sft_coef_end = 0.0  # where it ends
+sft_mix = False  # the policy term gets the rest: policy_coef times 1 - sft_coef
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
 ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token
 ce_steps = 0  # steps over which ce_coef falls linearly to zero; 0 keeps it
@@ -496,9 +500,20 @@ def schedule(step):
     return lr_floor + (1 - lr_floor) * cosine
 
 
+def sft_weight(step):
+    """sft_coef in this step: a linear rise from zero, then a cosine's half down to sft_coef_end (CHORD's mu). Where it is used
+    it is never quite zero, or batch_loss would take the traces into the policy term."""
+    risen = min(1.0, (step - 1) / sft_warmup_steps) if sft_warmup_steps else 1.0
+    fallen = min(1.0, max(0, step - 1 - sft_warmup_steps) / sft_steps) if sft_steps else 0.0
+    weight = risen * sft_coef + (sft_coef_end - sft_coef) * 0.5 * (1 - math.cos(math.pi * fallen))
+    return max(weight, sys.float_info.min) if sft_coef else 0.0
+
+
 def loss_terms(step):
     """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
-    terms = {name: globals()[name] for name in LOSS_DEFAULTS}
+    terms = {name: globals()[name] for name in LOSS_DEFAULTS} | {"sft_coef": sft_weight(step)}
+    if sft_mix:
+        terms["policy_coef"] *= 1 - terms["sft_coef"]
     if ce_steps:
         terms["ce_coef"] *= max(0.0, 1 - (step - 1) / ce_steps)
     return terms

@@ -5,6 +5,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -381,6 +382,11 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
         (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
+        (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
+        (["--sft_mix=True"], "have no effect with sft_coef=0"),
+        (["--sft_steps=9"], "have no effect with sft_coef=0"),
+        (["--sft_coef=1.5", "--sft_mix=True"], "1 - sft_coef, which is negative with 1.5"),
+        (["--sft_coef=0.5", "--sft_coef_end=0.1"], "sft_coef_end=0.1 is never reached"),
         (["--shape_own=True", "--shaping=log"], "shape_own divides by f, which is not above 0"),
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
@@ -413,6 +419,39 @@ def test_the_learning_rates_schedule(script):
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[11] == pytest.approx(0.55) and factors[19] == pytest.approx(0.1)
     constant = script("train", ["--warmup_steps=0", "--lr_floor=0.1"])
     assert {constant.schedule(step) for step in range(1, 61)} == {1.0}
+
+
+def test_the_likelihoods_schedule(script):
+    """CHORD's mu: linear from 0 to its peak, a cosine's half to its valley, and there it stays. Steps are counted from 0."""
+    argv = ["--sft_coef=0.5", "--sft_warmup_steps=4", "--sft_steps=8", "--sft_coef_end=0.02"]
+    mu = [script("train", argv).sft_weight(step) for step in range(1, 21)]
+    assert mu[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5], abs=1e-15) and mu[0] > 0
+    assert mu[8] == pytest.approx((0.5 + 0.02) / 2) and mu[12:] == pytest.approx([0.02] * 8)
+    assert mu[6] == pytest.approx(0.02 + 0.48 * 0.5 * (1 + math.cos(math.pi / 4)))
+    steady = script("train", ["--sft_coef=0.3"])
+    assert {steady.sft_weight(step) for step in range(1, 61)} == {0.3} and script("train", []).sft_weight(1) == 0.0
+    module = script("train", [*argv, "--sft_mix=True", "--policy_coef=2.0"])
+    assert all(module.loss_terms(s)["policy_coef"] == 2 * (1 - module.sft_weight(s)) for s in range(1, 21))
+
+
+def test_the_ends_of_the_mix_are_sft_and_grpo(script):
+    """With mu = 1 the gradient is that of SFT, with mu = 0 that of GRPO on own tokens alone: the traces are never shaped."""
+
+    def gradient(module, step, rows):
+        theta = THETA.clone().requires_grad_(True)
+        terms = {**module.loss_terms(step), "loss_constant": 0.0}
+        seqs = [(0, 1), TRACE][:rows]
+        logp = torch.cat([theta.log_softmax(-1)[states(y)][torch.arange(2), list(y)] for y in seqs])
+        teacher = torch.tensor([False, False, True, True])[: 2 * rows]
+        batch = packed(2 * rows, is_teacher=teacher, advantage=torch.tensor([0.5, 0.5, 0.9, 0.9]).double()[: 2 * rows])
+        return torch.autograd.grad(batch_loss(logp, -logp, None, batch, batch.counts, **terms), theta)[0]
+
+    mixed = script("train", ["--sft_coef=1.0", "--sft_warmup_steps=3", "--sft_mix=True"])
+    sft, grpo = script("train", ["config/method/sft.py", "--policy_coef=0.0"]), script("train", ["config/method/grpo.py"])
+    assert torch.equal(gradient(mixed, 4, rows=2), gradient(sft, 1, rows=2))
+    torch.testing.assert_close(gradient(mixed, 1, rows=2), gradient(grpo, 1, rows=1), rtol=0, atol=1e-12)
+    half = (gradient(mixed, 3, rows=2) * 3 - gradient(sft, 1, rows=2) * 2, gradient(grpo, 1, rows=1))
+    torch.testing.assert_close(*half, rtol=0, atol=1e-12)
 
 
 def test_what_dapo_leaves_out(script):
@@ -541,6 +580,14 @@ def test_tgpos_weight_falls_to_zero(spied, other_model):
     module.main()
     assert [u.terms["ce_coef"] for u in updates] == [0.5, 0.25, 0.0]
     assert [u.batches[0].top1 is None for u in updates] == [False, False, True]  # with a weight of zero it is not asked
+
+
+def test_chords_weights_reach_the_loss(spied):
+    argv = ["--sft_coef=0.9", "--sft_coef_end=0.1", "--sft_steps=2", "--sft_mix=True", "--max_steps=3"]
+    module, updates, _ = spied(*argv, "--prompts_per_step=4", "--canary_interval=0")
+    module.main()
+    assert [u.terms["sft_coef"] for u in updates] == pytest.approx([0.9, 0.5, 0.1])
+    assert [u.terms["policy_coef"] for u in updates] == pytest.approx([0.1, 0.5, 0.9])
 
 
 def test_replays_are_the_surest_and_never_retired(spied, tmp_path, easy_data, monkeypatch):
