@@ -102,6 +102,15 @@ class Packed:
         ends, before = self.cu_seqlens.long(), torch.nn.functional.pad((self.loss_mask & self.is_teacher).cumsum(0), (1, 0))
         return (before[ends[1:]] - before[ends[:-1]]).repeat_interleave(ends.diff(), output_size=len(self.loss_mask))
 
+    def ranks(self, values, where):
+        """(T,) int: for each token of `where` (T,) bool, how many others of its sequence have a higher value (or the same, and
+        come first). It looks at nothing outside the sequence. values (T,); ranks elsewhere mean nothing."""
+        lengths = self.cu_seqlens.diff().long()
+        start = self.cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(where))
+        falling = values.masked_fill(~where, -torch.inf).argsort(descending=True, stable=True)
+        order = falling[start[falling].argsort(stable=True)]  # sequence by sequence, the highest value first
+        return torch.empty_like(order).scatter(0, order, torch.arange(len(where), device=order.device) - start)
+
 
 # ---------------------------------------------------------------- templates
 

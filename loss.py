@@ -106,7 +106,7 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0, sft_per_sequence=False, shape_own=False, sft_shaping="log"):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False, shape_own=False, sft_shaping="log", teacher_top_entropy=1.0):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
@@ -114,7 +114,8 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     loss does not depend on the cut into micro-batches. loss_constant 0 means the mean over the policy term's tokens.
     sft_shaping: f of the likelihood term; log is log p itself. sft_per_sequence: its mean is that over traces of each
     one's mean. With tis_cap above 0, own tokens are multiplied by min(pi_old / pi_sampler, tis_cap): truncated
-    importance sampling.
+    importance sampling. teacher_top_entropy: the share of each trace's tokens, those of the highest entropy, that
+    keep their advantage; that of the others is 0.
 
     A response token is exactly one of own, teacher (batch.is_teacher; of a cut trace the part that was given) and
     replay (batch.is_replay). batch.behaviour_logp: the sampler's log-prob, now or then; the teacher's, or 0.
@@ -123,9 +124,12 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     n, n_teacher, n_own = counts[:3]
     # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
-    off_policy = batch.is_teacher | batch.is_replay
+    off_policy, advantage = batch.is_teacher | batch.is_replay, batch.advantage
+    if teacher_top_entropy < 1:
+        rank = batch.ranks(entropy.detach(), teacher)
+        advantage = advantage.masked_fill(teacher & (rank >= teacher_top_entropy * batch.trace_lengths), 0.0)
     policy_term = token_loss(
-        logp, old_logp, batch.advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
+        logp, old_logp, advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
         behaviour_logp=batch.behaviour_logp, shape_own=shape_own,
     )  # fmt: skip
     if tis_cap:

@@ -57,6 +57,7 @@ use_std = False  # divide advantages by the group's std
 baseline = "group"  # the mean that is subtracted: of the whole group, teacher rows included, or of own samples [group | own]
 shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log, phi
 gamma = 0.1  # of the shaping [> 0]
+teacher_top_entropy = 1.0  # share of a trace's tokens that carry its advantage: those of the highest entropy [0, 1]
 shape_own = False  # shape own tokens, too: f(p) / f(p_old) in place of the ratio; not with log and p_log
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
 clip_high = 0.0  # PPO's clip of own tokens at 1 + clip_high; 0 is off

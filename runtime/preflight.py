@@ -54,6 +54,10 @@ def check_knobs(k, n_ranks, shape):
     if k.sft_mix and max(k.sft_coef, k.sft_coef_end) > 1:
         raise UserError(f"sft_mix gives the policy term 1 - sft_coef, which is negative with {max(k.sft_coef, k.sft_coef_end)}:"
                         " set sft_coef and sft_coef_end to at most 1")  # fmt: skip
+    if k.sft_coef and k.teacher_top_entropy < 1:
+        raise UserError(
+            "teacher_top_entropy chooses who carries the advantage, and with sft_coef no trace does: set one of them"
+        )
     if k.teacher_gate >= 0 and not k.n_teacher:
         raise UserError(f"teacher_gate={k.teacher_gate} has no effect with n_teacher=0: set n_teacher, or teacher_gate=-1")
     if k.teacher_gate >= max(0, k.n_rollouts - k.n_teacher):

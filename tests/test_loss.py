@@ -215,6 +215,37 @@ def test_a_mean_per_sequence_does_not_depend_on_the_cut():
     torch.testing.assert_close(whole, -2.0 * sum(trace.mean() for trace in traces) / 4)
 
 
+def test_the_top_tokens_of_a_trace_do_not_depend_on_the_cut():
+    """teacher_top_entropy ranks within each trace: prompts, own tokens and other rows of the micro-batch do not count."""
+    g = torch.Generator().manual_seed(5)
+    rows = [
+        (2, 9, 3),
+        (0, 0, 6),
+        (3, 1, 0),
+        (1, 20, 2),
+        (2, 5, 0),
+    ]  # tokens of the prompt, of the trace, and own ones behind it
+    starts = [0, *itertools.accumulate(map(sum, rows))]
+    logp, entropy = -3 * torch.rand(starts[-1], generator=g), torch.rand(starts[-1], generator=g).mul(8).round()  # with ties
+    advantage = torch.randn(starts[-1], generator=g)
+
+    def loss(*chosen):
+        kinds = [kind for i in chosen for kind, n in zip("pto", rows[i], strict=True) for _ in range(n)]
+        ends = torch.tensor([0, *itertools.accumulate(sum(rows[i]) for i in chosen)], dtype=torch.int32)
+        response, trace = torch.tensor([k != "p" for k in kinds]), torch.tensor([k == "t" for k in kinds])
+        x, h, a = (torch.cat([x[starts[i] : starts[i + 1]] for i in chosen]) for x in (logp, entropy, advantage))
+        batch = packed(len(kinds), loss_mask=response, is_teacher=trace, cu_seqlens=ends, advantage=a)
+        return batch_loss(x, h, None, batch, (46, 35, 11), loss_constant=1.0, teacher_top_entropy=0.3)
+
+    want = 0.0
+    for start, (n, m, k) in zip(starts, rows, strict=False):
+        trace = range(start + n, start + n + m)
+        top = sorted(trace, key=lambda i: -entropy[i])[: math.ceil(0.3 * m)]
+        want = want - sum(advantage[i] * shape(logp[i].exp()) for i in top) - advantage[start + n + m : start + n + m + k].sum()
+    torch.testing.assert_close(loss(*range(5)), want)
+    torch.testing.assert_close(loss(3, 1) + loss(2) + loss(4, 0), want)
+
+
 def test_without_old_logp_the_ratio_is_one():
     logp, _, advantage, _ = random_tokens(10)
     batch = packed(10, advantage=advantage, behaviour_logp=logp)

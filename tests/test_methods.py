@@ -172,6 +172,24 @@ def test_the_shape_of_the_likelihood(how):
         torch.testing.assert_close(loss, -0.7 * logp.exp().mean(), rtol=0, atol=1e-15)
 
 
+def test_only_the_uncertain_tokens_of_a_trace_carry_its_advantage():
+    """teacher_top_entropy: of a trace's two tokens the one of the higher entropy has a gradient, and both their share in n."""
+    theta = THETA.clone().requires_grad_(True)
+    rows = theta.log_softmax(-1)[states(TRACE)]
+    logp, entropy = rows[torch.arange(2), list(TRACE)], -(rows.exp() * rows).sum(-1)
+    batch = sampled(TRACE, advantage=0.7, is_teacher=torch.tensor([True, True]))
+    loss = lambda share, **terms: batch_loss(logp, entropy, None, batch, (2, 2, 0), teacher_top_entropy=share, **terms)
+    high = int(entropy.argmax())
+    assert abs(entropy[0] - entropy[1]) > 0.05
+    token = lambda i, how: -0.7 * {"log": logp[i], "luffy": logp[i].exp() / (logp[i].exp() + 0.1)}[how]
+    for how, gamma in (("log", 1.0), ("luffy", 0.1)):  # log with gamma 1 is Prefix-RFT's first update: -A rho
+        both = token(0, how) + token(1, how)
+        for share, want in ((0.5, token(high, how)), (0.2, token(high, how)), (0.6, both), (1.0, both), (0.0, 0 * both)):
+            got = loss(share, shaping=how, gamma=gamma)
+            pair = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (got, want / 2))
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+
+
 def test_truncated_importance_sampling():
     """Samples of another policy, one step each: weighted by pi_old / pi_sampler they give the on-policy gradient, until the
     cap limits the weights."""
@@ -381,6 +399,7 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--teacher_gate=-2"], "lie between -1 and 1024"),
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
+        (["--sft_coef=0.5", "--teacher_top_entropy=0.2"], "with sft_coef no trace does"),
         (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
         (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
         (["--sft_mix=True"], "have no effect with sft_coef=0"),

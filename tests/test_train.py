@@ -123,6 +123,7 @@ def test_a_held_out_selection_set(script, tmp_path):
         ["config/method/sft.py"],
         ["config/method/sft.py", "--sft_per_sequence=True"],
         ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"],
+        ["--teacher_top_entropy=0.3", "--shaping=log", "--gamma=1.0"],
     ],
 )
 def test_the_token_budget_does_not_matter(script, tmp_path, argv):
@@ -163,8 +164,10 @@ def by_hand(rows, k):
                 nll, n_teacher = nll - learnt.sum(), n_teacher + len(logp)
                 traces.append(-learnt.mean())
             else:
-                p = logp.exp()
-                policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
+                p, entropy = logp.exp(), -(logprobs.exp() * logprobs).sum(-1).detach()
+                f = {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]
+                top = entropy.argsort(descending=True)[: math.ceil(k["teacher_top_entropy"] * len(p))]
+                policy = policy - (advantage * f[top]).sum()
     loss = k["policy_coef"] * policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n
     likelihood = torch.stack(traces).mean() if k["sft_per_sequence"] else nll / max(n_teacher, 1)
     loss = loss + k["sft_coef"] * likelihood
@@ -181,6 +184,7 @@ def by_hand(rows, k):
         ["--shaping=none"],
         ["--shaping=sqrt"],
         ["--gamma=0.5"],
+        ["--teacher_top_entropy=0.2"],
         ["--loss_constant=77.0"],
         ["--loss_constant=0.0"],
         ["--entropy_coef=0.3"],
@@ -318,7 +322,8 @@ def test_an_update_waits_for_a_gpu_once(script, tmp_path, monkeypatch):
     """However many micro-batches it has: all that the host must know comes in one transfer, before the optimizer's step."""
     out = tmp_path / "x"
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=2",
-                              "--micro_tokens=800", "--update_batches=2", "--recompute=True", "--clip_high=0.2"])  # fmt: skip
+                              "--micro_tokens=800", "--update_batches=2", "--recompute=True", "--clip_high=0.2",
+                              "--teacher_top_entropy=0.5"])  # fmt: skip
     real, to_host, calls = module.update, module.metrics.to_host, []
 
     def update(*arguments, **options):
