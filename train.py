@@ -46,7 +46,9 @@ n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
 teacher_gate = -1  # traces join only where at most so many of n_rollouts own samples are right; -1 is always [-1, 1024]
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
-teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
+teacher_share_end = 1.0  # the same at the last step; set both for a constant share [0, 1]
+teacher_share_low = 1.0  # draw each trace's share from a range below it, whose low end goes from teacher_share to this [0, 1]
+teacher_share_schedule = "linear"  # of the shares between first and last step [linear | cosine]
 verified_only = False  # drop traces that the verifier rejects before training
 temperature = 1.0  # logits are divided by it, in sampling and training; vLLM has none below 0.01 [0.01, 100]
 max_tokens = 40  # response tokens at most [> 0]
@@ -369,7 +371,8 @@ def load_data(tokenizer):
 
 def engine_options(tokenizer, kind, precision):
     """rollout.open_sampler's arguments, without the model."""
-    continued = max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0  # the engine continues cut traces
+    shares = teacher_share, teacher_share_end, teacher_share_low
+    continued = max_teacher_tokens if min(shares) < 1 else 0  # the engine continues cut traces
     return dict(stop_ids=tokenizer.stop_ids, max_model_len=max_prompt_tokens + max(max_tokens, continued), sampler=kind,
                 dtype=precision, gpu_memory=gpu_memory, seed=seed, tensor_parallel=tensor_parallel,
                 cuda_graphs=cuda_graphs)  # fmt: skip
@@ -428,13 +431,22 @@ def next_batch(memory, order, policy, step):
     return memory.next_batch(order, prompts_per_step, rng, entropies)
 
 
+def share_range(step):
+    """The range from which the share of each trace that is given in this step is drawn. By default its ends are the same."""
+    done = (step - 1) / max(1, max_steps - 1)
+    if teacher_share_schedule == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    low, high = (teacher_share + (end - teacher_share) * done for end in (teacher_share_low, teacher_share_end))
+    return min(low, high), high
+
+
 def sample(engine, batch, replays, grading, step, stamp):
     """This rank's rollouts, each handed to the verifier as soon as it has ended. Then the engine sleeps."""
-    share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
+    low, share = share_range(step)
     rollouts = roll_out(
         engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=temperature,
         max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, beside=teacher_gate >= 0, teacher_share=share,
-        replays=replays, done=grading.submit,
+        teacher_share_low=low, replays=replays, done=grading.submit,
     )  # fmt: skip
     if engine:
         engine.sleep()

@@ -70,7 +70,7 @@ def check_knobs(k, n_ranks, shape):
                         " of own samples wherever there is one")  # fmt: skip
     if k.replay_share and k.n_teacher:
         raise UserError("replay_share puts a replayed sample in the place of a trace: set n_teacher=0")
-    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end) < 1:
+    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) < 1:
         raise UserError(
             f"teacher_share below 1 lets the policy continue a trace, but with n_teacher={k.n_teacher} nothing is sampled:"
             " lower n_teacher"

@@ -473,6 +473,19 @@ def test_the_ends_of_the_mix_are_sft_and_grpo(script):
     torch.testing.assert_close(*half, rtol=0, atol=1e-12)
 
 
+def test_the_range_of_the_shares(script):
+    """By default a share, linear between first and last step; Prefix-RFT's range has a low end that falls along a cosine."""
+    ranges = lambda *argv: [script("train", ["--max_steps=11", *argv]).share_range(step) for step in (1, 2, 6, 11)]
+    assert ranges() == [(1.0, 1.0)] * 4
+    assert ranges("--teacher_share_end=0.0") == [(s, s) for s in (1.0, 0.9, 0.5, 0.0)]
+    prefix_rft = ["--teacher_share=0.95", "--teacher_share_end=0.95", "--teacher_share_low=0.05"]
+    cosine = 0.95 - 0.9 * 0.5 * (1 - math.cos(math.pi / 10))
+    for schedule, second in (("linear", 0.86), ("cosine", cosine)):
+        low, high = zip(*ranges(*prefix_rft, f"--teacher_share_schedule={schedule}"), strict=True)
+        assert low == pytest.approx([0.95, second, 0.5, 0.05]) and high == (0.95,) * 4
+    assert script("train", ["--max_steps=1"]).share_range(1) == (1.0, 1.0)
+
+
 def test_what_dapo_leaves_out(script):
     groups = [(0, "stop", 0.0), (0, "stop", 0.0), (1, "stop", 1.0), (1, "length", 0.0)]
     rows = [Rollout(q, [2], [i], finish_reason=how, reward=r) for i, (q, how, r) in enumerate(groups)]
