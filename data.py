@@ -325,9 +325,9 @@ def pays_to_share(n_saved, n):
     return n_saved > (0.1 * n if torch.cuda.is_available() else 0)
 
 
-def pack(rollouts, rows=None):
-    """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. An empty list gives a dummy of two
-    tokens that contribute nothing to the loss."""
+def pack(rollouts, rows=None, train_teacher=True):
+    """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. Without train_teacher a teacher's tokens are
+    only read, like the prompt. An empty list gives a dummy of two tokens that contribute nothing to the loss."""
     dummy = not rollouts
     if dummy:
         rollouts = [Rollout(-1, [0], [0], "teacher", n_teacher_tokens=1)]
@@ -339,7 +339,7 @@ def pack(rollouts, rows=None):
         stands_for += [*range(first, first + n), *range(len(ids) + n, len(ids) + n + m)]
         ids += [*r.prompt_ids, *r.response_ids]
         positions += range(n + m)
-        mask += [False] * n + [not dummy] * m
+        mask += [False] * n + [train_teacher and not dummy] * k + [not dummy] * (m - k)
         teacher += [False] * n + [True] * k + [False] * (m - k)
         replay += [False] * n + [r.source == "replay"] * m
         advantage += [0.0] * n + [r.advantage] * m
@@ -418,11 +418,11 @@ def unpack(micro_batches, values):
     return found
 
 
-def spread(rollouts, budget, rank, world):
+def spread(rollouts, budget, rank, world, train_teacher=True):
     """Divide rollouts over the ranks by tokens, then each rank's share into micro-batches of at most `budget` tokens,
     the same number on every rank. All ranks pass the same list. Returns this rank's micro-batches, a list of Packed."""
     lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     shares = partition(lengths, world)
     n_micro = max(bins_needed([lengths[i] for i in share], budget) for share in shares)
     cuts = [[shares[rank][i] for i in cut] for cut in partition([lengths[i] for i in shares[rank]], n_micro)]
-    return [pack([rollouts[i] for i in cut], cut) for cut in cuts]
+    return [pack([rollouts[i] for i in cut], cut, train_teacher) for cut in cuts]

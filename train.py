@@ -49,6 +49,7 @@ teacher_share = 1.0  # share of a trace that is given, at the first step; the po
 teacher_share_end = 1.0  # the same at the last step; set both for a constant share [0, 1]
 teacher_share_low = 1.0  # draw each trace's share from a range below it, whose low end goes from teacher_share to this [0, 1]
 teacher_share_schedule = "linear"  # of the shares between first and last step [linear | cosine]
+train_teacher = True  # False: of a cut trace only the policy's part is trained, and the teacher's is only read
 verified_only = False  # drop traces that the verifier rejects before training
 temperature = 1.0  # logits are divided by it, in sampling and training; vLLM has none below 0.01 [0.01, 100]
 max_tokens = 40  # response tokens at most [> 0]
@@ -482,7 +483,7 @@ def worth_training(rollouts):
 
 def pack_share(rollouts, device):
     """This rank's share of the rollouts as micro-batches, a list of Packed."""
-    return [micro_batch.to(device) for micro_batch in spread(rollouts, micro_tokens, RANK, WORLD)]
+    return [micro_batch.to(device) for micro_batch in spread(rollouts, micro_tokens, RANK, WORLD, train_teacher)]
 
 
 @torch.no_grad()

@@ -129,7 +129,8 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
     index, logps = {id(r): i for i, r in enumerate(rollouts)}, {}
     for u, row, values in gather(found):
         r = parts[u][row]
-        logps[index[id(r)]] = values if r.source == "replay" else values[: r.n_teacher_tokens]
+        n_given = len(values) if r.source == "replay" else len(values) - len(r.sampler_logps)  # 0 if they are not trained
+        logps[index[id(r)]] = values[:n_given]
     return logps
 
 

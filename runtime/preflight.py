@@ -54,6 +54,12 @@ def check_knobs(k, n_ranks, shape):
     if k.sft_mix and max(k.sft_coef, k.sft_coef_end) > 1:
         raise UserError(f"sft_mix gives the policy term 1 - sft_coef, which is negative with {max(k.sft_coef, k.sft_coef_end)}:"
                         " set sft_coef and sft_coef_end to at most 1")  # fmt: skip
+    if not k.train_teacher and (k.sft_coef or k.sft_buffer or k.teacher_top_entropy < 1):
+        raise UserError("train_teacher=False leaves no trace to learn: set sft_coef=0, sft_buffer=0 and teacher_top_entropy=1")
+    if not k.train_teacher and k.n_teacher and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) == 1:
+        raise UserError(
+            "train_teacher=False trains what the policy writes behind a cut trace, and none is cut: lower teacher_share"
+        )
     if k.sft_coef and k.teacher_top_entropy < 1:
         raise UserError(
             "teacher_top_entropy chooses who carries the advantage, and with sft_coef no trace does: set one of them"

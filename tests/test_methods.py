@@ -18,7 +18,7 @@ from helpers import QWEN_05B, QWEN_7B, a_row, launch, packed, rollouts_of, run, 
 from safetensors.torch import load_file
 
 from configurator import ROOT, UserError
-from data import Rollout
+from data import Rollout, pack
 from loss import batch_loss, group_advantages, token_loss
 from model import load_policy
 from replay import Successes
@@ -385,6 +385,30 @@ def test_partial_traces_are_continued(script, tmp_path):
         assert r["finish_reason"] in ("stop", "length") and len(r["response_ids"]) <= 40
 
 
+def test_a_prefix_that_is_only_read_has_no_gradient(script, tmp_path, problems):
+    """train_teacher=False: the loss and its gradient are those of the continuation alone, behind a longer prompt."""
+    policy, p = load_policy("toy/base"), problems[0]
+    ids, n = p.teacher[0], len(p.teacher[0]) // 2
+    rest = dict(advantage=0.6, sampler_logps=[0.0] * (len(ids) - n))
+    cut = Rollout(p.id, p.prompt_ids, ids, "teacher", n, **rest)
+    alone = Rollout(p.id, [*p.prompt_ids, *ids[:n]], ids[n:], **rest)
+    found = []
+    for rollout, train_teacher in ((cut, False), (alone, True), (cut, True)):
+        batch = pack([rollout], train_teacher=train_teacher)
+        logp, entropy = policy(batch)
+        loss = batch_loss(logp, entropy, None, batch, batch.counts, entropy_coef=0.1)
+        found.append([loss, *torch.autograd.grad(loss, list(policy.parameters()))])
+    for x, y in zip(*found[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found[0][0], found[2][0])
+    rows = run(
+        script, tmp_path, "x", "--train_teacher=False", "--teacher_share=0.5", "--teacher_share_end=0.5", "--max_steps=1"
+    )
+    assert "teacher/p" not in rows[1] and rows[1]["ratio/own"] == 1 and rows[1]["groups/with_trace"] == 1
+    traces = [r for r in rollouts_of(tmp_path / "x", 1) if r["teacher_tokens"]]
+    assert len(traces) == 16 and not any(r["update_logps"] for r in traces) and all(r["sampler_logps"] for r in traces)
+
+
 @pytest.mark.parametrize(
     "argv,words",
     [
@@ -400,6 +424,8 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
         (["--sft_coef=0.5", "--teacher_top_entropy=0.2"], "with sft_coef no trace does"),
+        (["--train_teacher=False"], "none is cut: lower teacher_share"),
+        (["--train_teacher=False", "--teacher_share=0.5", "--sft_coef=1.0"], "leaves no trace to learn"),
         (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
         (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
         (["--sft_mix=True"], "have no effect with sft_coef=0"),
