@@ -5,7 +5,7 @@ A group is the rollouts of one prompt. LUFFY's has seven samples of the policy a
 gives each a reward r in {0, 1}. Per token, with p = pi(token) and rho = pi / pi_old of the policy pi:
 
     advantage       A = r - mean of the group                          no division by the std
-    own token       -A * rho                                           no clip in LUFFY; PPO's is optional
+    own token       -A * rho                                           no clip in LUFFY; PPO's or CISPO's is optional
     teacher token   -A * f(p),   f(p) = p / (p + gamma)                policy shaping, gradient through f
 
 The behaviour policy pi_phi of a teacher token is unknown: LUFFY takes pi_phi := 1, so rho = p. The token's
@@ -22,8 +22,8 @@ the tokens it names:
 
 Source: LUFFY, arXiv 2504.14945, and its released code where the paper is silent; KDRL, arXiv 2506.02208, for
 kl_coef; TGPO, arXiv 2605.13230, for ce_coef; ExGRPO, arXiv 2510.02245, for replayed tokens; CHORD, arXiv 2508.11408,
-for phi. Shapes: B rollouts of a batch, T tokens of a packed micro-batch; index t is of token t given the tokens
-before it: logp[t] = log pi(t | < t).
+for phi; MiniMax-M1, arXiv 2506.13585, for CISPO. Shapes: B rollouts of a batch, T tokens of a packed micro-batch;
+index t is of token t given the tokens before it: logp[t] = log pi(t | < t).
 """
 
 import torch
@@ -83,11 +83,12 @@ def shape(p, how="luffy", gamma=0.1):
 
 
 def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
-               behaviour_logp=None, shape_own=False):  # fmt: skip
+               behaviour_logp=None, shape_own=False, cispo=False):  # fmt: skip
     """The policy term per token, unreduced: (T,), differentiable in logp.
 
     logp, old_logp, advantage (T,) float; is_teacher (T,) bool. old_logp is not read at teacher tokens.
     PPO's clip on own tokens is max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)); 0 switches a side off.
+    CISPO's is -A clamp(rho, ...) log p with the clamp detached, so that a token beyond the clip keeps a gradient.
     behaviour_logp (T,): log pi_phi, read only at teacher tokens, where f is taken of pi / pi_phi; None means 0.
     A replayed token is treated as a teacher's here, with the log-prob it was sampled with (ExGRPO).
     shape_own: the ratio of own tokens is f(p) / f(p_old), for an f above zero.
@@ -98,7 +99,7 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
     own = -advantage * ratio
     if clip_low or clip_high:
         clipped = ratio.clamp(1 - clip_low if clip_low else None, 1 + clip_high if clip_high else None)
-        own = torch.maximum(own, -advantage * clipped)
+        own = -advantage * clipped.detach() * logp if cispo else torch.maximum(own, -advantage * clipped)
     log_ratio = logp if behaviour_logp is None else logp - torch.where(is_teacher, behaviour_logp, logp.detach())
     teacher = -advantage * shape(log_ratio.exp(), shaping, gamma)
     return torch.where(is_teacher, teacher, own)
@@ -106,7 +107,8 @@ def token_loss(logp, old_logp, advantage, is_teacher, shaping="luffy", gamma=0.1
 
 def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0.1, clip_low=0.0, clip_high=0.0,
                loss_constant=0.0, policy_coef=1.0, entropy_coef=0.0, sft_coef=0.0, kl_coef=0.0, ce_coef=0.0,
-               tis_cap=0.0, sft_per_sequence=False, shape_own=False, sft_shaping="log", teacher_top_entropy=1.0):  # fmt: skip
+               tis_cap=0.0, sft_per_sequence=False, shape_own=False, sft_shaping="log", teacher_top_entropy=1.0,
+               cispo=False):  # fmt: skip
     """One micro-batch's share of the optimizer step's loss: a scalar, to be summed over micro-batches and ranks.
 
     logp, entropy (T,) from the policy, and top1_logp (T,) if ce_coef; batch: a data.Packed. counts: the numbers
@@ -130,7 +132,7 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
         advantage = advantage.masked_fill(teacher & (rank >= teacher_top_entropy * batch.trace_lengths), 0.0)
     policy_term = token_loss(
         logp, old_logp, advantage, off_policy, shaping=shaping, gamma=gamma, clip_low=clip_low, clip_high=clip_high,
-        behaviour_logp=batch.behaviour_logp, shape_own=shape_own,
+        behaviour_logp=batch.behaviour_logp, shape_own=shape_own, cispo=cispo,
     )  # fmt: skip
     if tis_cap:
         policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)

@@ -64,6 +64,7 @@ teacher_top_entropy = 1.0  # share of a trace's tokens that carry its advantage:
 shape_own = False  # shape own tokens, too: f(p) / f(p_old) in place of the ratio; not with log and p_log
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
 clip_high = 0.0  # PPO's clip of own tokens at 1 + clip_high; 0 is off
+cispo = False  # the clipped ratio of own tokens is only a weight on log p: those beyond the clip keep their gradient
 loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
 policy_coef = 1.0  # coefficient of the policy term; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens included [any]

@@ -26,6 +26,8 @@ def check_knobs(k, n_ranks, shape):
             raise UserError(str(e)) from None
     if k.shape_own and k.shaping in ("log", "p_log"):
         raise UserError(f"shape_own divides by f, which is not above 0 with shaping={k.shaping}: choose luffy, sqrt or pow")
+    if k.cispo and (k.shape_own or not (k.clip_low or k.clip_high)):
+        raise UserError("cispo is a way to clip the ratio: set clip_high or clip_low, and shape_own=False")
     if n_ranks % k.tensor_parallel:
         raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
     n_engines = n_ranks // k.tensor_parallel

@@ -69,6 +69,27 @@ def test_gradient_weights():
     torch.testing.assert_close(logp.grad, -one)
 
 
+def test_cispo_weighs_log_p_by_the_clipped_ratio():
+    """Within the clip its gradient is that of -A rho; beyond it, where PPO's is zero, a token keeps the weight of the bound."""
+    logp, old, advantage, teacher = random_tokens()
+    ratio = (logp - old).exp()
+    outside = ~teacher & (ratio > 1.3)
+    assert outside.sum() > 5 and (outside & (advantage > 0)).any() and (outside & (advantage < 0)).any()
+    gradient = {}
+    for name, options in (("cispo", dict(cispo=True, clip_high=0.3)), ("ppo", dict(clip_high=0.3)), ("free", {})):
+        x = logp.clone().requires_grad_(True)
+        token_loss(x, old, advantage, teacher, **options).sum().backward()
+        gradient[name] = x.grad
+    torch.testing.assert_close(gradient["cispo"][~teacher], (-advantage * ratio.clamp(max=1.3))[~teacher])
+    torch.testing.assert_close(gradient["cispo"][~outside], gradient["free"][~outside])
+    assert (gradient["ppo"][outside & (advantage > 0)] == 0).all()
+    both = token_loss(logp, old, advantage, teacher, clip_low=0.2, clip_high=0.3, cispo=True)
+    torch.testing.assert_close(both[~teacher], (-advantage * ratio.clamp(0.8, 1.3) * logp)[~teacher])
+    batch = packed(64, old_logp=old, advantage=advantage, is_teacher=teacher, behaviour_logp=torch.zeros(64).double())
+    total = batch_loss(logp, logp, None, batch, batch.counts, loss_constant=1.0, clip_low=0.2, clip_high=0.3, cispo=True)
+    torch.testing.assert_close(total, both.sum())
+
+
 @pytest.mark.parametrize("shaping", ["none", "luffy", "sqrt", "pow"])
 def test_own_tokens_may_be_shaped_too(shaping):
     """shape_own: f(p) / f(p_old) in place of the ratio. It is 1 where the policy has not moved, and leaves teacher's tokens."""

@@ -212,6 +212,32 @@ def test_truncated_importance_sampling():
     torch.testing.assert_close(expected_gradient(THETA, loss(w.item() / 2), sampler), on_policy / 2)
 
 
+def test_cispos_expected_gradient():
+    """Over samples of the old policy: the sum of min(rho, 1 + clip_high) x reward x grad log p, also where PPO's clip gives
+    none. With a bound that nothing reaches it is that of the plain ratio."""
+    old = table(2)
+    reward = lambda y: float(y[0] != 1)
+
+    def loss(**clip):
+        def one(y, logp, h, rows):
+            old_logp = old.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+            return batch_loss(logp, h, None, sampled(y, reward(y), old_logp=old_logp), OWN, loss_constant=1.0, **clip)
+
+        return one
+
+    theta = THETA.clone().requires_grad_(True)
+    want = 0
+    for y in SEQUENCES:
+        at = states(y), list(y)
+        logp, old_logp = theta.log_softmax(-1)[at], old.log_softmax(-1)[at]
+        weight = (logp.detach() - old_logp).exp().clamp(max=1.2)
+        want = want - old_logp.sum().exp() * reward(y) * (weight * logp).sum()
+    got = expected_gradient(THETA, loss(cispo=True, clip_high=0.2), old)
+    torch.testing.assert_close(got, torch.autograd.grad(want, theta)[0], rtol=0, atol=1e-12)
+    assert not torch.allclose(got, expected_gradient(THETA, loss(clip_high=0.2), old), atol=0.01)
+    torch.testing.assert_close(*(expected_gradient(THETA, loss(**c), old) for c in (dict(cispo=True, clip_high=1e9), {})))
+
+
 def test_replayed_tokens_are_weighted_by_their_ratio():
     """ExGRPO: f(w) with w = pi / pi_then. At w = 1 the gradient is gamma / (1 + gamma)^2 = 0.0826, a twelfth of a fresh
     token's."""
@@ -426,6 +452,7 @@ def test_a_prefix_that_is_only_read_has_no_gradient(script, tmp_path, problems):
         (["--sft_coef=0.5", "--teacher_top_entropy=0.2"], "with sft_coef no trace does"),
         (["--train_teacher=False"], "none is cut: lower teacher_share"),
         (["--train_teacher=False", "--teacher_share=0.5", "--sft_coef=1.0"], "leaves no trace to learn"),
+        (["--cispo=True"], "cispo is a way to clip the ratio"),
         (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
         (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
         (["--sft_mix=True"], "have no effect with sft_coef=0"),
