@@ -102,6 +102,15 @@ class Packed:
         ends, before = self.cu_seqlens.long(), torch.nn.functional.pad((self.loss_mask & self.is_teacher).cumsum(0), (1, 0))
         return (before[ends[1:]] - before[ends[:-1]]).repeat_interleave(ends.diff(), output_size=len(self.loss_mask))
 
+    def ranks(self, values, where):
+        """(T,) int: for each token of `where` (T,) bool, how many others of its sequence have a higher value (or the same, and
+        come first). It looks at nothing outside the sequence. values (T,); ranks elsewhere mean nothing."""
+        lengths = self.cu_seqlens.diff().long()
+        start = self.cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=len(where))
+        falling = values.masked_fill(~where, -torch.inf).argsort(descending=True, stable=True)
+        order = falling[start[falling].argsort(stable=True)]  # sequence by sequence, the highest value first
+        return torch.empty_like(order).scatter(0, order, torch.arange(len(where), device=order.device) - start)
+
 
 # ---------------------------------------------------------------- templates
 
@@ -316,9 +325,9 @@ def pays_to_share(n_saved, n):
     return n_saved > (0.1 * n if torch.cuda.is_available() else 0)
 
 
-def pack(rollouts, rows=None):
-    """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. An empty list gives a dummy of two
-    tokens that contribute nothing to the loss."""
+def pack(rollouts, rows=None, train_teacher=True):
+    """Rollouts -> one Packed. rows: their indices in a larger list, stored in it. Without train_teacher a teacher's tokens are
+    only read, like the prompt. An empty list gives a dummy of two tokens that contribute nothing to the loss."""
     dummy = not rollouts
     if dummy:
         rollouts = [Rollout(-1, [0], [0], "teacher", n_teacher_tokens=1)]
@@ -330,7 +339,7 @@ def pack(rollouts, rows=None):
         stands_for += [*range(first, first + n), *range(len(ids) + n, len(ids) + n + m)]
         ids += [*r.prompt_ids, *r.response_ids]
         positions += range(n + m)
-        mask += [False] * n + [not dummy] * m
+        mask += [False] * n + [train_teacher and not dummy] * k + [not dummy] * (m - k)
         teacher += [False] * n + [True] * k + [False] * (m - k)
         replay += [False] * n + [r.source == "replay"] * m
         advantage += [0.0] * n + [r.advantage] * m
@@ -409,11 +418,11 @@ def unpack(micro_batches, values):
     return found
 
 
-def spread(rollouts, budget, rank, world):
+def spread(rollouts, budget, rank, world, train_teacher=True):
     """Divide rollouts over the ranks by tokens, then each rank's share into micro-batches of at most `budget` tokens,
     the same number on every rank. All ranks pass the same list. Returns this rank's micro-batches, a list of Packed."""
     lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
     shares = partition(lengths, world)
     n_micro = max(bins_needed([lengths[i] for i in share], budget) for share in shares)
     cuts = [[shares[rank][i] for i in cut] for cut in partition([lengths[i] for i in shares[rank]], n_micro)]
-    return [pack([rollouts[i] for i in cut], cut) for cut in cuts]
+    return [pack([rollouts[i] for i in cut], cut, train_teacher) for cut in cuts]

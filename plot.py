@@ -288,11 +288,14 @@ def write_trace(out, config, folder, step, group):
         if by == "replay":  # f is applied to pi / pi_then (ExGRPO)
             pairs = zip(now, r["sampler_logps"], strict=True)
             rows[-1]["ratio"] = [None if a is None else brief(math.exp(a - b)) for a, b in pairs]
-    first = group[0]
+    first, likelihood, shaping, gamma = group[0], config["sft_coef"], config["shaping"], config["gamma"]
+    if likelihood:
+        shaping = config.get("sft_shaping", "log")  # missing in older runs
+        gamma = 1.0 if shaping == "log" else gamma  # log p itself
+    plain = shaping in ("none", "luffy") and not likelihood  # the page computes these itself, for any gamma
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
-            "prompt": first["prompt"], "answer": first["answer"], "shaping": config["shaping"], "gamma": config["gamma"],
-            "likelihood": config["sft_coef"], "curve": shaping_curve(config["shaping"], config["gamma"]),
-            "rows": rows}  # fmt: skip
+            "prompt": first["prompt"], "answer": first["answer"], "shaping": shaping, "gamma": gamma, "likelihood": likelihood,
+            "curve": None if plain else shaping_curve(shaping, gamma), "rows": rows}  # fmt: skip
     with open(os.path.join(ROOT, "trace.html")) as f:
         before, mark, after = f.read().partition("{{data}}")
     if not mark:
@@ -319,14 +322,11 @@ def brief(x, digits=3):
 
 
 def shaping_curve(shaping, gamma, n=361):
-    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1, evenly spaced in log p. None for "none"
-    and "luffy": the page computes these itself, for any gamma."""
+    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1, evenly spaced in log p."""
     import torch
 
     from loss import shape
 
-    if shaping in ("none", "luffy"):
-        return None
     p = torch.logspace(-12, 0, n, dtype=torch.float64).requires_grad_()
     f = shape(p, shaping, gamma)
     (slope,) = torch.autograd.grad(f.sum(), p)

@@ -70,7 +70,7 @@ from runtime.torch_sampler import TorchSampler
 
 def roll_out(
     sampler, problems, *, n_rollouts, n_teacher, temperature, max_tokens, seed, step, stamp,
-    teacher_share=1.0, replays=None, done=lambda rollout: None,
+    beside=False, teacher_share=1.0, teacher_share_low=1.0, replays=None, done=lambda rollout: None,
 ):  # fmt: skip
     """n_rollouts responses per problem, group after group. Returns a list of Rollout.
 
@@ -81,8 +81,11 @@ def roll_out(
     max_tokens      limits a response, the teacher's part of it included
     seed, step      decide the samples, together with the problem and the row in its group
     stamp           of the weights to sample from
+    beside          traces take no own sample's place: there are n_rollouts of these, too
     teacher_share   the model reads this share of a trace's tokens and writes the rest; at 1 the
                     trace is used whole, and never enters the engine
+    teacher_share_low   if it is lower, each trace's share is drawn between the two, from seed,
+                    step, problem and trace
     replays         {problem id: Rollout}: each takes the place of its problem's traces
     done(rollout)   is called once for each rollout, as soon as it is whole
 
@@ -93,17 +96,16 @@ def roll_out(
         if replays and p.id in replays:
             given = [replays[p.id]]
         else:
-            cut = lambda ids: int(teacher_share * len(ids))
-            given = [
-                Rollout(p.id, p.prompt_ids, ids[: cut(ids)], "teacher", cut(ids), teacher_logps=logps[: cut(ids)])
-                for ids, logps in list(zip(p.teacher, p.teacher_logps, strict=True))[:n_teacher]
-                if cut(ids)
-            ]
-        n_own = 0 if n_teacher == n_rollouts else n_rollouts - len(given)
+            given = []
+            for i, (ids, logps) in enumerate(list(zip(p.teacher, p.teacher_logps, strict=True))[:n_teacher]):
+                below = max(0.0, teacher_share - teacher_share_low) * request_seed(seed, step, p.id, "share", i) / 2**63
+                if n := int((teacher_share - below) * len(ids)):
+                    given.append(Rollout(p.id, p.prompt_ids, ids[:n], "teacher", n, teacher_logps=logps[:n]))
+        n_own = n_rollouts if beside else 0 if n_teacher == n_rollouts else n_rollouts - len(given)
         group = [Rollout(p.id, p.prompt_ids, [], source="own") for _ in range(n_own)] + given
         for i, r in enumerate(group):
             # The engine writes own samples, and the end of a cut trace.
-            if r.source == "own" or (r.source == "teacher" and teacher_share < 1):
+            if r.source == "own" or (r.source == "teacher" and min(teacher_share, teacher_share_low) < 1):
                 unfinished.append(r)
                 prompts.append([*p.prompt_ids, *r.response_ids])
                 seeds.append(request_seed(seed, step, p.id, i))

@@ -44,8 +44,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
+teacher_gate = -1  # traces join only where at most so many of n_rollouts own samples are right; -1 is always [-1, 1024]
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
-teacher_share_end = 1.0  # the same at the last step, linear in between; set both for a constant share [0, 1]
+teacher_share_end = 1.0  # the same at the last step; set both for a constant share [0, 1]
+teacher_share_low = 1.0  # draw each trace's share from a range below it, whose low end goes from teacher_share to this [0, 1]
+teacher_share_schedule = "linear"  # of the shares between first and last step [linear | cosine]
+train_teacher = True  # False: of a cut trace only the policy's part is trained, and the teacher's is only read
 verified_only = False  # drop traces that the verifier rejects before training
 temperature = 1.0  # logits are divided by it, in sampling and training; vLLM has none below 0.01 [0.01, 100]
 max_tokens = 40  # response tokens at most [> 0]
@@ -54,16 +58,23 @@ max_teacher_tokens = 40  # longer traces are dropped [> 0]
 # ---------------------------------------------------------------- the loss (loss.py says what each does)
 use_std = False  # divide advantages by the group's std
 baseline = "group"  # the mean that is subtracted: of the whole group, teacher rows included, or of own samples [group | own]
-shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log
+shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log, phi
 gamma = 0.1  # of the shaping [> 0]
+teacher_top_entropy = 1.0  # share of a trace's tokens that carry its advantage: those of the highest entropy [0, 1]
 shape_own = False  # shape own tokens, too: f(p) / f(p_old) in place of the ratio; not with log and p_log
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
 clip_high = 0.0  # PPO's clip of own tokens at 1 + clip_high; 0 is off
+cispo = False  # the clipped ratio of own tokens is only a weight on log p: those beyond the clip keep their gradient
 loss_constant = 5120.0  # divides an update's summed token losses, here 128 sequences x 40 tokens; 0 is the token mean
 policy_coef = 1.0  # coefficient of the policy term; 0 leaves the reward out of the loss
 entropy_coef = 0.0  # coefficient of the token-mean entropy, teacher tokens included [any]
 sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leave the policy term
+sft_shaping = "log"  # f(p) in place of log p in that mean, without an advantage: any shaping; log is log p itself
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
+sft_warmup_steps = 0  # steps over which sft_coef rises linearly from zero
+sft_steps = 0  # steps behind these over which it falls to sft_coef_end along a cosine; 0 keeps it
+sft_coef_end = 0.0  # where it ends
+sft_mix = False  # the policy term gets the rest: policy_coef times 1 - sft_coef
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
 ce_coef = 0.0  # coefficient of the token-mean cross-entropy to the teacher model's top-1 token
 top1_bonus = 0.0  # times (1[the token is the teacher model's top-1] - that one's probability), added to own tokens' advantage
@@ -281,16 +292,17 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 4. Advantage: reward minus the mean of the group, by default with the teacher's row in it.
             phases.begin("update")
-            rewards = torch.tensor([r.reward for r in rollouts])
-            groups = torch.tensor([r.problem for r in rollouts])
-            own = torch.tensor([r.source == "own" for r in rollouts]) if baseline == "own" else None
+            members = gated(rollouts)  # all of them, unless traces join only where the policy fails
+            rewards = torch.tensor([r.reward for r in members])
+            groups = torch.tensor([r.problem for r in members])
+            own = torch.tensor([r.source == "own" for r in members]) if baseline == "own" else None
             advantages = group_advantages(rewards, groups, use_std, own)
-            for r, advantage in zip(rollouts, advantages.tolist(), strict=True):
+            for r, advantage in zip(members, advantages.tolist(), strict=True):
                 r.advantage = advantage
 
             # 5. Pack: each update's rollouts are spread over the ranks by tokens. Every rank gets as
             # many micro-batches as the others, or a collective of the backward pass would never end.
-            parts = cut_into_updates(worth_training(rollouts), batch, update_batches)
+            parts = cut_into_updates(worth_training(members), batch, update_batches)
             updates = [pack_share(part, device) for part in parts]
 
             # 6. Old log-probs, for updates that will find the policy moved. The teacher model's
@@ -317,7 +329,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
 
             # 9. Log.
             record = {"step": step, "lr": lr, "micro_batches": sum(map(len, updates))}
-            record |= metrics.rollout_metrics(rollouts, sum(map(len, parts)))
+            record |= metrics.rollout_metrics(rollouts, [*chain(*parts)])
             record |= metrics.update_metrics(results, sft) | memory.metrics() | phases.record
             if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
@@ -362,7 +374,8 @@ def load_data(tokenizer):
 
 def engine_options(tokenizer, kind, precision):
     """rollout.open_sampler's arguments, without the model."""
-    continued = max_teacher_tokens if min(teacher_share, teacher_share_end) < 1 else 0  # the engine continues cut traces
+    shares = teacher_share, teacher_share_end, teacher_share_low
+    continued = max_teacher_tokens if min(shares) < 1 else 0  # the engine continues cut traces
     return dict(stop_ids=tokenizer.stop_ids, max_model_len=max_prompt_tokens + max(max_tokens, continued), sampler=kind,
                 dtype=precision, gpu_memory=gpu_memory, seed=seed, tensor_parallel=tensor_parallel,
                 cuda_graphs=cuda_graphs)  # fmt: skip
@@ -421,17 +434,43 @@ def next_batch(memory, order, policy, step):
     return memory.next_batch(order, prompts_per_step, rng, entropies)
 
 
+def share_range(step):
+    """The range from which the share of each trace that is given in this step is drawn. By default its ends are the same."""
+    done = (step - 1) / max(1, max_steps - 1)
+    if teacher_share_schedule == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    low, high = (teacher_share + (end - teacher_share) * done for end in (teacher_share_low, teacher_share_end))
+    return min(low, high), high
+
+
 def sample(engine, batch, replays, grading, step, stamp):
     """This rank's rollouts, each handed to the verifier as soon as it has ended. Then the engine sleeps."""
-    share = teacher_share + (teacher_share_end - teacher_share) * (step - 1) / max(1, max_steps - 1)
+    low, share = share_range(step)
     rollouts = roll_out(
         engine, mine(batch, tensor_parallel), n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=temperature,
-        max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, teacher_share=share, replays=replays,
-        done=grading.submit,
+        max_tokens=max_tokens, seed=seed, step=step, stamp=stamp, beside=teacher_gate >= 0, teacher_share=share,
+        teacher_share_low=low, replays=replays, done=grading.submit,
     )  # fmt: skip
     if engine:
         engine.sleep()
     return rollouts
+
+
+def gated(rollouts):
+    """The rows of each group: all, or with a teacher_gate own samples alone where more of them are right. Elsewhere the traces
+    join: with sft_coef they are learnt in place of all samples (HPT), without it each replaces a wrong sample (AMPO)."""
+    if teacher_gate < 0:
+        return rollouts
+    groups, members = {}, []
+    for r in rollouts:
+        groups.setdefault(r.problem, ([], []))[r.source == "teacher"].append(r)
+    for own, traces in groups.values():
+        if sum(r.solved for r in own) > teacher_gate or not traces:
+            members += own
+        else:
+            n_left = 0 if sft_coef else len(own) - len(traces)
+            members += [*sorted(own, key=lambda r: not r.solved)[:n_left], *traces]  # right samples stay
+    return members
 
 
 def worth_training(rollouts):
@@ -446,7 +485,7 @@ def worth_training(rollouts):
 
 def pack_share(rollouts, device):
     """This rank's share of the rollouts as micro-batches, a list of Packed."""
-    return [micro_batch.to(device) for micro_batch in spread(rollouts, micro_tokens, RANK, WORLD)]
+    return [micro_batch.to(device) for micro_batch in spread(rollouts, micro_tokens, RANK, WORLD, train_teacher)]
 
 
 @torch.no_grad()
@@ -478,9 +517,20 @@ def schedule(step):
     return lr_floor + (1 - lr_floor) * cosine
 
 
+def sft_weight(step):
+    """sft_coef in this step: a linear rise from zero, then a cosine's half down to sft_coef_end (CHORD's mu). Where it is used
+    it is never quite zero, or batch_loss would take the traces into the policy term."""
+    risen = min(1.0, (step - 1) / sft_warmup_steps) if sft_warmup_steps else 1.0
+    fallen = min(1.0, max(0, step - 1 - sft_warmup_steps) / sft_steps) if sft_steps else 0.0
+    weight = risen * sft_coef + (sft_coef_end - sft_coef) * 0.5 * (1 - math.cos(math.pi * fallen))
+    return max(weight, sys.float_info.min) if sft_coef else 0.0
+
+
 def loss_terms(step):
     """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
-    terms = {name: globals()[name] for name in LOSS_DEFAULTS}
+    terms = {name: globals()[name] for name in LOSS_DEFAULTS} | {"sft_coef": sft_weight(step)}
+    if sft_mix:
+        terms["policy_coef"] *= 1 - terms["sft_coef"]
     if ce_steps:
         for name in ("ce_coef", "top1_bonus"):
             terms[name] *= max(0.0, 1 - (step - 1) / ce_steps)

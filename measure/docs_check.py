@@ -130,7 +130,7 @@ WRITES = ("make toy",)  # may change the checkout's own files
 SHORTER = {
     "toy/build.py": [("steps=1400", "steps=14")],
     "toy/shaping.py": [("steps=1000", "steps=10"), ("steps=560", "steps=6"), ("steps=300", "steps=3")],
-    # Twelve of the 26 runs (tests/test_methods.py runs every overlay), three steps of each instead of 60, each with its
+    # Twelve of the 33 runs (tests/test_methods.py runs every overlay), three steps of each instead of 60, each with its
     # evaluation and its checkpoint.
     "toy/table.py": [("([], ALL)", '([], [*FOUR, "rl_sft_loss", "sft_then_rl", "relift", "rkl"])'),
                      ('(["config/toy/clean.py"], FOUR)', '(["config/toy/clean.py"], ["luffy"])'),

@@ -73,11 +73,11 @@ def means(sums):
     return {k: t / n for k, t, n in zip(sums, totals, counts, strict=True) if n and math.isfinite(t)}
 
 
-def rollout_metrics(rollouts, n_trained):
-    """Means over the whole batch, which every rank has. A metric without rows is left out. n_trained: the number of rollouts
+def rollout_metrics(rollouts, trained):
+    """Means over the whole batch, which every rank has. A metric without rows is left out. trained: those of the rollouts
     that an update trains on."""
     own, replayed, teacher = ([r for r in rollouts if r.source == who] for who in ("own", "replay", "teacher"))
-    groups = {}
+    groups, taught = {}, {r.problem for r in trained if r.source == "teacher"}
     for r in own:
         groups.setdefault(r.problem, []).append(r.solved)
     columns = {
@@ -86,6 +86,7 @@ def rollout_metrics(rollouts, n_trained):
         "reward/replayed": [r.reward for r in replayed],
         "groups/none_solved": [not any(g) for g in groups.values()],
         "groups/all_solved": [all(g) for g in groups.values()],
+        "groups/with_trace": [p in taught for p in dict.fromkeys(r.problem for r in rollouts)] if teacher else [],
         "length/own": [len(r.response_ids) for r in own],
         "length/teacher": [len(r.response_ids) for r in teacher],
         "own/truncated": [r.finish_reason == "length" for r in own],
@@ -94,7 +95,7 @@ def rollout_metrics(rollouts, n_trained):
         "own/error": [r.reason == "error" for r in own],
     }
     found = {name: sum(column) / len(column) for name, column in columns.items() if column}
-    return {**found, "groups/trained": n_trained / len(rollouts)}
+    return {**found, "groups/trained": len(trained) / len(rollouts)}
 
 
 def update_metrics(results, sft=None):
@@ -128,7 +129,8 @@ def logps_of_given_tokens(rollouts, parts, updates, results):
     index, logps = {id(r): i for i, r in enumerate(rollouts)}, {}
     for u, row, values in gather(found):
         r = parts[u][row]
-        logps[index[id(r)]] = values if r.source == "replay" else values[: r.n_teacher_tokens]
+        n_given = len(values) if r.source == "replay" else len(values) - len(r.sampler_logps)  # 0 if they are not trained
+        logps[index[id(r)]] = values[:n_given]
     return logps
 
 

@@ -137,8 +137,11 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     memory of one GPU; teacher_config: of the teacher model, if there is one. On a GPU the last line says whether the
     run fits. Returns whether it fits; on a CPU True."""
     own, size = k["n_rollouts"] - k["n_teacher"], k["prompts_per_step"] * k["n_rollouts"]
+    group = f"{own} own + {k['n_teacher']} teacher"
+    if k["teacher_gate"] >= 0:
+        group = f"{k['n_rollouts']} own, teacher where at most {k['teacher_gate']} are right"
     log(
-        f"batch: {k['prompts_per_step']} prompts x ({own} own + {k['n_teacher']} teacher) = {size} sequences a step,"
+        f"batch: {k['prompts_per_step']} prompts x ({group}) = {size} sequences a step,"
         f" {k['update_batches']} update(s) of {size // k['update_batches']}, {world} rank(s)"
     )
     epoch = (

@@ -19,12 +19,15 @@ from runtime.tokenizer import check_same_tokens, load_tokenizer, response_text
 
 def check_knobs(k, n_ranks, shape):
     """Check knobs against each other and against the number of processes. shape: loss.shape, which knows the shapings."""
-    try:
-        shape(torch.ones(()), k.shaping, k.gamma)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    for how in (k.shaping, k.sft_shaping):
+        try:
+            shape(torch.ones(()), how, k.gamma)
+        except ValueError as e:
+            raise UserError(str(e)) from None
     if k.shape_own and k.shaping in ("log", "p_log"):
         raise UserError(f"shape_own divides by f, which is not above 0 with shaping={k.shaping}: choose luffy, sqrt or pow")
+    if k.cispo and (k.shape_own or not (k.clip_low or k.clip_high)):
+        raise UserError("cispo is a way to clip the ratio: set clip_high or clip_low, and shape_own=False")
     if n_ranks % k.tensor_parallel:
         raise UserError(f"tensor_parallel={k.tensor_parallel} must divide the {n_ranks} process(es) that torchrun started")
     n_engines = n_ranks // k.tensor_parallel
@@ -44,9 +47,38 @@ def check_knobs(k, n_ranks, shape):
         raise UserError("log='wandb' needs its package: pip install wandb, or set log=jsonl; metrics.jsonl is always written")
     if k.baseline == "own" and k.n_teacher == k.n_rollouts:
         raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
+    if not k.sft_coef and (k.sft_mix or k.sft_warmup_steps or k.sft_steps or k.sft_coef_end or k.sft_shaping != "log"):
+        raise UserError(
+            "sft_shaping, sft_mix, sft_warmup_steps, sft_steps and sft_coef_end have no effect with sft_coef=0: set it"
+        )
+    if k.sft_coef_end and not k.sft_steps:
+        raise UserError(f"sft_coef_end={k.sft_coef_end} is never reached with sft_steps=0: set sft_steps")
+    if k.sft_mix and max(k.sft_coef, k.sft_coef_end) > 1:
+        raise UserError(f"sft_mix gives the policy term 1 - sft_coef, which is negative with {max(k.sft_coef, k.sft_coef_end)}:"
+                        " set sft_coef and sft_coef_end to at most 1")  # fmt: skip
+    if not k.train_teacher and (k.sft_coef or k.sft_buffer or k.teacher_top_entropy < 1):
+        raise UserError("train_teacher=False leaves no trace to learn: set sft_coef=0, sft_buffer=0 and teacher_top_entropy=1")
+    if not k.train_teacher and k.n_teacher and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) == 1:
+        raise UserError(
+            "train_teacher=False trains what the policy writes behind a cut trace, and none is cut: lower teacher_share"
+        )
+    if k.sft_coef and k.teacher_top_entropy < 1:
+        raise UserError(
+            "teacher_top_entropy chooses who carries the advantage, and with sft_coef no trace does: set one of them"
+        )
+    if k.teacher_gate >= 0 and not k.n_teacher:
+        raise UserError(f"teacher_gate={k.teacher_gate} has no effect with n_teacher=0: set n_teacher, or teacher_gate=-1")
+    if k.teacher_gate >= max(0, k.n_rollouts - k.n_teacher):
+        raise UserError(
+            f"teacher_gate={k.teacher_gate} must be below n_rollouts - n_teacher = {k.n_rollouts - k.n_teacher}, so that there"
+            " are wrong samples whose places the traces take"
+        )
+    if k.teacher_gate >= 0 and k.sft_coef and k.baseline == "own":
+        raise UserError("teacher_gate with sft_coef leaves some groups no own sample: set baseline='group', which is the mean"
+                        " of own samples wherever there is one")  # fmt: skip
     if k.replay_share and k.n_teacher:
         raise UserError("replay_share puts a replayed sample in the place of a trace: set n_teacher=0")
-    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end) < 1:
+    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) < 1:
         raise UserError(
             f"teacher_share below 1 lets the policy continue a trace, but with n_teacher={k.n_teacher} nothing is sampled:"
             " lower n_teacher"

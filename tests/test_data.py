@@ -215,6 +215,16 @@ def test_pack_layout():
     torch.testing.assert_close(pack(known).behaviour_logp, behaviour)
 
 
+def test_a_prefix_that_is_only_read():
+    """Without train_teacher a teacher's tokens have no loss, like the prompt's; the rest of the row stays as it is."""
+    b, trained = pack(some_rollouts(), train_teacher=False), pack(some_rollouts())
+    assert b.loss_mask.tolist() == [m and not t for m, t in zip(trained.loss_mask, trained.is_teacher, strict=True)]
+    assert b.counts == (6, 0, 4, 0) and b.packing["response"].tolist() == [2, 3, 4, 9, 12, 13]
+    for name in ("input_ids", "position_ids", "is_own", "is_replay", "advantage", "behaviour_logp"):
+        assert torch.equal(getattr(b, name), getattr(trained, name)), name
+    assert pack([], train_teacher=False).counts == (0, 0, 0, 0)
+
+
 def test_equal_prompts_are_computed_once():
     """Tokens 10 and 11, and 14 and 15, are those of the first prompt again."""
     own, continued, replayed = some_rollouts()

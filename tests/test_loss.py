@@ -8,7 +8,7 @@ from helpers import packed
 from data import pack
 from loss import batch_loss, group_advantages, shape, token_loss
 
-SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log")
+SHAPES = ("none", "luffy", "sqrt", "pow", "log", "p_log", "phi")
 
 
 def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
@@ -16,7 +16,7 @@ def by_hand(logp, old, advantage, teacher, shaping, gamma, low, high):
     if teacher:
         p = math.exp(logp)
         f = {"none": p, "luffy": p / (p + gamma), "sqrt": math.sqrt(p), "pow": p**gamma,
-             "log": gamma * logp, "p_log": gamma * logp + p}[shaping]  # fmt: skip
+             "log": gamma * logp, "p_log": gamma * logp + p, "phi": p - p * p / 2}[shaping]  # fmt: skip
         return -advantage * f
     ratio = math.exp(logp - old)
     clipped = ratio
@@ -56,16 +56,38 @@ def test_gradient_is_the_finite_difference(shaping, low, high):
 
 
 def test_gradient_weights():
-    """A teacher token weighs p without shaping and gamma p / (p + gamma)^2 with it. An own token at ratio 1 weighs 1."""
+    """A teacher token weighs p without shaping, gamma p / (p + gamma)^2 with LUFFY's and p (1 - p) with CHORD's phi. An own
+    token at ratio 1 weighs 1."""
     p = torch.tensor([1e-4, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
     one, yes = torch.ones_like(p), torch.ones(5, dtype=torch.bool)
-    for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2)):
+    for shaping, weight in (("none", p), ("luffy", 0.1 * p / (p + 0.1) ** 2), ("phi", p * (1 - p))):
         logp = p.log().requires_grad_(True)
         token_loss(logp, logp.detach(), one, yes, shaping).sum().backward()
         torch.testing.assert_close(logp.grad, -weight)
     logp = p.log().requires_grad_(True)
     token_loss(logp, logp.detach(), one, ~yes).sum().backward()
     torch.testing.assert_close(logp.grad, -one)
+
+
+def test_cispo_weighs_log_p_by_the_clipped_ratio():
+    """Within the clip its gradient is that of -A rho; beyond it, where PPO's is zero, a token keeps the weight of the bound."""
+    logp, old, advantage, teacher = random_tokens()
+    ratio = (logp - old).exp()
+    outside = ~teacher & (ratio > 1.3)
+    assert outside.sum() > 5 and (outside & (advantage > 0)).any() and (outside & (advantage < 0)).any()
+    gradient = {}
+    for name, options in (("cispo", dict(cispo=True, clip_high=0.3)), ("ppo", dict(clip_high=0.3)), ("free", {})):
+        x = logp.clone().requires_grad_(True)
+        token_loss(x, old, advantage, teacher, **options).sum().backward()
+        gradient[name] = x.grad
+    torch.testing.assert_close(gradient["cispo"][~teacher], (-advantage * ratio.clamp(max=1.3))[~teacher])
+    torch.testing.assert_close(gradient["cispo"][~outside], gradient["free"][~outside])
+    assert (gradient["ppo"][outside & (advantage > 0)] == 0).all()
+    both = token_loss(logp, old, advantage, teacher, clip_low=0.2, clip_high=0.3, cispo=True)
+    torch.testing.assert_close(both[~teacher], (-advantage * ratio.clamp(0.8, 1.3) * logp)[~teacher])
+    batch = packed(64, old_logp=old, advantage=advantage, is_teacher=teacher, behaviour_logp=torch.zeros(64).double())
+    total = batch_loss(logp, logp, None, batch, batch.counts, loss_constant=1.0, clip_low=0.2, clip_high=0.3, cispo=True)
+    torch.testing.assert_close(total, both.sum())
 
 
 @pytest.mark.parametrize("shaping", ["none", "luffy", "sqrt", "pow"])
@@ -212,6 +234,37 @@ def test_a_mean_per_sequence_does_not_depend_on_the_cut():
     torch.testing.assert_close(loss(0, 2) + loss(1) + loss(4, 3), whole)
     traces = [logp[start + n : start + n + m] for start, (n, m, _) in zip(starts, rows, strict=False) if m]
     torch.testing.assert_close(whole, -2.0 * sum(trace.mean() for trace in traces) / 4)
+
+
+def test_the_top_tokens_of_a_trace_do_not_depend_on_the_cut():
+    """teacher_top_entropy ranks within each trace: prompts, own tokens and other rows of the micro-batch do not count."""
+    g = torch.Generator().manual_seed(5)
+    rows = [
+        (2, 9, 3),
+        (0, 0, 6),
+        (3, 1, 0),
+        (1, 20, 2),
+        (2, 5, 0),
+    ]  # tokens of the prompt, of the trace, and own ones behind it
+    starts = [0, *itertools.accumulate(map(sum, rows))]
+    logp, entropy = -3 * torch.rand(starts[-1], generator=g), torch.rand(starts[-1], generator=g).mul(8).round()  # with ties
+    advantage = torch.randn(starts[-1], generator=g)
+
+    def loss(*chosen):
+        kinds = [kind for i in chosen for kind, n in zip("pto", rows[i], strict=True) for _ in range(n)]
+        ends = torch.tensor([0, *itertools.accumulate(sum(rows[i]) for i in chosen)], dtype=torch.int32)
+        response, trace = torch.tensor([k != "p" for k in kinds]), torch.tensor([k == "t" for k in kinds])
+        x, h, a = (torch.cat([x[starts[i] : starts[i + 1]] for i in chosen]) for x in (logp, entropy, advantage))
+        batch = packed(len(kinds), loss_mask=response, is_teacher=trace, cu_seqlens=ends, advantage=a)
+        return batch_loss(x, h, None, batch, (46, 35, 11), loss_constant=1.0, teacher_top_entropy=0.3)
+
+    want = 0.0
+    for start, (n, m, k) in zip(starts, rows, strict=False):
+        trace = range(start + n, start + n + m)
+        top = sorted(trace, key=lambda i: -entropy[i])[: math.ceil(0.3 * m)]
+        want = want - sum(advantage[i] * shape(logp[i].exp()) for i in top) - advantage[start + n + m : start + n + m + k].sum()
+    torch.testing.assert_close(loss(*range(5)), want)
+    torch.testing.assert_close(loss(3, 1) + loss(2) + loss(4, 0), want)
 
 
 def test_without_old_logp_the_ratio_is_one():

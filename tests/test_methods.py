@@ -5,6 +5,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -17,8 +18,8 @@ from helpers import QWEN_05B, QWEN_7B, a_row, build_mixture, launch, packed, rol
 from safetensors.torch import load_file
 
 from configurator import ROOT, UserError
-from data import Rollout
-from loss import batch_loss, token_loss
+from data import Rollout, pack
+from loss import batch_loss, group_advantages, token_loss
 from model import load_policy
 from replay import Successes
 from rollout import TorchSampler
@@ -44,6 +45,7 @@ def sampled(y, advantage=0.0, **fields):
 
 
 OWN = (2, 0, 2)  # response tokens: all, the teacher's, own
+TRACE = (1, 2)
 
 
 def expected_gradient(theta, loss, behaviour=None):
@@ -176,6 +178,40 @@ def test_entropy_and_sft_terms():
     assert batch_loss(logp, -logp, None, teacher, (2, 2, 0), sft_coef=0.5) == 0.75  # the policy term has no token left
 
 
+@pytest.mark.parametrize("how", ["log", "none", "phi", "luffy"])
+def test_the_shape_of_the_likelihood(how):
+    """The gradient at a trace's token is minus its weight x grad log p: 1 for SFT, p for DFT, p (1 - p) for CHORD-phi. No
+    advantage and no gamma of log count, and DFT's term is minus the mean probability."""
+    theta = THETA.clone().requires_grad_(True)
+    logp = theta.log_softmax(-1)[states(TRACE)][torch.arange(2), list(TRACE)]
+    batch = sampled(TRACE, advantage=-3.0, is_teacher=torch.tensor([True, True]))
+    loss = batch_loss(logp, -logp, None, batch, (2, 2, 0), sft_coef=0.7, sft_shaping=how)
+    p = logp.exp().detach()
+    weight = {"log": 1 + 0 * p, "none": p, "phi": p * (1 - p), "luffy": 0.1 * p / (p + 0.1) ** 2}[how]
+    got, want = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (loss, -(0.7 / 2) * (weight * logp).sum()))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if how == "none":
+        torch.testing.assert_close(loss, -0.7 * logp.exp().mean(), rtol=0, atol=1e-15)
+
+
+def test_only_the_uncertain_tokens_of_a_trace_carry_its_advantage():
+    """teacher_top_entropy: of a trace's two tokens the one of the higher entropy has a gradient, and both their share in n."""
+    theta = THETA.clone().requires_grad_(True)
+    rows = theta.log_softmax(-1)[states(TRACE)]
+    logp, entropy = rows[torch.arange(2), list(TRACE)], -(rows.exp() * rows).sum(-1)
+    batch = sampled(TRACE, advantage=0.7, is_teacher=torch.tensor([True, True]))
+    loss = lambda share, **terms: batch_loss(logp, entropy, None, batch, (2, 2, 0), teacher_top_entropy=share, **terms)
+    high = int(entropy.argmax())
+    assert abs(entropy[0] - entropy[1]) > 0.05
+    token = lambda i, how: -0.7 * {"log": logp[i], "luffy": logp[i].exp() / (logp[i].exp() + 0.1)}[how]
+    for how, gamma in (("log", 1.0), ("luffy", 0.1)):  # log with gamma 1 is Prefix-RFT's first update: -A rho
+        both = token(0, how) + token(1, how)
+        for share, want in ((0.5, token(high, how)), (0.2, token(high, how)), (0.6, both), (1.0, both), (0.0, 0 * both)):
+            got = loss(share, shaping=how, gamma=gamma)
+            pair = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (got, want / 2))
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+
+
 def test_truncated_importance_sampling():
     """Samples of another policy, one step each: weighted by pi_old / pi_sampler they give the on-policy gradient, until the
     cap limits the weights."""
@@ -198,6 +234,32 @@ def test_truncated_importance_sampling():
     torch.testing.assert_close(expected_gradient(THETA, loss(w.item() / 2), sampler), on_policy / 2)
 
 
+def test_cispos_expected_gradient():
+    """Over samples of the old policy: the sum of min(rho, 1 + clip_high) x reward x grad log p, also where PPO's clip gives
+    none. With a bound that nothing reaches it is that of the plain ratio."""
+    old = table(2)
+    reward = lambda y: float(y[0] != 1)
+
+    def loss(**clip):
+        def one(y, logp, h, rows):
+            old_logp = old.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+            return batch_loss(logp, h, None, sampled(y, reward(y), old_logp=old_logp), OWN, loss_constant=1.0, **clip)
+
+        return one
+
+    theta = THETA.clone().requires_grad_(True)
+    want = 0
+    for y in SEQUENCES:
+        at = states(y), list(y)
+        logp, old_logp = theta.log_softmax(-1)[at], old.log_softmax(-1)[at]
+        weight = (logp.detach() - old_logp).exp().clamp(max=1.2)
+        want = want - old_logp.sum().exp() * reward(y) * (weight * logp).sum()
+    got = expected_gradient(THETA, loss(cispo=True, clip_high=0.2), old)
+    torch.testing.assert_close(got, torch.autograd.grad(want, theta)[0], rtol=0, atol=1e-12)
+    assert not torch.allclose(got, expected_gradient(THETA, loss(clip_high=0.2), old), atol=0.01)
+    torch.testing.assert_close(*(expected_gradient(THETA, loss(**c), old) for c in (dict(cispo=True, clip_high=1e9), {})))
+
+
 def test_replayed_tokens_are_weighted_by_their_ratio():
     """ExGRPO: f(w) with w = pi / pi_then. At w = 1 the gradient is gamma / (1 + gamma)^2 = 0.0826, a twelfth of a fresh
     token's."""
@@ -212,6 +274,96 @@ def test_replayed_tokens_are_weighted_by_their_ratio():
     again = logp.detach().requires_grad_(True)
     batch_loss(again, -again, None, replayed, (3, 0, 0), loss_constant=1.0).backward()
     torch.testing.assert_close(again.grad, logp.grad)
+
+
+# ---------------------------------------------------------------- the gate: traces join only where the policy fails
+
+
+def rows_of(pair):
+    """A group before the gate: the policy's two samples, of which the sequence (0, 1) is right, and a right trace."""
+    own = [Rollout(0, [], list(y), reward=float(y == (0, 1)), reason="correct" if y == (0, 1) else "wrong") for y in pair]
+    return [*own, Rollout(0, [], list(TRACE), "teacher", 2, reward=1.0, reason="correct")]
+
+
+def loss_of_group(theta, rows, **terms):
+    """batch_loss of a group of sequences without a prompt."""
+    rewards = torch.tensor([r.reward for r in rows], dtype=torch.float64)
+    advantage = group_advantages(rewards, torch.zeros(len(rows), dtype=torch.long)).repeat_interleave(2)
+    teacher = torch.tensor([r.source == "teacher" for r in rows]).repeat_interleave(2)
+    ys = [tuple(r.response_ids) for r in rows]
+    logprobs = theta.log_softmax(-1)
+    logp = torch.cat([logprobs[states(y)][torch.arange(2), list(y)] for y in ys])
+    ends = torch.arange(0, 2 * len(rows) + 1, 2, dtype=torch.int32)
+    batch = packed(len(logp), input_ids=torch.tensor([sum(ys, ())]), advantage=advantage, is_teacher=teacher, cu_seqlens=ends)
+    return batch_loss(logp, -logp, None, batch, batch.counts, loss_constant=1.0, **terms)
+
+
+@pytest.mark.parametrize("sft_coef", [0.7, 0.0], ids=["HPT", "AMPO"])
+def test_the_expected_gradient_behind_the_gate(script, sft_coef):
+    """All 81 pairs of samples, each with its probability. Where both fail, HPT learns the trace by likelihood and AMPO puts it
+    in a sample's place; all other pairs are GRPO's."""
+    gated = script("train", ["--teacher_gate=0", "--n_rollouts=2", f"--sft_coef={sft_coef}"]).gated
+    theta = THETA.clone().requires_grad_(True)
+    seq = lambda y: theta.log_softmax(-1)[states(y)][torch.arange(2), list(y)]
+    p = lambda y: seq(y).sum().exp().detach()
+    pairs = list(itertools.product(SEQUENCES, repeat=2))
+    got = sum(p(a) * p(b) * loss_of_group(theta, gated(rows_of((a, b))), sft_coef=sft_coef) for a, b in pairs)
+
+    fails = {y: p(y) for y in SEQUENCES if y != (0, 1)}
+    both_fail = sum(fails.values()) ** 2
+    if sft_coef:
+        want = both_fail * -sft_coef * seq(TRACE).mean()
+    else:  # the trace and one of the failures; their mean reward is 1/2
+        f = seq(TRACE).exp()
+        failure = sum(q * 0.5 * seq(y).sum() for y, q in fails.items())
+        want = both_fail * -0.5 * (f / (f + 0.1)).sum() + sum(fails.values()) * failure
+    one_right = 2 * p((0, 1)) * sum(q * 0.5 * (seq(y) - seq((0, 1))).sum() for y, q in fails.items())
+    torch.testing.assert_close(*(torch.autograd.grad(x, theta)[0] for x in (got, want + one_right)), rtol=0, atol=1e-12)
+
+
+def test_who_is_in_a_group_behind_the_gate(script):
+    def group(rewards, n_traces, *argv):
+        own = [Rollout(0, [2], [i], reward=r, reason="correct" if r else "wrong") for i, r in enumerate(rewards)]
+        traces = [Rollout(0, [2], [10 + i], "teacher", 1) for i in range(n_traces)]
+        return [r.response_ids[0] for r in script("train", list(argv)).gated([*own, *traces])]
+
+    few, ampo, hpt = (1, 0, 0, 1, 0), ("--teacher_gate=2", "--n_teacher=2"), ("--teacher_gate=2", "--sft_coef=1.0")
+    assert group(few, 1) == [0, 1, 2, 3, 4, 10]  # without a gate all that was sampled
+    assert group(few, 2, *ampo) == [0, 3, 1, 10, 11]  # right samples keep their places
+    assert group(few, 1, *hpt) == [10] and group((0, 0), 2, *hpt) == [10, 11]
+    assert group(few, 0, *hpt) == group(few, 0, *ampo) == [0, 1, 2, 3, 4]  # nothing to put in
+    for argv in (ampo, hpt):
+        assert group((1, 0, 1, 1, 0), 1, *argv) == [0, 1, 2, 3, 4]
+    assert group(few, 1, "--teacher_gate=1") == [0, 1, 2, 3, 4]
+
+
+def test_a_gate_that_never_opens_is_grpo(script, tmp_path, easy_data):
+    """Where every group has a right answer, losses, norms and weights are those of a run without traces, bit by bit."""
+    argv = [f"--data={easy_data}", "--temperature=1.8", "--prompts_per_step=4", "--update_batches=2", "--max_steps=1"]
+    names = {"hpt": ["--teacher_gate=0", "--sft_coef=1.0"], "grpo": ["--n_teacher=0"]}
+    a, b = (run(script, tmp_path, name, *argv, *more)[1] for name, more in names.items())
+    assert b["groups/none_solved"] == 0 and b["groups/all_solved"] < 1 and b["grad_norm"] > 0
+    assert a["groups/with_trace"] == 0 and a["reward/teacher"] == 1
+    assert all(a[key] == b[key] for key in ("loss", "grad_norm", "reward/own", "entropy/own", "ratio/own"))
+    x, y = (load_file(tmp_path / name / "ckpt_1" / "model.safetensors") for name in names)
+    assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("argv", [["--teacher_gate=0"], ["--teacher_gate=0", "--sft_coef=1.0"]], ids=["AMPO", "HPT"])
+def test_the_gate_in_a_run(script, tmp_path, argv):
+    """The base fails every question but by luck: traces join, metrics and files still have all that was sampled."""
+    rows = run(script, tmp_path, "x", *argv, "--max_steps=1")
+    dumped = rollouts_of(tmp_path / "x", 1)
+    assert len(dumped) == 16 * 9 and rows[1]["groups/with_trace"] == rows[1]["groups/none_solved"] > 0.8
+    for start in range(0, len(dumped), 9):
+        *own, trace = dumped[start : start + 9]
+        assert trace["written_by"] == "teacher" and all(r["written_by"] == "own" for r in own)
+        joined = not any(r["reward"] for r in own)
+        assert bool(trace["update_logps"]) == joined
+        if joined and len(argv) == 1:  # seven failures and the trace
+            assert [r["advantage"] for r in own] == pytest.approx([-trace["reward"] / 8] * 7 + [0])
+    n_joined = round(16 * rows[1]["groups/with_trace"])
+    assert rows[1]["groups/trained"] == (n_joined * (1 if len(argv) == 2 else 8) + (16 - n_joined) * 8) / (16 * 9)
 
 
 # ---------------------------------------------------------------- runs of the overlays
@@ -289,6 +441,30 @@ def test_partial_traces_are_continued(script, tmp_path):
         assert r["finish_reason"] in ("stop", "length") and len(r["response_ids"]) <= 40
 
 
+def test_a_prefix_that_is_only_read_has_no_gradient(script, tmp_path, problems):
+    """train_teacher=False: the loss and its gradient are those of the continuation alone, behind a longer prompt."""
+    policy, p = load_policy("toy/base"), problems[0]
+    ids, n = p.teacher[0], len(p.teacher[0]) // 2
+    rest = dict(advantage=0.6, sampler_logps=[0.0] * (len(ids) - n))
+    cut = Rollout(p.id, p.prompt_ids, ids, "teacher", n, **rest)
+    alone = Rollout(p.id, [*p.prompt_ids, *ids[:n]], ids[n:], **rest)
+    found = []
+    for rollout, train_teacher in ((cut, False), (alone, True), (cut, True)):
+        batch = pack([rollout], train_teacher=train_teacher)
+        logp, entropy = policy(batch)
+        loss = batch_loss(logp, entropy, None, batch, batch.counts, entropy_coef=0.1)
+        found.append([loss, *torch.autograd.grad(loss, list(policy.parameters()))])
+    for x, y in zip(*found[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found[0][0], found[2][0])
+    rows = run(
+        script, tmp_path, "x", "--train_teacher=False", "--teacher_share=0.5", "--teacher_share_end=0.5", "--max_steps=1"
+    )
+    assert "teacher/p" not in rows[1] and rows[1]["ratio/own"] == 1 and rows[1]["groups/with_trace"] == 1
+    traces = [r for r in rollouts_of(tmp_path / "x", 1) if r["teacher_tokens"]]
+    assert len(traces) == 16 and not any(r["update_logps"] for r in traces) and all(r["sampler_logps"] for r in traces)
+
+
 @pytest.mark.parametrize(
     "argv,words",
     [
@@ -296,8 +472,23 @@ def test_partial_traces_are_continued(script, tmp_path):
         (["config/method/kdrl.py", "--teacher_model=nowhere"], "there is no model folder"),
         (["--baseline=own", "--n_rollouts=1"], "baseline='own' needs own samples"),
         (["--replay_share=0.5"], "set n_teacher=0"),
+        (["--teacher_gate=7"], "teacher_gate=7 must be below n_rollouts - n_teacher = 7"),
+        (["--teacher_gate=0", "--n_teacher=8"], "teacher_gate=0 must be below n_rollouts - n_teacher = 0"),
+        (["--teacher_gate=0", "--n_teacher=0"], "has no effect with n_teacher=0"),
+        (["--teacher_gate=0", "--sft_coef=1.0", "--baseline=own"], "leaves some groups no own sample"),
+        (["--teacher_gate=-2"], "lie between -1 and 1024"),
         (["--teacher_share=1.5"], "between zero and one"),
         (["--lr_schedule=linear"], "choose constant or cosine"),
+        (["--sft_coef=0.5", "--teacher_top_entropy=0.2"], "with sft_coef no trace does"),
+        (["--train_teacher=False"], "none is cut: lower teacher_share"),
+        (["--train_teacher=False", "--teacher_share=0.5", "--sft_coef=1.0"], "leaves no trace to learn"),
+        (["--cispo=True"], "cispo is a way to clip the ratio"),
+        (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
+        (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
+        (["--sft_mix=True"], "have no effect with sft_coef=0"),
+        (["--sft_steps=9"], "have no effect with sft_coef=0"),
+        (["--sft_coef=1.5", "--sft_mix=True"], "1 - sft_coef, which is negative with 1.5"),
+        (["--sft_coef=0.5", "--sft_coef_end=0.1"], "sft_coef_end=0.1 is never reached"),
         (["--shape_own=True", "--shaping=log"], "shape_own divides by f, which is not above 0"),
         (["config/method/sft.py", "--teacher_share=0.5"], "teacher_share below 1 lets the policy continue a trace"),
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
@@ -332,6 +523,52 @@ def test_the_learning_rates_schedule(script):
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[11] == pytest.approx(0.55) and factors[19] == pytest.approx(0.1)
     constant = script("train", ["--warmup_steps=0", "--lr_floor=0.1"])
     assert {constant.schedule(step) for step in range(1, 61)} == {1.0}
+
+
+def test_the_likelihoods_schedule(script):
+    """CHORD's mu: linear from 0 to its peak, a cosine's half to its valley, and there it stays. Steps are counted from 0."""
+    argv = ["--sft_coef=0.5", "--sft_warmup_steps=4", "--sft_steps=8", "--sft_coef_end=0.02"]
+    mu = [script("train", argv).sft_weight(step) for step in range(1, 21)]
+    assert mu[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5], abs=1e-15) and mu[0] > 0
+    assert mu[8] == pytest.approx((0.5 + 0.02) / 2) and mu[12:] == pytest.approx([0.02] * 8)
+    assert mu[6] == pytest.approx(0.02 + 0.48 * 0.5 * (1 + math.cos(math.pi / 4)))
+    steady = script("train", ["--sft_coef=0.3"])
+    assert {steady.sft_weight(step) for step in range(1, 61)} == {0.3} and script("train", []).sft_weight(1) == 0.0
+    module = script("train", [*argv, "--sft_mix=True", "--policy_coef=2.0"])
+    assert all(module.loss_terms(s)["policy_coef"] == 2 * (1 - module.sft_weight(s)) for s in range(1, 21))
+
+
+def test_the_ends_of_the_mix_are_sft_and_grpo(script):
+    """With mu = 1 the gradient is that of SFT, with mu = 0 that of GRPO on own tokens alone: the traces are never shaped."""
+
+    def gradient(module, step, rows):
+        theta = THETA.clone().requires_grad_(True)
+        terms = {**module.loss_terms(step), "loss_constant": 0.0}
+        seqs = [(0, 1), TRACE][:rows]
+        logp = torch.cat([theta.log_softmax(-1)[states(y)][torch.arange(2), list(y)] for y in seqs])
+        teacher = torch.tensor([False, False, True, True])[: 2 * rows]
+        batch = packed(2 * rows, is_teacher=teacher, advantage=torch.tensor([0.5, 0.5, 0.9, 0.9]).double()[: 2 * rows])
+        return torch.autograd.grad(batch_loss(logp, -logp, None, batch, batch.counts, **terms), theta)[0]
+
+    mixed = script("train", ["--sft_coef=1.0", "--sft_warmup_steps=3", "--sft_mix=True"])
+    sft, grpo = script("train", ["config/method/sft.py", "--policy_coef=0.0"]), script("train", ["config/method/grpo.py"])
+    assert torch.equal(gradient(mixed, 4, rows=2), gradient(sft, 1, rows=2))
+    torch.testing.assert_close(gradient(mixed, 1, rows=2), gradient(grpo, 1, rows=1), rtol=0, atol=1e-12)
+    half = (gradient(mixed, 3, rows=2) * 3 - gradient(sft, 1, rows=2) * 2, gradient(grpo, 1, rows=1))
+    torch.testing.assert_close(*half, rtol=0, atol=1e-12)
+
+
+def test_the_range_of_the_shares(script):
+    """By default a share, linear between first and last step; Prefix-RFT's range has a low end that falls along a cosine."""
+    ranges = lambda *argv: [script("train", ["--max_steps=11", *argv]).share_range(step) for step in (1, 2, 6, 11)]
+    assert ranges() == [(1.0, 1.0)] * 4
+    assert ranges("--teacher_share_end=0.0") == [(s, s) for s in (1.0, 0.9, 0.5, 0.0)]
+    prefix_rft = ["--teacher_share=0.95", "--teacher_share_end=0.95", "--teacher_share_low=0.05"]
+    cosine = 0.95 - 0.9 * 0.5 * (1 - math.cos(math.pi / 10))
+    for schedule, second in (("linear", 0.86), ("cosine", cosine)):
+        low, high = zip(*ranges(*prefix_rft, f"--teacher_share_schedule={schedule}"), strict=True)
+        assert low == pytest.approx([0.95, second, 0.5, 0.05]) and high == (0.95,) * 4
+    assert script("train", ["--max_steps=1"]).share_range(1) == (1.0, 1.0)
 
 
 def test_what_dapo_leaves_out(script):
@@ -460,6 +697,14 @@ def test_tgpos_weight_falls_to_zero(spied, other_model):
     module.main()
     assert [u.terms["ce_coef"] for u in updates] == [0.5, 0.25, 0.0]
     assert [u.batches[0].top1 is None for u in updates] == [False, False, True]  # with a weight of zero it is not asked
+
+
+def test_chords_weights_reach_the_loss(spied):
+    argv = ["--sft_coef=0.9", "--sft_coef_end=0.1", "--sft_steps=2", "--sft_mix=True", "--max_steps=3"]
+    module, updates, _ = spied(*argv, "--prompts_per_step=4", "--canary_interval=0")
+    module.main()
+    assert [u.terms["sft_coef"] for u in updates] == pytest.approx([0.9, 0.5, 0.1])
+    assert [u.terms["policy_coef"] for u in updates] == pytest.approx([0.1, 0.5, 0.9])
 
 
 def test_replays_are_the_surest_and_never_retired(spied, tmp_path, easy_data, monkeypatch):

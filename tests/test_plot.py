@@ -66,10 +66,24 @@ def test_every_kind_of_row(script, tmp_path, overlay):
 
 def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
     """The page gets f and w = p f'(p) from loss.shape, so a fork's shaping is drawn as well."""
-    assert shaping_curve("luffy", 0.1) is None
+    trace([str(done), f"--out={tmp_path / 'x.html'}"])
+    assert data_of((tmp_path / "x.html").read_text())["curve"] is None  # LUFFY's and none are the page's own
     curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(361)]
     assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
     assert curve["w"] == pytest.approx([x**0.5 / 2 for x in p], rel=1e-3)
+
+
+@pytest.mark.parametrize("how,weight", [(None, lambda p: 1.0), ("none", lambda p: p), ("phi", lambda p: p * (1 - p))])
+def test_the_curve_of_a_likelihood(done, tmp_path, how, weight):
+    """Where traces are learnt by likelihood, f is that term's, whatever the shaping of the policy term; log is log p itself."""
+    config = json.load(open(done / "config.json")) | {"sft_coef": 0.5, "sft_shaping": how}
+    if how is None:  # a run from before this knob
+        del config["sft_shaping"]
+    rows = rollouts_of(done, 2)[:8]
+    write_trace(str(tmp_path / "x.html"), config, str(done), 2, rows)
+    data = data_of((tmp_path / "x.html").read_text())
+    assert data["likelihood"] == 0.5 and data["shaping"] == (how or "log")
+    assert data["curve"]["w"] == pytest.approx([weight(10 ** (-12 + i / 30)) for i in range(361)], rel=1e-3, abs=1e-6)
 
 
 def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):

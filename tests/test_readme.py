@@ -8,6 +8,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import rollouts_of, run
 
 from configurator import ROOT
 
@@ -17,6 +18,28 @@ PAGE = open(os.path.join(ROOT, "docs", "data.md")).read()
 def code_under(heading):
     section = PAGE[PAGE.index(f"## {heading}\n") :]
     return re.search(r"```python\n(.*?)```", section, re.S)[1]
+
+
+def test_questions_with_a_hint(script, tmp_path):
+    """QuestA's file drops questions whose answer is not in the text; it can be trained on. POPE's has each question twice."""
+    code, names = code_under("Questions with a hint"), {}
+    assert sum(line != "" for line in code.splitlines()) <= 11
+    exec(code, names)
+    source = os.path.join(ROOT, "toy", "train.parquet")
+    rows = pq.read_table(source).to_pylist()
+    chain = lambda trace: trace.removeprefix("<think>\n")
+    right = [r for r in rows if f"{{{r['reward_model']['ground_truth']}}}" in r["target"][0]["content"]]
+    for both, name in ((False, "questa"), (True, "pope")):
+        out = tmp_path / f"{name}.parquet"
+        names["add_hints"](source, str(out), 0.5, mark="", solution=chain, both=both)
+        made = pq.read_table(out).to_pylist()
+        assert len(right) <= len(made) / (1 + both) < len(rows)
+        for i, row in enumerate(made):
+            text, question = chain(row["target"][0]["content"]), row["prompt"][-1]["content"]
+            assert question.partition("?")[2] == ("" if both and i % 2 == 0 else text[: len(text) // 2])
+    run(script, tmp_path, "x", f"--data={tmp_path / 'questa.parquet'}", "--n_teacher=0", "--max_steps=1")
+    prompts = [r["prompt"] for r in rollouts_of(tmp_path / "x", 1)]
+    assert len(prompts) == 128 and all("=?" in p and ">" in p.partition("=?")[2].partition("<think>")[0] for p in prompts)
 
 
 @pytest.mark.slow

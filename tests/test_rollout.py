@@ -453,6 +453,31 @@ def grouped(sampler, problems, n_rollouts, n_teacher, step=5, **options):
                     step=step, stamp=step, **options)  # fmt: skip
 
 
+def test_random_shares_of_a_trace():
+    """Each trace's share is uniform in its range. It depends on seed, step, problem and trace, and on nothing else."""
+    problems = [Problem(i, [3], "1", [[8] * 1000, [9] * 1000], "") for i in range(100)]
+    lengths = lambda rollouts: [r.n_teacher_tokens for r in rollouts if r.source == "teacher"]
+    draw = lambda step, *problems: lengths(grouped(Scripted(), problems, 4, 2, step, teacher_share=0.9, teacher_share_low=0.1))
+    shares = torch.tensor(draw(5, *problems)) / 1000.0
+    assert shares.min() >= 0.1 and shares.max() <= 0.9 and len(shares.unique()) > 150
+    quarters = torch.histc(shares, 4, 0.1, 0.9)
+    assert (quarters > 30).all() and abs(shares.mean() - 0.5) < 0.05
+    assert draw(5, *problems[7:9]) == draw(5, *problems)[14:18] and draw(6, *problems) != draw(5, *problems)
+    fixed = [grouped(Scripted(), problems, 4, 2, teacher_share=0.3, teacher_share_low=low) for low in (0.3, 1.0)]
+    assert lengths(fixed[0]) == lengths(fixed[1]) == [300] * 200
+    whole = grouped(Scripted(), problems[:1], 4, 2, teacher_share=1.0, teacher_share_low=0.5)
+    assert all(len(r.sampler_logps) == 2 and 500 <= r.n_teacher_tokens < 1000 for r in whole if r.source == "teacher")
+
+
+def test_traces_beside_a_whole_group():
+    """For a gate there are n_rollouts own samples in any case. They are those that a run without traces would draw."""
+    problems, sampler, plain = [Problem(10, [3], "1", [[8, 1]], ""), Problem(11, [4], "2", [], "")], Scripted(), Scripted()
+    rollouts = grouped(sampler, problems, 8, 1, beside=True)
+    assert [r.source for r in rollouts] == ["own"] * 8 + ["teacher"] + ["own"] * 8
+    grouped(plain, problems, 8, 0)
+    assert (sampler.prompts, sampler.seeds) == (plain.prompts, plain.seeds)
+
+
 def test_groups_of_seven_and_one():
     problems = [Problem(10, [3], "1", [[8, 1], [9, 1]], ""), Problem(11, [4], "2", [], "")]
     sampler, whole = Scripted(), []

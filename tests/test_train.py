@@ -123,6 +123,7 @@ def test_a_held_out_selection_set(script, tmp_path):
         ["config/method/sft.py"],
         ["config/method/sft.py", "--sft_per_sequence=True"],
         ["--update_batches=2", "--clip_high=0.2", "--entropy_coef=0.01"],
+        ["--teacher_top_entropy=0.3", "--shaping=log", "--gamma=1.0"],
     ],
 )
 def test_the_token_budget_does_not_matter(script, tmp_path, argv):
@@ -159,11 +160,14 @@ def by_hand(rows, k):
                 f = lambda x: x.exp() / (x.exp() + k["gamma"]) if k["shape_own"] else x.exp()
                 policy = policy - (advantage * f(logp) / f(logp.detach())).sum()
             elif k["sft_coef"]:
-                nll, n_teacher = nll - logp.sum(), n_teacher + len(logp)
-                traces.append(-logp.mean())
+                learnt = {"log": logp, "none": logp.exp(), "phi": logp.exp() * (1 - logp.exp() / 2)}[k["sft_shaping"]]
+                nll, n_teacher = nll - learnt.sum(), n_teacher + len(logp)
+                traces.append(-learnt.mean())
             else:
-                p = logp.exp()
-                policy = policy - (advantage * {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]).sum()
+                p, entropy = logp.exp(), -(logprobs.exp() * logprobs).sum(-1).detach()
+                f = {"luffy": p / (p + k["gamma"]), "none": p, "sqrt": p.sqrt()}[k["shaping"]]
+                top = entropy.argsort(descending=True)[: math.ceil(k["teacher_top_entropy"] * len(p))]
+                policy = policy - (advantage * f[top]).sum()
     loss = k["policy_coef"] * policy / (k["loss_constant"] or n) - k["entropy_coef"] * entropy_sum / n
     likelihood = torch.stack(traces).mean() if k["sft_per_sequence"] else nll / max(n_teacher, 1)
     loss = loss + k["sft_coef"] * likelihood
@@ -180,11 +184,14 @@ def by_hand(rows, k):
         ["--shaping=none"],
         ["--shaping=sqrt"],
         ["--gamma=0.5"],
+        ["--teacher_top_entropy=0.2"],
         ["--loss_constant=77.0"],
         ["--loss_constant=0.0"],
         ["--entropy_coef=0.3"],
         ["--sft_coef=0.7"],
         ["--sft_coef=0.7", "--sft_per_sequence=True"],
+        ["--sft_coef=0.7", "--sft_shaping=none"],
+        ["--sft_coef=0.7", "--sft_shaping=phi", "--sft_per_sequence=True"],
         ["--baseline=own"],
         ["--shape_own=True"],
         ["--policy_coef=0.3"],
@@ -315,7 +322,8 @@ def test_an_update_waits_for_a_gpu_once(script, tmp_path, monkeypatch):
     """However many micro-batches it has: all that the host must know comes in one transfer, before the optimizer's step."""
     out = tmp_path / "x"
     module = script("train", ["--sampler=torch", f"--out_dir={out}", "--eval_data=", "--reward_workers=1", "--max_steps=2",
-                              "--micro_tokens=800", "--update_batches=2", "--recompute=True", "--clip_high=0.2"])  # fmt: skip
+                              "--micro_tokens=800", "--update_batches=2", "--recompute=True", "--clip_high=0.2",
+                              "--teacher_top_entropy=0.5"])  # fmt: skip
     real, to_host, calls = module.update, module.metrics.to_host, []
 
     def update(*arguments, **options):
@@ -723,7 +731,7 @@ def test_a_reward_for_format_solves_nothing(tmp_path):
     """Neither a group nor a trace is solved by a reward below solved_at."""
     rows = [Rollout(q, [2], [1], reward=r, reason="correct" if r >= 1 else "wrong")
             for q, rewards in enumerate([(0.1, 0.1), (0.1, 1.0), (1.0, 2.0)]) for r in rewards]  # fmt: skip
-    found = rollout_metrics(rows, len(rows))
+    found = rollout_metrics(rows, rows)
     assert found["groups/none_solved"] == found["groups/all_solved"] == pytest.approx(1 / 3)
     assert found["reward/own"] == pytest.approx(4.3 / 6)
 

@@ -26,7 +26,8 @@ from runtime.process import protect_output
 
 FOUR = ["grpo", "sft", "mixed", "luffy"]
 ALL = ["grpo", "grpo_noclip", "grpo_std", "grpo_token_mean", "dapo", "sft", "sft_verified", "rl_sft_loss", "sft_then_rl",
-       "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "rkl", "kdrl", "tgpo", "tgpo_adv"]  # fmt: skip
+       "mixed", "mixed_clip", "luffy", "luffy_partial", "relift", "exgrpo", "hpt", "ampo", "prefix_rft", "chord_mu",
+       "chord_phi", "dft", "cispo", "rkl", "kdrl", "tgpo", "tgpo_adv"]  # fmt: skip
 WORLDS = {
     "imperfect": ([], ALL),
     "clean": (["config/toy/clean.py"], FOUR),
@@ -34,7 +35,8 @@ WORLDS = {
 }
 # The ratio differs from 1 only after an optimizer step. So methods with a clip take two steps per rollout: with one step
 # the clip has no effect.
-CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "kdrl", "tgpo", "tgpo_adv"}
+CLIPPED = {"grpo", "grpo_std", "grpo_token_mean", "dapo", "mixed_clip", "sft_then_rl", "ampo", "prefix_rft", "chord_mu",
+           "chord_phi", "cispo", "kdrl", "tgpo", "tgpo_adv"}  # fmt: skip
 STEPS = (10, 20, 60)
 DRAWN = ["grpo", "sft", "rl_sft_loss", "mixed", "luffy", "relift", "rkl"]  # with all methods nothing could be seen
 
