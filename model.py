@@ -343,8 +343,9 @@ def load_sharded(model, temperature, dtype, device, backend, weight_dtype, offlo
     files = tensor_files(model) if os.path.isdir(model) else {}
     if not files:
         raise OSError("sharded loading needs model.safetensors, or its index, in a local folder")
-    for name, p in hf.named_parameters():
-        read_parameter(files, name, p)
+    for name, tensor in (*hf.named_parameters(), *hf.named_buffers()):
+        if "rotary_emb" not in name:
+            read_parameter(files, name, tensor)
     return policy.eval()
 
 

@@ -40,7 +40,7 @@ def count_parameters(config):
         raise UserError(f"{config.model_type} models are not supported: choose a decoder like Llama or Qwen2") from None
     size = lambda module: sum(p.numel() for p in module.parameters())
     experts = [p for name, p in hf.named_parameters() if ".experts." in name]  # stacked: (experts, rows, columns)
-    idle = sum(p.numel() // len(p) * (len(p) - config.num_experts_per_tok) for p in experts)
+    idle = sum(p.numel() // len(p) * (len(p) - getattr(config, "num_experts_per_tok", len(p))) for p in experts)
     return Parameters(size(hf), size(hf.get_input_embeddings()), max(map(size, layers)), size(hf) - idle)
 
 
@@ -196,9 +196,10 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     staying = ("weights, gradients, Adam (fp32)", "the SFT step's own moments", "teacher model's weights")
     between = sum(items.get(name, 0) for name in staying) - freed
     asking, told = 0, ""
-    if teacher_config:  # sharded, two layers and the head are gathered; else an offloaded one comes whole
+    if teacher_config:  # sharded, two layers, embedding and head are gathered; else an offloaded one comes whole
         theirs = count_parameters(teacher_config)
-        asking = between + ((2 * theirs.layer + theirs.embedding) * dtype_bytes if sharded > 1 else teacher_bytes * offloaded)
+        ends = theirs.embedding * (1 if teacher_config.tie_word_embeddings else 2)
+        asking = between + ((2 * theirs.layer + ends) * dtype_bytes if sharded > 1 else teacher_bytes * offloaded)
         told = f", asking the teacher model {show(asking)}"
     fits = max(peak, between + share, asking) + GIB <= gpu_gib * GIB and tokens >= length  # 1 GiB: CUDA itself
     log(

@@ -86,6 +86,14 @@ def check_knobs(k, n_ranks, shape):
     if k.sft_buffer and k.replay_share:
         raise UserError("sft_buffer (ReLIFT) and replay_share (ExGRPO) are two methods: set one of them to 0")
     asks_teacher = k.kl_coef or k.ce_coef or k.top1_bonus
+    if k.ce_steps and not (k.ce_coef or k.top1_bonus):
+        raise UserError(f"ce_steps={k.ce_steps} has no effect without ce_coef or top1_bonus: set one of them, or ce_steps=0")
+    if k.top1_bonus and not k.policy_coef:
+        raise UserError("top1_bonus is part of the advantage, and policy_coef=0 leaves it out of the loss: set one of them")
+    if asks_teacher and k.n_teacher == k.n_rollouts:
+        raise UserError(
+            f"kl_coef, ce_coef and top1_bonus are of own samples, and n_teacher={k.n_teacher} leaves none: lower it"
+        )
     if k.teacher_model and not asks_teacher:
         raise UserError("teacher_model has no effect without kl_coef, ce_coef or top1_bonus: set one of them, or leave it out")
     if asks_teacher and not k.teacher_model and not k.dry_run:
@@ -111,6 +119,24 @@ def show_plan(k, model_config, teacher_config, problems, device):
                teacher_config=teacher_config)  # fmt: skip
 
 
+def check_architecture(name, config, needed):
+    """Raise UserError for what model.py does not compute: attention in some layers over a window that sequences of `needed` tokens
+    may exceed, or by another rule; capped or scaled logits; quantized weights."""
+    get = lambda field: getattr(config, field, None)
+    kinds, window = {*(get("layer_types") or ())}, get("sliding_window")
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other or (window and needed > window and kinds != {"full_attention"}):
+        what = (
+            f"has layers of {', '.join(sorted(other))}" if other else f"attends over the last {window} of up to {needed} tokens"
+        )
+        raise UserError(f"{name} {what}, which training does not compute: choose a model of full attention")
+    for field in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if get(field) not in (None, 1):
+            raise UserError(f"{name} has {field}={get(field)}, which training does not compute: choose another model")
+    if get("quantization_config"):
+        raise UserError(f"the weights of {name} are quantized: choose the model in bfloat16")
+
+
 def check_models(k, base, tokenizer, model_config):
     """Check the models' contexts, vocabularies and heads. base: the policy's name. Returns the teacher model's config, or
     None without one."""
@@ -121,6 +147,9 @@ def check_models(k, base, tokenizer, model_config):
             f"a prompt and its response may take {needed} tokens, the context of {base} is {context}: lower "
             "max_prompt_tokens and max_tokens, or raise max_position_embeddings (and rope_theta) in its config.json"
         )
+    check_architecture(base, model_config, needed)
+    if teacher_config:
+        check_architecture(k.teacher_model, teacher_config, needed)
     parameters = count_parameters(model_config)
     if parameters.active < parameters.all:
         raise UserError(f"{base} is a mixture of experts, which only a teacher model may be: choose a dense model")

@@ -99,7 +99,8 @@ def read_parameter(files, name, tensor):
     experts, _, kind = name.rpartition(".")
     if name in files or not experts.endswith(".experts") or kind not in STACKED:
         if name not in files:
-            raise OSError(f"its weights lack {name}")
+            renamed = ": files of this kind of model have other names, which only unsharded loading knows (--shard=ddp)"
+            raise OSError(f"its weights lack {name}{renamed if '.experts.' in ' '.join(files) else ''}")
         read_rows_of(files[name], name, tensor)
         return
     local, first = own_rows(tensor)

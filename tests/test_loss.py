@@ -161,7 +161,7 @@ def test_batch_loss_does_not_depend_on_the_cut():
     mask, entropy, top1_logp, teacher_logp = rand() < 0.8, rand(), -rand(), -rand()
     replay = ~teacher & (rand() < 0.4)
     behaviour_logp = torch.where(teacher, 0.0, old + 0.2 * rand())
-    top1 = torch.where(rand() < 0.7, 1, -1)
+    top1 = torch.where(rand() < 0.7, (rand() < 0.5).long(), -1)
     fields = dict(loss_mask=mask, is_teacher=teacher, is_replay=replay, advantage=advantage, behaviour_logp=behaviour_logp,
                   old_logp=old, teacher_logp=teacher_logp, top1=top1)  # fmt: skip
 
@@ -171,14 +171,17 @@ def test_batch_loss_does_not_depend_on_the_cut():
     own, replayed, theirs = mask & ~teacher & ~replay, mask & replay, mask & teacher
     assert min(own.sum(), replayed.sum(), theirs.sum()) > 5
     counts = [where.sum().item() for where in (mask, theirs, own)]
-    coefficients = itertools.product((0.0, 512.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0), (0.0, 0.2), (0.0, 0.4), (0.0, 1.1))
-    for constant, policy_coef, entropy_coef, sft_coef, kl_coef, ce_coef, cap in coefficients:
+    coefficients = itertools.product(
+        (0.0, 512.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0), (0.0, 0.2), (0.0, 0.4), (0.0, 1.1), (0.0, 0.5)
+    )
+    for constant, policy_coef, entropy_coef, sft_coef, kl_coef, ce_coef, cap, bonus in coefficients:
         options = dict(loss_constant=constant, policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef,
-                       kl_coef=kl_coef, ce_coef=ce_coef, tis_cap=cap, clip_low=0.2)  # fmt: skip
+                       kl_coef=kl_coef, ce_coef=ce_coef, tis_cap=cap, top1_bonus=bonus, clip_low=0.2)  # fmt: skip
         loss = lambda a, b: batch_loss(logp[a:b], entropy[a:b], top1_logp[a:b], batch(a, b), counts, **options)  # noqa: B023
         whole = loss(0, n)
         torch.testing.assert_close(loss(0, 7) + loss(7, 8) + loss(8, n), whole)
-        tokens = token_loss(logp, old, advantage, teacher, clip_low=0.2)
+        raised = advantage + bonus * own * (top1 >= 0) * ((top1 == 0).double() - top1_logp.exp())  # the tokens are all 0
+        tokens = token_loss(logp, old, raised, teacher, clip_low=0.2)
         tokens = torch.where(replay, -advantage * shape((logp - behaviour_logp).exp()), tokens)
         if cap:
             tokens = tokens * torch.where(own, (old - behaviour_logp).exp().clamp(max=cap), 1.0)

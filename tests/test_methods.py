@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import build
 import pytest
 import torch
-from helpers import QWEN_05B, QWEN_7B, a_row, build_mixture, launch, packed, rollouts_of, run, write
+from helpers import LLAMA_8B, QWEN3_30B_A3B, QWEN_05B, QWEN_7B, a_row, build_mixture, launch, packed, rollouts_of, run, write
 from safetensors.torch import load_file
+from transformers import Gemma2Config, GraniteConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig, Qwen3NextConfig
 
 from configurator import ROOT, UserError
 from data import Rollout, pack
@@ -23,6 +24,7 @@ from loss import batch_loss, group_advantages, token_loss
 from model import load_policy
 from replay import Successes
 from rollout import TorchSampler
+from runtime.preflight import check_architecture
 from runtime.tokenizer import check_same_tokens, load_tokenizer
 
 V = 3
@@ -494,6 +496,9 @@ def test_a_prefix_that_is_only_read_has_no_gradient(script, tmp_path, problems):
         (["config/method/relift.py", "--sft_buffer=5000"], "has only 512 problems with a trace"),
         (["config/method/exgrpo.py", "--sft_buffer=16"], "are two methods"),
         (["--teacher_model=toy/base"], "has no effect without kl_coef, ce_coef or top1_bonus"),
+        (["--ce_steps=200"], "ce_steps=200 has no effect without ce_coef or top1_bonus"),
+        (["config/method/tgpo_adv.py", "--policy_coef=0"], "top1_bonus is part of the advantage, and policy_coef=0"),
+        (["config/method/tgpo.py", "--n_teacher=8"], "are of own samples, and n_teacher=8 leaves none"),
         (["--model={mixture}"], "is a mixture of experts, which only a teacher model may be: choose a dense model"),
     ],
 )
@@ -502,6 +507,28 @@ def test_method_knobs_are_checked(script, tmp_path, argv, words, mixture):
     with pytest.raises(UserError, match=words):
         run(script, tmp_path, "bad", *argv)
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "config,words",
+    [
+        (
+            Qwen2Config(use_sliding_window=True, sliding_window=16, max_window_layers=0),
+            "attends over the last 16 of up to 80 tokens",
+        ),
+        (MixtralConfig(sliding_window=16), "attends over the last 16 of up to 80 tokens"),
+        (Gemma2Config(), "has attn_logit_softcapping=50.0"),
+        (GraniteConfig(logits_scaling=8.0), "has logits_scaling=8.0"),
+        (Qwen3NextConfig(), "has layers of linear_attention"),
+        (Qwen3MoeConfig(quantization_config={"quant_method": "fp8"}), "are quantized: choose the model in bfloat16"),
+    ],
+)
+def test_what_training_does_not_compute_is_refused(config, words):
+    """Policy or teacher model: attention and head would be computed as if the config did not say so."""
+    with pytest.raises(UserError, match=words):
+        check_architecture("it", config, needed=80)
+    for plain in (Qwen2Config(sliding_window=16), MixtralConfig(sliding_window=80), QWEN3_30B_A3B, LLAMA_8B, GraniteConfig()):
+        check_architecture("it", plain, needed=80)
 
 
 def test_teacher_tokenizers_must_agree(tokenizer, byte_model):
