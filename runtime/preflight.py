@@ -120,8 +120,8 @@ def show_plan(k, model_config, teacher_config, problems, device):
 
 
 def check_architecture(name, config, needed):
-    """Raise UserError for what model.py does not compute: attention in some layers over a window that sequences of `needed` tokens
-    may exceed, or by another rule; capped or scaled logits; quantized weights."""
+    """Raise UserError for what model.py does not compute: attention over a window that sequences of `needed` tokens may exceed,
+    or by another rule; capped or scaled logits; quantized weights."""
     get = lambda field: getattr(config, field, None)
     kinds, window = {*(get("layer_types") or ())}, get("sliding_window")
     other = kinds - {"full_attention", "sliding_attention"}
