@@ -75,7 +75,7 @@ from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.guard import Watch
 from runtime.metrics import best_and_worst
-from runtime.preflight import check_ids
+from runtime.preflight import check_ids, warn_of_busy_cores
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
@@ -258,6 +258,7 @@ def main():
     output = OutputFolder(out_dir, "eval.py", inputs=[*words(data), model, grader])
     kind, precision = pick_device(device, dtype)
     engine_kind = choose_sampler(sampler)
+    warn_of_busy_cores(kind)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)

@@ -190,6 +190,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     device, precision = pick_device(knobs.device, dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
     start_processes(device, shard, config)
+    preflight.warn_of_busy_cores(device)
     with contextlib.ExitStack() as stack:
         output = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
         checkpoint = find_checkpoint(stack.enter_context(output), resume)

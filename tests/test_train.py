@@ -21,6 +21,7 @@ import eval
 from configurator import ROOT, UserError
 from data import Rollout, load_problems, set_aside
 from reward import Verifier
+from runtime import preflight
 from runtime.metrics import Phases, batch_warnings, rollout_metrics, step_line
 from runtime.preflight import check_traces
 from runtime.tokenizer import load_tokenizer
@@ -739,3 +740,56 @@ def test_a_reward_for_format_solves_nothing(tmp_path):
             p.answer = "none"
         with pytest.raises(UserError, match="only 0.0% of the teacher traces .*\n.*: wrong, reward 0.1, answer 'none'"):
             check_traces(knobs, kept, tokenizer, verifier)
+
+
+@pytest.mark.parametrize(
+    "threads,ranks,cores,others,quota,warned",
+    [
+        (1, 1, 2, 2.0, "max", False),  # one thread waits for no other
+        (2, 1, 2, 0.0, "max", False),
+        (2, 1, 2, 0.3, "max", False),  # an idle machine is never quite idle
+        (2, 1, 2, 1.0, "max", True),
+        (2, 1, 4, 1.9, "max", False),
+        (8, 1, 4, 0.0, "max", True),  # its own threads are too many already
+        (2, 2, 2, 0.0, "max", True),
+        (4, 1, 8, 0.0, "200000", True),  # a container that may use two of eight cores
+        (2, 1, 8, 5.0, "200000", False),
+    ],
+)
+def test_threads_beside_busy_cores(tmp_path, monkeypatch, capsys, threads, ranks, cores, others, quota, warned):
+    """Two looks at the cores' clocks, with `others` of them at work in between; one more core is not this process's to use."""
+    clock = [0]
+
+    def write_stat(_=0):
+        clock[0] += 100
+        shares = [min(1, max(0, others - i)) for i in range(cores)] + [1]
+        rows = [f"cpu{i} {int(x * clock[0])} 0 0 {int((1 - x) * clock[0])} 0 0 0 0 0 0" for i, x in enumerate(shares)]
+        (tmp_path / "stat").write_text("\n".join(["cpu  9 9 9 9 9 9 9 9 9 9", *rows, "intr 5"]))
+
+    write_stat()
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(preflight, "CORES", str(tmp_path / "stat"))
+    monkeypatch.setattr(preflight, "QUOTA", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr("time.sleep", write_stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    preflight.warn_of_busy_cores("cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == warned and ("OMP_NUM_THREADS=1" in printed) == warned
+    assert not warned or (f"{threads * ranks} threads" in printed and f"other processes keep {others:.1f} of them busy" in printed)
+    preflight.warn_of_busy_cores("cuda")
+    (tmp_path / "stat").unlink()  # not Linux
+    preflight.warn_of_busy_cores("cpu")
+    assert capsys.readouterr().out == ""
+
+
+def test_commands_look_at_the_cores_first(script, monkeypatch, tmp_path):
+    for name in ("train", "eval"):
+        asked = []
+        module = script(name, ["--sampler=torch", "--data=nowhere.parquet", f"--out_dir={tmp_path / 'x'}"])
+        monkeypatch.setattr(preflight, "warn_of_busy_cores", asked.append)
+        monkeypatch.setattr(module, "warn_of_busy_cores", asked.append, raising=False)
+        with pytest.raises(UserError, match="nowhere.parquet"):
+            module.main()
+        assert asked == ["cpu"]
