@@ -777,7 +777,9 @@ def test_threads_beside_busy_cores(tmp_path, monkeypatch, capsys, threads, ranks
     preflight.warn_of_busy_cores("cpu")
     printed = capsys.readouterr().out
     assert printed.count("\n") == warned and ("OMP_NUM_THREADS=1" in printed) == warned
-    assert not warned or (f"{threads * ranks} threads" in printed and f"other processes keep {others:.1f} of them busy" in printed)
+    assert not warned or (
+        f"{threads * ranks} threads" in printed and f"other processes keep {others:.1f} of them busy" in printed
+    )
     preflight.warn_of_busy_cores("cuda")
     (tmp_path / "stat").unlink()  # not Linux
     preflight.warn_of_busy_cores("cpu")
