@@ -70,7 +70,7 @@ top1_bonus = 0.0  # times (1[the token is the teacher model's top-1] - that one'
 ce_steps = 0  # steps over which ce_coef and top1_bonus fall linearly to zero; 0 keeps them
 tis_cap = 0.0  # truncated importance sampling: own tokens times min(pi_old / pi_sampler, cap); 0 is off
 skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
-skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over-long masking)
+skip_truncated = False  # leave out samples that max_tokens cut off (DAPO); then not ending costs nothing, and may be learnt
 # ---------------------------------------------------------------- methods with memory (replay.py)
 sft_buffer = 0  # ReLIFT: an SFT step as soon as this many questions without a right answer wait; 0 is off
 sft_learning_rate = 1e-4  # of the SFT step's own AdamW, constant [> 0]
@@ -323,7 +323,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
                 run.write_rollouts(step, rollouts, logps, by_id, tokenizer)
-            print0(run.report(record, rollouts, max_steps))
+            print0(run.report(record, rollouts, max_steps, skip_truncated))
             metrics.check_mismatch(record, mismatch_limit(engine))
 
             # 10. From here a checkpoint may hold the step. Canary, evaluation, the step's line in

@@ -24,6 +24,7 @@ from reward import Verifier
 from runtime import preflight
 from runtime.metrics import Phases, batch_warnings, rollout_metrics, step_line
 from runtime.preflight import check_traces
+from runtime.run import Run
 from runtime.tokenizer import load_tokenizer
 from runtime.torch_sampler import TorchSampler
 
@@ -468,6 +469,44 @@ def test_batches_of_which_nothing_can_be_learnt_are_named():
         rollout = own(*case)
         found = batch_warnings([rollout, rollout, teacher])
         assert len(found) == len(words) and all(w in line for w, line in zip(words, found, strict=True))
+
+
+def test_samples_that_never_end_are_named_where_that_costs_nothing(script, tmp_path, capsys):
+    """Under skip_truncated a policy that does not end loses nothing. More than half of a batch without an end is said; and the
+    knob is what the run's warning reads."""
+    own = lambda finish: Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason="wrong")
+    batch = lambda n: [own("length")] * n + [own("stop")] * (4 - n)
+    assert [len(batch_warnings(batch(n), skip_truncated=True)) for n in range(5)] == [0, 0, 0, 1, 1]
+    assert [len(batch_warnings(batch(n))) for n in range(5)] == [0, 0, 0, 0, 1]
+    assert "not ending costs nothing" in batch_warnings(batch(3), skip_truncated=True)[0]
+    for knob in ("True", "False"):
+        run(script, tmp_path, knob, "--max_steps=1", "--prompts_per_step=2", "--max_tokens=5", f"--skip_truncated={knob}")
+        assert ("not ending costs nothing" in capsys.readouterr().out) == (knob == "True")
+
+
+def test_a_warning_that_repeats_is_counted(monkeypatch, tmp_path):
+    """Printed the first time, the tenth, the hundredth; each kind for itself. So are files that cannot be written."""
+    monkeypatch.setattr("runtime.run.step_line", lambda *_: "step")
+    monkeypatch.setattr("runtime.run.memory_ledger", lambda *_: "memory")
+    own = lambda finish, reason: [Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason=reason)]
+    found, progress = [], Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    for step in range(1, 1001):
+        batch = own("stop", "timeout" if step == 500 else "no_think" if step % 2 else "wrong")
+        found.append(progress.report({"step": step}, batch, 1000, False))
+    warned = {step: text.split("\n")[0] for step, text in enumerate(found, 1) if "warning" in text}
+    assert list(warned) == [1, 19, 199, 500]  # odd steps: the first, the tenth, the hundredth
+    assert "lacks </think>" in warned[1] and "times so far" not in warned[1] and "reward_timeout" in warned[500]
+    assert warned[19] == warned[1] + " (10 times so far)" and warned[199] == warned[1] + " (100 times so far)"
+
+
+def test_writes_that_fail_again_are_counted(tmp_path, capsys):
+    progress = Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    (tmp_path / "rollouts").write_text("in the way")
+    for step in range(11):
+        progress.write_rollouts(step, [], {}, {}, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: write_rollouts: ") for line in lines)
+    assert lines[1].endswith(" (10 times so far)")
 
 
 def test_two_updates_make_the_second_off_policy(script, tmp_path):
