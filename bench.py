@@ -41,6 +41,7 @@ syncs = 5  # weight reloads into the engine; 0 skips the engine
 rollout_prompts = "32"  # samples to generate at once; comma-separated, each is measured
 rollout_tokens = 64  # tokens of each sample [> 0]
 device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
+dtype = "auto"  # of matrix products; auto is bfloat16 on a GPU, else float32 [auto | float32 | bfloat16]
 sampler = "auto"  # auto: vllm where it is installed [auto | vllm | torch]
 gpu_memory = 0.4  # share of the GPU's memory that vLLM may take [> 0]
 out = ""  # a file to append the result to, as a line of JSON
@@ -265,7 +266,7 @@ def measure_engine(c, policy, dtype):
 
 
 def main():
-    device, precision = pick_device(config["device"], "auto")
+    device, precision = pick_device(config["device"], config["dtype"])
     dtype = getattr(torch, precision)
     c = model_config(SHAPES[size])
     check_knobs()
@@ -284,7 +285,8 @@ def main():
     product = " x ".join(map(str, shape))
     promised = datasheet_rate(machine, dtype)
     beside = f" ({promised / 1e12:.1f} in the card's datasheet)" if promised else ""
-    print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {rate / 1e12:.3f} TFLOP/s{beside}")
+    speed = f"{rate / 1e12:.3f} TFLOP/s" if rate > 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+    print0(f"{machine}, {str(dtype).removeprefix('torch.')}: matrix product {product} at {speed}{beside}")
     result = {"size": size, "tokens": tokens, "machine": machine, "ranks": WORLD, "shard": shard, "recompute": recompute,
               "compiled": compiled, "matrix_flops": rate, "datasheet_flops": promised, "update": {}}  # fmt: skip
     forecast = training_memory(

@@ -75,7 +75,7 @@ from runtime.files import load_config, model_path, write_json
 from runtime.folder import OutputFolder
 from runtime.guard import Watch
 from runtime.metrics import best_and_worst
-from runtime.preflight import check_ids
+from runtime.preflight import check_ids, warn_of_busy_cores
 from runtime.ranks import RANK, WORLD, barrier, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
 from runtime.stats import AVERAGES, averages, summarize
@@ -258,6 +258,7 @@ def main():
     output = OutputFolder(out_dir, "eval.py", inputs=[*words(data), model, grader])
     kind, precision = pick_device(device, dtype)
     engine_kind = choose_sampler(sampler)
+    warn_of_busy_cores(kind)
     temperatures = read_temperatures(sweep) if sweep else [temperature]
     name = model_path(model)
     tokenizer = load_tokenizer(name)
@@ -387,12 +388,12 @@ def report(folder, paths):
         row["problems"] = {str(r["key"]): float(np.mean(r["reward"])) for r in rows if r["source"] == source}
     write_json(os.path.join(folder, "averages.json"), means)
     write_json(os.path.join(folder, "eval.json"), table)
-    columns = ("pass@k", "maj@k", "length", "truncated", "format")
+    columns = [c for c in ("pass@k", "maj@k", "length", "truncated", "format") if any(c in row for row in table.values())]
     print(f"{'source':<20}{'n':>6}{'k':>4}{'avg@k':>8}{'95 % interval':>18}" + "".join(f"{c:>11}" for c in columns))
     for source, row in (table | means).items():
         low, high = row["avg@k_ci"]
         counts = f"{row['n']:>6}{row['k']:>4}" if "k" in row else f"{row['n']:>6}    "
-        rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" for c in columns)
+        rest = "".join(f"{row[c]:>11.{0 if c == 'length' else 3}f}" if c in row else f"{'-':>11}" for c in columns)
         print(f"{source:<20}{counts}{row['avg@k']:>8.3f}{f'[{low:.3f}, {high:.3f}]':>18}{rest}")
     for source, row in table.items():
         if n := row["letter_with_text"]:

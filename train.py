@@ -81,7 +81,7 @@ top1_bonus = 0.0  # times (1[the token is the teacher model's top-1] - that one'
 ce_steps = 0  # steps over which ce_coef and top1_bonus fall linearly to zero; 0 keeps them
 tis_cap = 0.0  # truncated importance sampling: own tokens times min(pi_old / pi_sampler, cap); 0 is off
 skip_equal_groups = False  # leave out groups whose rewards are all equal (DAPO's dynamic sampling, without the refill)
-skip_truncated = False  # leave out samples that max_tokens cut off (DAPO's over-long masking)
+skip_truncated = False  # leave out samples that max_tokens cut off (DAPO); then not ending costs nothing, and may be learnt
 # ---------------------------------------------------------------- methods with memory (replay.py)
 sft_buffer = 0  # ReLIFT: an SFT step as soon as this many questions without a right answer wait; 0 is off
 sft_learning_rate = 1e-4  # of the SFT step's own AdamW, constant [> 0]
@@ -201,6 +201,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
     device, precision = pick_device(knobs.device, dtype)
     compute_dtype, engine_kind = getattr(torch, precision), choose_sampler(sampler)
     start_processes(device, shard, config)
+    preflight.warn_of_busy_cores(device)
     with contextlib.ExitStack() as stack:
         output = OutputFolder(out_dir, "train.py", inputs=[data, eval_data, model, teacher_model, grader])
         checkpoint = find_checkpoint(stack.enter_context(output), resume)
@@ -334,7 +335,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
             if is_due(step, rollout_interval):
                 logps = metrics.logps_of_given_tokens(rollouts, parts, updates, results)
                 run.write_rollouts(step, rollouts, logps, by_id, tokenizer)
-            print0(run.report(record, rollouts, max_steps))
+            print0(run.report(record, rollouts, max_steps, skip_truncated))
             metrics.check_mismatch(record, mismatch_limit(engine))
 
             # 10. From here a checkpoint may hold the step. Canary, evaluation, the step's line in

@@ -58,6 +58,8 @@ COMMANDS = {
     "python train.py config/method/sft_verified.py --out_dir=out/teacher": [("d.py", "d.py --max_steps=2" + SHORT)],
     "torchrun --nproc_per_node=2 train.py --shard=fsdp": [("fsdp", "fsdp --max_steps=2 --out_dir=out/fsdp" + SHORT)],
     "python bench.py": [("bench.py", "bench.py --repeats=1")],
+    "python bench.py --dtype=float32 --tokens=256 --repeats=1 --syncs=0": [],
+    "python bench.py --dtype=bfloat16 --tokens=256 --repeats=1 --syncs=0": [],
     "python bench.py peers --trl=trl/bin/python": "by tests/test_peers.py, in `make test-slow`",
     "bash measure/gpu.sh out/gpu": [("bash", "TINY=1 bash"), ("out/gpu", "out/gpu bench")],
     "python measure/profile_step.py": [("step.py", "step.py toy")],

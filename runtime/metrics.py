@@ -168,19 +168,23 @@ def memory_ledger(record):
     return "memory in GiB, peak / at the end of the phase: " + ", ".join(map(show, names))
 
 
-def batch_warnings(rollouts):
-    """Warnings about a batch in which all own samples fail for the same reason, and where to look: a list of lines."""
+def batch_warnings(rollouts, skip_truncated=False):
+    """Warnings about a batch in which all own samples fail for the same reason, or with skip_truncated most never end, and
+    where to look: a list of lines."""
     own = [r for r in rollouts if r.source == "own"]
-    every = lambda holds: bool(own) and all(map(holds, own))
+    n_cut = sum(r.finish_reason == "length" for r in own)
+    all_cut, at_no_cost = 0 < n_cut == len(own), skip_truncated and 2 * n_cut > len(own)
+    every = lambda reason: bool(own) and all(r.reason == reason for r in own)
     found = {
-        "was cut off at max_tokens: raise it, or see in rollouts/ why no answer ends": every(
-            lambda r: r.finish_reason == "length"
-        ),
-        "ran into reward_timeout: see the answers in rollouts/, or raise it": every(lambda r: r.reason == "timeout"),
-        "lacks </think>: do template and require_think fit the model?": every(lambda r: r.reason == "no_think"),
-        "failed in the grader or killed its worker: is there memory left?": every(lambda r: r.reason == "error"),
+        "most samples of this batch were cut off at max_tokens, and under skip_truncated not ending costs nothing: raise"
+        " max_tokens, or set skip_truncated=False": at_no_cost,
+        "every sample of this batch was cut off at max_tokens: raise it, or see in rollouts/ why no answer ends": all_cut
+        and not at_no_cost,
+        "every sample of this batch ran into reward_timeout: see the answers in rollouts/, or raise it": every("timeout"),
+        "every sample of this batch lacks </think>: do template and require_think fit the model?": every("no_think"),
+        "every sample of this batch failed in the grader or killed its worker: is there memory left?": every("error"),
     }
-    return [f"every sample of this batch {words}" for words, holds in found.items() if holds]
+    return [words for words, holds in found.items() if holds]
 
 
 def collapse(rewards, window=20):

@@ -153,13 +153,14 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     rows = -(-size // k["update_batches"] // world)
     longest = k["max_prompt_tokens"] + max(k["max_tokens"], k["max_teacher_tokens"])
     n_micro = [-(-rows * longest // share // k["micro_tokens"]) for share in (1, 4)]
+    most = min(k["micro_tokens"], max(rows, -(-k["sft_buffer"] // world)) * longest)  # a small update does not fill one
     log(
-        f"micro-batches of {k['micro_tokens']} tokens: {rows} sequences per rank and update make about {n_micro[0]} if each has"
+        f"micro-batches of at most {most} tokens: {rows} sequences per rank and update make about {n_micro[0]} if each has"
         f" {longest} tokens, {n_micro[1]} at a quarter of that"
     )
     dtype_bytes = 2 if on_gpu and k["dtype"] != "float32" else 4
     items = training_memory(
-        config, k["micro_tokens"], n_gpus=world, shard=k["shard"] == "fsdp", compute_bytes=dtype_bytes, recompute=k["recompute"]
+        config, most, n_gpus=world, shard=k["shard"] == "fsdp", compute_bytes=dtype_bytes, recompute=k["recompute"]
     )
     sharded = world if k["shard"] == "fsdp" else 1
     if k["sft_buffer"]:

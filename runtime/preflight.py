@@ -3,7 +3,10 @@ Checks before step 1, so that mistakes are found before a GPU is used and before
 which names the knob or the file, and the remedy. k: all knobs of train.py, as attributes.
 """
 
+import contextlib
 import importlib.util
+import os
+import time
 from itertools import compress
 
 import torch
@@ -12,9 +15,49 @@ from configurator import UserError
 from data import Order
 from runtime.files import load_config, model_path
 from runtime.plan import count_parameters, print_plan
-from runtime.ranks import WORLD, gather_engines, mine, print0
+from runtime.ranks import WORLD, gather_engines, mine, number, print0
 from runtime.rows import count_rows, data_path
 from runtime.tokenizer import check_same_tokens, load_tokenizer, response_text
+
+CORES, QUOTA = "/proc/stat", "/sys/fs/cgroup/cpu.max"  # what Linux tells of the cores, and of a container's share of them
+
+
+def warn_of_busy_cores(device):
+    """On a CPU: print one line if this machine's ranks have more threads than there are cores free for them. Threads wait for
+    each other at the end of each product, so one that finds no core stops all. The load average would not do: it lags a minute
+    behind, and counts the run that has just ended. Linux only."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        return
+    with contextlib.suppress(OSError):
+        cores = os.sched_getaffinity(0)
+        before, _, after = core_times(cores), time.sleep(0.25), core_times(cores)
+        spent = [[b - a for a, b in zip(*looks, strict=True)] for looks in zip(before, after, strict=True)]
+        others = sum(busy / max(1, busy + idle) for busy, idle in spent)
+        usable = min(len(cores), cpu_quota())
+        if (ours := threads * number("LOCAL_WORLD_SIZE", 1)) > min(usable, len(cores) - others) + 0.5:
+            print0(
+                f"warning: {ours} threads for {usable:g} cores, and other processes keep {others:.1f} of them busy: a step may"
+                " take 20 times as long; set OMP_NUM_THREADS=1, or have the machine to yourself"
+            )
+
+
+def core_times(cores):
+    """[(busy, idle), ...] in clock ticks since the start of the machine, of the cores with these numbers."""
+    with open(CORES) as f:
+        rows = [line.split() for line in f if line.startswith("cpu")]
+    times = [list(map(int, times[:8])) for name, *times in rows if name[3:].isdecimal() and int(name[3:]) in cores]
+    return [(sum(t) - t[3] - t[4], t[3] + t[4]) for t in times]  # user nice system idle iowait irq softirq steal
+
+
+def cpu_quota():
+    """How many cores this container may use; infinity without a limit."""
+    try:
+        with open(QUOTA) as f:
+            quota, period = f.read().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no container, or "max"
+        return float("inf")
 
 
 def check_knobs(k, n_ranks, shape):

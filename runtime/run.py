@@ -5,6 +5,7 @@ One run: its folder, its progress, its identity (what must stay the same when it
 import hashlib
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from configurator import UserError, printable, provenance, repo_path
@@ -48,6 +49,7 @@ class Run:
     unwritten: list = field(default_factory=list)  # lines of metrics.jsonl that could not be written yet
     first: tuple | None = None  # the first step that this process takes, and when it began
     own_rewards: list = field(default_factory=list)  # reward/own of every step so far
+    warned: Counter = field(default_factory=Counter)  # how often this process has met each kind of warning
 
     @property
     def folder(self):
@@ -78,11 +80,19 @@ class Run:
         elif tensors or wanted:
             print0("note: the memory starts empty" if wanted else "note: the checkpoint's memory is not used")
 
-    def report(self, record, rollouts, max_steps):
+    def warning(self, kind, words):
+        """[a line] the first, tenth, hundredth, ... time that this kind of warning is met, from the tenth on with the count;
+        else []: the same line after every step would hide all others."""
+        self.warned[kind] += 1
+        n = self.warned[kind]
+        return [f"warning: {words}" + (f" ({n} times so far)" if n > 1 else "")] if str(n).rstrip("0") == "1" else []
+
+    def report(self, record, rollouts, max_steps, skip_truncated):
         """What the terminal shows of a step: warnings, its line, and once, after the first step, the memory of each phase."""
         step, now = record["step"], time.time()
         self.own_rewards += [record["reward/own"]] if "reward/own" in record else []
-        lines = [f"warning: {words}" for words in (*batch_warnings(rollouts), *collapse(self.own_rewards))]
+        lines = [line for words in batch_warnings(rollouts, skip_truncated) for line in self.warning(words, words)]
+        lines += [f"warning: {words}" for words in collapse(self.own_rewards)]
         self.first = self.first or (step, now - sum(v for k, v in record.items() if k.startswith("time/")))
         eta = (now - self.first[1]) / (step - self.first[0] + 1) * (max_steps - step)
         lines.append(step_line(record, max_steps, eta))
@@ -126,7 +136,8 @@ class Run:
                 function(*arguments)
             return True
         except OSError as e:
-            return print(f"warning: {function.__name__}: {e}", flush=True)
+            for line in self.warning(function.__name__, f"{function.__name__}: {e}"):
+                print(line, flush=True)
 
     def save(self, policy, tokenizer, optimizers, memory, guard, keep_last, keep_every, must=True):
         """Write a checkpoint of the last finished step, unless there is one already. A collective. If writing fails: with
@@ -146,7 +157,9 @@ class Run:
         except NotSaved as e:
             if must:
                 raise UserError(f"{e}; --resume=auto continues from the checkpoint before") from None
-            return print0(f"warning: {e}; the next try is after the next step")
+            for line in self.warning("save", f"{e}; the next try is after the next step"):
+                print0(line)
+            return
         self.saved, self.save_due, guard.save_now = self.step, False, False
         self.try_to(prune, self.folder, self.step, keep_last, keep_every)
 

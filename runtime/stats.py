@@ -27,7 +27,8 @@ def summarize(rows):
     """{source: {n, k, avg@k and its 95 % interval, pass@k, pass (unbiased, for powers of two), maj@k, length, truncated,
     format, letter_with_text}} of evaluate's rows; length is in tokens, truncated and format are shares of the samples,
     letter_with_text is a count. avg@k is the mean reward;
-    pass@k and maj@k count what the verifier calls correct (Verifier's solved_at)."""
+    pass@k and maj@k count what the verifier calls correct (Verifier's solved_at). maj@k is left out if no answer has a vote,
+    or most right ones have none: the grader does not say what it read."""
     table = {}
     for source in sorted({r["source"] for r in rows}):
         own = [r for r in rows if r["source"] == source]
@@ -37,6 +38,8 @@ def summarize(rows):
         counts = [sum(x) for x in right]
         tries = sorted({k, *(2**i for i in range(k.bit_length()))})
         passed = {str(j): sum(pass_at(j, k, c) for c in counts) / n for j in tries if j <= k}
+        voted = [is_right for r, x in zip(own, right, strict=True) for p, is_right in zip(r["prediction"], x, strict=True) if p]
+        majorities = [majority(r["prediction"], x) for r, x in zip(own, right, strict=True)]
         table[source] = {
             "n": n,
             "k": k,
@@ -44,7 +47,7 @@ def summarize(rows):
             "avg@k_ci": interval(resample([np.mean([r["reward"] for r in own], 1)])),
             "pass@k": passed[str(k)],
             "pass": passed,
-            "maj@k": sum(majority(r["prediction"], x) for r, x in zip(own, right, strict=True)) / n,
+            **({"maj@k": sum(majorities) / n} if voted and 2 * sum(voted) >= sum(counts) else {}),
             "length": mean["length"],
             "truncated": sum(f == "length" for r in own for f in r["finish"]) / (n * k),
             "format": mean["format"],
@@ -90,13 +93,15 @@ def interval(means):
 
 def averages(rows, table):
     """{name: {n, sources, avg@k and its interval, pass@k, maj@k, length, truncated, format}} for each of AVERAGES whose
-    sources are all in the table. n is the number of problems; every other figure is the unweighted mean over sources."""
+    sources are all in the table. n is the number of problems; every other figure is the unweighted mean over sources, and
+    left out if one of them lacks it."""
     found = {}
     for name, members in AVERAGES.items():
         if all(m in table for m in members):
             scores = [np.array([np.mean(r["reward"]) for r in rows if r["source"] == m]) for m in members]
             columns = ("avg@k", "pass@k", "maj@k", "length", "truncated", "format")
-            means = {column: sum(table[m][column] for m in members) / len(members) for column in columns}
+            known = [column for column in columns if all(column in table[m] for m in members)]
+            means = {column: sum(table[m][column] for m in members) / len(members) for column in known}
             found[name] = {"n": sum(map(len, scores)), "sources": members, **means, "avg@k_ci": interval(resample(scores))}
     return found
 

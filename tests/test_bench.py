@@ -48,9 +48,11 @@ def test_the_datasheets_rate(machine, tflops):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command(tmp_path, dtype):
     argv = [
         "bench.py",
+        f"--dtype={dtype}",
         "--size=toy",
         "--tokens=512",
         "--repeats=1",
@@ -61,6 +63,7 @@ def test_the_command(tmp_path):
     ]
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert f"CPU thread(s), {dtype}: matrix product 512 x 64 x 256 at" in done.stdout
     assert "MFU" in done.stdout and "not measured on a CPU" in done.stdout
     row = json.loads((tmp_path / "r.jsonl").read_text())
     assert row["head"]["ours"][0] > 0 and "head, ours: 512 x 64 x 32 in" in done.stdout

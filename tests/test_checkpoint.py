@@ -568,7 +568,7 @@ def test_lines_of_metrics_are_whole_or_not_there(script, small_disk, tmp_path, c
 
     write.__name__ = "write_metrics"
     monkeypatch.setattr("runtime.run.write_metrics", write)
-    assert module.main() == 0 and capsys.readouterr().out.count("warning: write_metrics: no room") == 2
+    assert module.main() == 0 and capsys.readouterr().out.count("warning: write_metrics: no room") == 1  # of two
     assert [json.loads(line)["step"] for line in open(tmp_path / "x" / "metrics.jsonl")] == list(range(6))
 
 

@@ -430,6 +430,23 @@ def test_a_broken_grader_is_found_before_anything_is_sampled(run_eval, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_grader_without_votes_has_no_majority(run_eval, tmp_path, capsys):
+    """One that returns a bool: maj@k is a dash beside a source that has it, and without one there is no column."""
+    (tmp_path / "mine.py").write_text("def grade(text, answer): return (True, 'x') if answer == '7' else True")
+    kinds = {"named": "7", "silent": "8"}
+    rows = [a_row(data_source=source, target=None, reward_model={"ground_truth": answer}) for source, answer in kinds.items()]
+    data = write(tmp_path / "a.parquet", rows)
+    argv = [f"--data={data}", f"--grader={tmp_path / 'mine.py'}", "--grade_unclosed=True", "--k=2"]
+    table = json.loads(run_eval(*argv)["eval.json"])
+    assert table["named"]["maj@k"] == 1.0 == table["silent"]["pass@k"] and "maj@k" not in table["silent"]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = {words[0]: words for words in printed if words[:1] in (["source"], ["named"], ["silent"])}
+    at = lines["source"].index("maj@k") - len(lines["source"])
+    assert lines["named"][at] == "1.000" and lines["silent"][at] == "-"
+    assert "maj@k" not in json.loads(run_eval(*argv, "--sources=silent", out="one")["eval.json"])["silent"]
+    assert "maj@k" not in capsys.readouterr().out
+
+
 def test_sweep(run_eval, tmp_path):
     written = run_eval(f"--data={benchmark(tmp_path)}", "--k=2", "--sources=aime,math", "--sweep=0,0.5,1.0")
     table = json.loads(written["sweep.json"])

@@ -9,7 +9,7 @@ from helpers import LLAMA_8B, QWEN3_30B_A3B, QWEN_05B, QWEN_7B, QWEN_15B
 from transformers import Qwen2Config
 
 from configurator import ROOT, UserError
-from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, training_memory, worth_compiling
+from runtime.plan import GIB, count_parameters, kv_cache, measured_memory, print_plan, show, training_memory, worth_compiling
 
 
 def test_parameters_of_the_released_7b():
@@ -121,6 +121,27 @@ def test_every_config_fits_where_it_says(script, name, model, n_gpus, gib):
     assert print_plan(knobs, model, 0, n_gpus, True, gib, lines.append)
     assert not print_plan(knobs, model, 0, n_gpus, True, gib / 4, lines.append)
     assert any(f"fits in {gib} GiB: yes" in line for line in lines) and f"fits in {gib // 4} GiB: NO" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "argv,n_ranks,tokens",
+    [
+        ([], 1, 8192),  # 128 sequences of 104 tokens fill a micro-batch
+        (["--prompts_per_step=8", "--n_rollouts=4"], 1, 32 * 104),
+        (["--prompts_per_step=8", "--n_rollouts=4", "--update_batches=2"], 1, 16 * 104),
+        (["--prompts_per_step=8", "--n_rollouts=4"], 2, 16 * 104),
+        (["--prompts_per_step=8", "--n_rollouts=4", "--micro_tokens=500"], 1, 500),
+        (["--prompts_per_step=8", "--n_rollouts=4", "--max_tokens=80"], 1, 32 * 144),
+        (["--prompts_per_step=4", "--n_rollouts=4", "--n_teacher=0", "--sft_buffer=30"], 1, 30 * 104),  # ReLIFT's SFT step
+    ],
+)
+def test_a_micro_batch_is_no_larger_than_the_update(script, argv, n_ranks, tokens):
+    """The memory of a small run is that of the tokens it has, not of micro_tokens."""
+    lines, knobs = [], script("train", argv).config
+    print_plan(knobs, QWEN_05B, 0, n_ranks, False, 0, lines.append)
+    kept = training_memory(QWEN_05B, tokens, n_ranks, False, 4, False)["activations kept for backward"]
+    assert f"activations kept for backward{show(kept):>17}" in "\n".join(lines)
+    assert f"micro-batches of at most {tokens} tokens" in "\n".join(lines)
 
 
 def test_ddps_buckets_stay_through_the_rollout(script):

@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 
 from configurator import UserError
-from runtime.stats import averages, compare, interval, majority, paired_bootstrap, pass_at, resample, summarize
+from runtime.metrics import eval_report
+from runtime.stats import AVERAGES, averages, compare, interval, majority, paired_bootstrap, pass_at, resample, summarize
 
 
 def a_row(rewards, source="a", key=0, **changes):
@@ -114,6 +115,23 @@ def test_a_reward_below_solved_at_is_not_passed():
     assert a["avg@k"] == pytest.approx((0.1 + 0.325 + 2) / 3)
     assert a["pass"] == {"1": pytest.approx(1.25 / 3), "2": pytest.approx(1.5 / 3), "4": pytest.approx(2 / 3)}
     assert a["maj@k"] == pytest.approx(1 / 3)
+
+
+def test_without_votes_there_is_no_majority():
+    """A grader that returns a bool names no answer, so nothing can be compared. That is no 0: maj@k is left out, also where a
+    few answers are boxed by chance and none is right, and from an average with such a source. Grading that found nothing
+    right among the votes that there are is a 0."""
+    none, boxed = [""] * 4, ["", "", "", "3"]
+    right, wrong = [1.0, 1.0, 1.0, 0.0], [0.0] * 4
+    silent = [a_row(right, "a", prediction=none), a_row(wrong, "b", prediction=none), a_row(right, "c", prediction=boxed)]
+    assert not any("maj@k" in row for row in summarize(silent).values())
+    shown = dict(response=["x"] * 4, answer="3")
+    assert "maj@k" not in "\n".join(eval_report(summarize(silent), [row | shown for row in silent]))
+    voted = [a_row(wrong, "a", prediction=boxed), a_row([1.0, 1.0, 0.0, 1.0], "b", prediction=["", "2", "3", "2"])]
+    assert [row["maj@k"] for row in summarize(voted).values()] == [0.0, 1.0]
+    rows = [a_row(right, s, prediction=none if s == "amc" else ["2"] * 4) for s in AVERAGES["six benchmarks"]]
+    average = averages(rows, summarize(rows))["six benchmarks"]
+    assert average["pass@k"] == 1.0 and "maj@k" not in average
 
 
 def test_averages_are_unweighted_and_whole():

@@ -21,8 +21,10 @@ import eval
 from configurator import ROOT, UserError
 from data import Rollout, load_problems, set_aside
 from reward import Verifier
+from runtime import preflight
 from runtime.metrics import Phases, batch_warnings, rollout_metrics, step_line
 from runtime.preflight import check_traces
+from runtime.run import Run
 from runtime.tokenizer import load_tokenizer
 from runtime.torch_sampler import TorchSampler
 
@@ -477,6 +479,44 @@ def test_batches_of_which_nothing_can_be_learnt_are_named():
         assert len(found) == len(words) and all(w in line for w, line in zip(words, found, strict=True))
 
 
+def test_samples_that_never_end_are_named_where_that_costs_nothing(script, tmp_path, capsys):
+    """Under skip_truncated a policy that does not end loses nothing. More than half of a batch without an end is said; and the
+    knob is what the run's warning reads."""
+    own = lambda finish: Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason="wrong")
+    batch = lambda n: [own("length")] * n + [own("stop")] * (4 - n)
+    assert [len(batch_warnings(batch(n), skip_truncated=True)) for n in range(5)] == [0, 0, 0, 1, 1]
+    assert [len(batch_warnings(batch(n))) for n in range(5)] == [0, 0, 0, 0, 1]
+    assert "not ending costs nothing" in batch_warnings(batch(3), skip_truncated=True)[0]
+    for knob in ("True", "False"):
+        run(script, tmp_path, knob, "--max_steps=1", "--prompts_per_step=2", "--max_tokens=5", f"--skip_truncated={knob}")
+        assert ("not ending costs nothing" in capsys.readouterr().out) == (knob == "True")
+
+
+def test_a_warning_that_repeats_is_counted(monkeypatch, tmp_path):
+    """Printed the first time, the tenth, the hundredth; each kind for itself. So are files that cannot be written."""
+    monkeypatch.setattr("runtime.run.step_line", lambda *_: "step")
+    monkeypatch.setattr("runtime.run.memory_ledger", lambda *_: "memory")
+    own = lambda finish, reason: [Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason=reason)]
+    found, progress = [], Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    for step in range(1, 1001):
+        batch = own("stop", "timeout" if step == 500 else "no_think" if step % 2 else "wrong")
+        found.append(progress.report({"step": step}, batch, 1000, False))
+    warned = {step: text.split("\n")[0] for step, text in enumerate(found, 1) if "warning" in text}
+    assert list(warned) == [1, 19, 199, 500]  # odd steps: the first, the tenth, the hundredth
+    assert "lacks </think>" in warned[1] and "times so far" not in warned[1] and "reward_timeout" in warned[500]
+    assert warned[19] == warned[1] + " (10 times so far)" and warned[199] == warned[1] + " (100 times so far)"
+
+
+def test_writes_that_fail_again_are_counted(tmp_path, capsys):
+    progress = Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    (tmp_path / "rollouts").write_text("in the way")
+    for step in range(11):
+        progress.write_rollouts(step, [], {}, {}, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: write_rollouts: ") for line in lines)
+    assert lines[1].endswith(" (10 times so far)")
+
+
 def test_two_updates_make_the_second_off_policy(script, tmp_path):
     """The first update's ratio is one by construction; the second finds a policy that has moved."""
     one = run(script, tmp_path, "one", "--learning_rate=0.003", "--warmup_steps=0")
@@ -747,3 +787,58 @@ def test_a_reward_for_format_solves_nothing(tmp_path):
             p.answer = "none"
         with pytest.raises(UserError, match="only 0.0% of the teacher traces .*\n.*: wrong, reward 0.1, answer 'none'"):
             check_traces(knobs, kept, tokenizer, verifier)
+
+
+@pytest.mark.parametrize(
+    "threads,ranks,cores,others,quota,warned",
+    [
+        (1, 1, 2, 2.0, "max", False),  # one thread waits for no other
+        (2, 1, 2, 0.0, "max", False),
+        (2, 1, 2, 0.3, "max", False),  # an idle machine is never quite idle
+        (2, 1, 2, 1.0, "max", True),
+        (2, 1, 4, 1.9, "max", False),
+        (8, 1, 4, 0.0, "max", True),  # its own threads are too many already
+        (2, 2, 2, 0.0, "max", True),
+        (4, 1, 8, 0.0, "200000", True),  # a container that may use two of eight cores
+        (2, 1, 8, 5.0, "200000", False),
+    ],
+)
+def test_threads_beside_busy_cores(tmp_path, monkeypatch, capsys, threads, ranks, cores, others, quota, warned):
+    """Two looks at the cores' clocks, with `others` of them at work in between; one more core is not this process's to use."""
+    clock = [0]
+
+    def write_stat(_=0):
+        clock[0] += 100
+        shares = [min(1, max(0, others - i)) for i in range(cores)] + [1]
+        rows = [f"cpu{i} {int(x * clock[0])} 0 0 {int((1 - x) * clock[0])} 0 0 0 0 0 0" for i, x in enumerate(shares)]
+        (tmp_path / "stat").write_text("\n".join(["cpu  9 9 9 9 9 9 9 9 9 9", *rows, "intr 5"]))
+
+    write_stat()
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(preflight, "CORES", str(tmp_path / "stat"))
+    monkeypatch.setattr(preflight, "QUOTA", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr("time.sleep", write_stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    preflight.warn_of_busy_cores("cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == warned and ("OMP_NUM_THREADS=1" in printed) == warned
+    assert not warned or (
+        f"{threads * ranks} threads" in printed and f"other processes keep {others:.1f} of them busy" in printed
+    )
+    preflight.warn_of_busy_cores("cuda")
+    (tmp_path / "stat").unlink()  # not Linux
+    preflight.warn_of_busy_cores("cpu")
+    assert capsys.readouterr().out == ""
+
+
+def test_commands_look_at_the_cores_first(script, monkeypatch, tmp_path):
+    for name in ("train", "eval"):
+        asked = []
+        module = script(name, ["--sampler=torch", "--data=nowhere.parquet", f"--out_dir={tmp_path / 'x'}"])
+        monkeypatch.setattr(preflight, "warn_of_busy_cores", asked.append)
+        monkeypatch.setattr(module, "warn_of_busy_cores", asked.append, raising=False)
+        with pytest.raises(UserError, match="nowhere.parquet"):
+            module.main()
+        assert asked == ["cpu"]

@@ -7,4 +7,4 @@ clip_low = 0.2
 clip_high = 0.28
 entropy_coef = 0.0
 skip_equal_groups = True
-skip_truncated = True
+skip_truncated = True  # no cost for never ending: watch own/truncated
