@@ -26,7 +26,7 @@ test-slow: .venv/ready
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
-# The links and the file map of README and docs/, and every command in them, in a copy of this checkout.
+# The links and file maps of README and docs/, and every command in them, in a copy of this checkout.
 docs-check: .venv/ready
 	.venv/bin/python measure/docs_check.py
 

@@ -26,7 +26,7 @@ from runtime.process import begin
 
 if __name__ == "__main__":
     begin()
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see docs/faq.md, Troubleshooting
 
 # ---------------------------------------------------------------- what to measure
 size = "tiny"  # the model's shape; the last three are Qwen2.5's [tiny | toy | 0.5b | 1.5b | 7b]

@@ -21,7 +21,7 @@ from runtime.process import begin, lost_output
 
 if __name__ == "__main__":
     begin()
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see docs/faq.md, Troubleshooting
 
 # ---------------------------------------------------------------- what to evaluate
 data = "toy/test.parquet"  # problems, comma-separated: parquet, JSON lines or a dataset on the hub (docs/data.md)

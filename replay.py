@@ -11,7 +11,7 @@ What a method remembers across steps: one small object each, with the same metho
     memory.state_dict()              {name: tensor} for the checkpoint, the same on every rank; {} without a memory
     memory.load_state_dict(state)
 
-Fresh remembers nothing and serves all other methods. README lists what the released ReLIFT and ExGRPO do differently.
+Fresh remembers nothing and serves all other methods. docs/methods.md lists what the released ReLIFT and ExGRPO do differently.
 """
 
 import numpy as np

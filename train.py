@@ -37,7 +37,7 @@ from runtime.process import begin, heartbeat
 
 if __name__ == "__main__":
     begin()
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see docs/faq.md, Troubleshooting
 
 # The defaults are the embedded toy run (toy/build.py); every config is a small difference from them.
 # A bracket at a comment's end is the knob's range; without one a number is zero or more.

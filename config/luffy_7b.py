@@ -1,5 +1,5 @@
 # LUFFY on Qwen2.5-Math-7B, arXiv 2504.14945, as its released train.sh runs it on 8 GPUs. Not run by us yet.
-# On purpose different: 256 questions are held out, and longer traces dropped; README has the rest.
+# On purpose different: 256 questions are held out, and longer traces dropped; docs/methods.md has the rest.
 #
 #     torchrun --nproc_per_node=8 train.py config/luffy_7b.py
 #

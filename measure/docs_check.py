@@ -1,5 +1,5 @@
 """
-Are README.md and docs/ true? Their links resolve, README's file map is complete, and every command in them runs.
+Are README.md and docs/ true? Their links resolve, the map in docs/files.md is complete, and every command in them runs.
 
     python measure/docs_check.py            all of it, the commands in a copy of this checkout (make docs-check)
     python measure/docs_check.py --links    without running the commands (make test does that, too)
@@ -10,6 +10,7 @@ model of the hub. A command that is not in COMMANDS, or no longer on any page, i
 
 import functools
 import glob
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,15 @@ COMMANDS = {
     "python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet":
         [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16 --grader=any.py --require_think=False")],
     "python train.py config/luffy_7b.py --dry_run=True": [],
+    # One GPU, and one's own questions and reward.
+    "python prepare.py model --model=Qwen/Qwen2.5-0.5B --rope_theta=0 --max_position=0 --out=models/Qwen2.5-0.5B-think": [],
+    "python train.py config/luffy_1gpu.py --dry_run=True --plan_gpus=1 --plan_gib=24": [],
+    "python train.py config/luffy_1gpu.py": [("1gpu.py", "1gpu.py --data=data/openr1.parquet" + SMALL)],
+    "python train.py config/luffy_1gpu.py config/method/grpo.py --out_dir=out/grpo_1gpu":
+        [("grpo.py", "grpo.py --data=data/openr1.parquet" + SMALL)],
+    "python train.py config/luffy_1gpu.py --data=./mine.jsonl --grader=./mine.py --out_dir=out/mine":
+        [("out/mine", "out/mine" + SMALL)],
+    # Eight.
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
     # The same run as the line above, which is in out/luffy_7b already.
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py": [("node=8", "node=1"), ("7b.py", "7b.py --dry_run=True")],
@@ -185,7 +195,7 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth".split())
+    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth version".split())
     known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
     for path in (
         "train.py",
@@ -237,10 +247,10 @@ def broken_links():
 MAPPED = ("", "config", "docs", "measure", "measure/peers", "runtime", "toy")  # folders whose files the map names one by one
 
 
-def file_map():
-    """The paths in the block under README's heading "The files". A line is one or more names, two spaces, what they are; names
+def file_map(page):
+    """The paths in the block under a page's heading "The files". A line is one or more names, two spaces, what they are; names
     that are indented are in the folder above them."""
-    block = re.search(r"^## The files\n.*?^```\n(.*?)^```", read("README.md"), re.S | re.M)
+    block = re.search(r"^## The files\n.*?^```\n(.*?)^```", read(page), re.S | re.M)
     paths, folder = set(), ""
     for line in block[1].splitlines() if block else ():
         names = line.strip().partition("  ")[0].split()
@@ -253,14 +263,14 @@ def file_map():
 
 
 def file_map_faults():
-    """Files that are not in README's map, and names in it that do not exist: a list of lines."""
+    """Files that the map in docs/files.md lacks, and names in it or in README's short one that do not exist: a list of lines."""
     found = [path for folder in MAPPED for end in ("py", "html", "md", "toml", "txt")
              for path in glob.glob(os.path.join(folder, f"*.{end}"), root_dir=ROOT)]  # fmt: skip
     found = {path for path in found if path not in ignored() and os.path.basename(path) != "__init__.py"}
-    paths = file_map()
-    return [f"README.md: the file map lacks {path}" for path in sorted(found - paths)] + [
-        f"README.md: the file map has {path}, which does not exist"
-        for path in sorted(paths)
+    return [f"docs/files.md: the file map lacks {path}" for path in sorted(found - file_map("docs/files.md"))] + [
+        f"{page}: the file map has {path}, which does not exist"
+        for page in ("README.md", "docs/files.md")
+        for path in sorted(file_map(page))
         if not os.path.exists(os.path.join(ROOT, path))
     ]
 
@@ -320,7 +330,8 @@ def copy_checkout(folder):
 
 
 def stand_ins(folder):
-    """Make what the commands read: models under the hub's names, OpenR1's rows, the benchmarks' files, the ablation."""
+    """Make what the commands read: models under the hub's names, OpenR1's rows, the benchmarks' files, README's own questions,
+    the files that README and the ablation print."""
     from pathlib import Path
 
     import pyarrow as pa
@@ -329,6 +340,7 @@ def stand_ins(folder):
 
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
+    build_model(folder / "Qwen" / "Qwen2.5-0.5B")
     build_model(folder / "Qwen" / "Qwen3-30B-A3B-Thinking-2507", rows=272, eos="<|im_end|>")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
     for name in loop.partition(";")[0].split()[3:]:  # for each trained model, what prepare.py will have made of the base
@@ -345,10 +357,12 @@ def stand_ins(folder):
             for source in sources for i in range(4)
         ]  # fmt: skip
         pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"valid.{file}.parquet")
+    mine = [{"question": f"What is {i}+1?", "answer": i + 1, "trace": f"</think>\\boxed{{{i + 1}}}"} for i in range(64)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
     page = read("docs/first_ablation.md")
     (folder / "first.diff").write_text(re.search(r"^```diff\n(.*?)^```", page, re.S | re.M)[1])
     subprocess.run(["patch", "-p1", "-F0", "-i", "first.diff"], cwd=folder, check=True)
-    for code in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M):
+    for code in re.findall(r"^```python\n(.*?)^```", read("README.md") + page, re.S | re.M):
         file = folder / re.match(r"# (\S+)\n", code)[1]
         file.parent.mkdir(exist_ok=True)
         file.write_text(code)

@@ -18,10 +18,10 @@ SHAPES = {
 
 @pytest.fixture
 def readme(monkeypatch):
-    """A function that makes its text the only page, as README.md."""
+    """A function that makes its text the only page, as README.md or as the page that is named."""
 
-    def put(text):
-        monkeypatch.setattr(docs_check, "read", lambda path: text if path == "README.md" else real(path))
+    def put(text, page="README.md"):
+        monkeypatch.setattr(docs_check, "read", lambda path: text if path == page else real(path))
 
     real = docs_check.read
     monkeypatch.setattr(docs_check, "pages", lambda: ["README.md"])
@@ -68,13 +68,20 @@ def test_a_link_to_a_name_that_is_not_there(readme, link, words):
 
 
 def test_a_gap_in_the_file_map_is_found(readme):
-    text = docs_check.read("README.md")
+    text = docs_check.read("docs/files.md")
     assert "\n  guard.py " in text
-    readme(text.replace("\n  guard.py ", "\n  guards.py "))
+    readme(text.replace("\n  guard.py ", "\n  guards.py "), "docs/files.md")
     assert docs_check.file_map_faults() == [
-        "README.md: the file map lacks runtime/guard.py",
-        "README.md: the file map has runtime/guards.py, which does not exist",
+        "docs/files.md: the file map lacks runtime/guard.py",
+        "docs/files.md: the file map has runtime/guards.py, which does not exist",
     ]
+
+
+def test_a_wrong_name_in_the_short_file_map_is_found(readme):
+    text = docs_check.read("README.md")
+    assert "\nloss.py " in text
+    readme(text.replace("\nloss.py ", "\nlosses.py "))
+    assert docs_check.file_map_faults() == ["README.md: the file map has losses.py, which does not exist"]
 
 
 def test_commands_and_knobs_that_nothing_knows_are_found(readme):
@@ -106,6 +113,15 @@ $ pip install x
 @pytest.mark.parametrize("file", docs_check.SHORTER)
 def test_the_shorter_scripts_are_python(file):
     compile(docs_check.shorter(file), file, "exec")
+
+
+def test_readme_is_short():
+    assert len(docs_check.read("README.md").split()) <= 2500
+
+
+def test_every_page_is_one_link_away():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)[#)]", docs_check.read("README.md")))
+    assert {"README.md", *linked} == set(docs_check.pages())
 
 
 def test_readme_has_the_phases_of_the_loop():

@@ -1,4 +1,4 @@
-"""The code in docs/data.md runs as it is printed there."""
+"""The code in docs/data.md and README.md runs as it is printed there."""
 
 import json
 import os
@@ -11,13 +11,32 @@ import pytest
 from helpers import rollouts_of, run
 
 from configurator import ROOT
+from data import load_problems
+from reward import Verifier
+from runtime.tokenizer import load_tokenizer
 
-PAGE = open(os.path.join(ROOT, "docs", "data.md")).read()
+
+def code_under(heading, page="docs/data.md", language="python"):
+    text = open(os.path.join(ROOT, page)).read()
+    section = text[text.index(f"## {heading}\n") :]
+    return re.search(rf"```{language}\n(.*?)```", section, re.S)[1]
 
 
-def code_under(heading):
-    section = PAGE[PAGE.index(f"## {heading}\n") :]
-    return re.search(r"```python\n(.*?)```", section, re.S)[1]
+def test_own_questions_and_own_reward_in_ten_lines(tmp_path):
+    """README's two questions are read, its grader finds the trace right and another answer wrong."""
+    part = "Your own questions, your own reward"
+    questions, grader = code_under(part, "README.md", "json"), code_under(part, "README.md")
+    assert grader == "# mine.py\n" + code_under("Your own reward")
+    assert sum(line != "" for line in (questions + grader.partition("\n")[2]).splitlines()) <= 10
+    (tmp_path / "mine.jsonl").write_text(questions)
+    (tmp_path / "mine.py").write_text(grader)
+    model = build_model(tmp_path / "model")
+    tokenizer = load_tokenizer(str(model))
+    one, two = load_problems(str(tmp_path / "mine.jsonl"), tokenizer, max_prompt_tokens=512, max_teacher_tokens=512)[0]
+    trace = tokenizer.decode(one.teacher[0])
+    with Verifier(1, 5.0, True, str(tmp_path / "mine.py")) as verifier:
+        verdicts = verifier.score([trace, trace], [one.answer, two.answer])
+    assert [v.reward for v in verdicts] == [1.0, 0.0] and two.teacher == []
 
 
 def test_questions_with_a_hint(script, tmp_path):
