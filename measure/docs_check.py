@@ -195,8 +195,8 @@ def unreadable():
 
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
-    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth version".split())
-    known |= {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
+    known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth".split())
+    known |= {"version", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
     for path in (
         "train.py",
         "eval.py",
@@ -263,7 +263,7 @@ def file_map(page):
 
 
 def file_map_faults():
-    """Files that the map in docs/files.md lacks, and names in it or in README's short one that do not exist: a list of lines."""
+    """Files that the map in docs/files.md lacks; names in it, or in README's short one, that do not exist: a list of lines."""
     found = [path for folder in MAPPED for end in ("py", "html", "md", "toml", "txt")
              for path in glob.glob(os.path.join(folder, f"*.{end}"), root_dir=ROOT)]  # fmt: skip
     found = {path for path in found if path not in ignored() and os.path.basename(path) != "__init__.py"}
@@ -340,7 +340,7 @@ def stand_ins(folder):
 
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
-    build_model(folder / "Qwen" / "Qwen2.5-0.5B")
+    build_model(folder / "Qwen" / "Qwen2.5-0.5B", positions=32768)
     build_model(folder / "Qwen" / "Qwen3-30B-A3B-Thinking-2507", rows=272, eos="<|im_end|>")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
     for name in loop.partition(";")[0].split()[3:]:  # for each trained model, what prepare.py will have made of the base

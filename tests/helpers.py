@@ -140,16 +140,16 @@ def byte_tokenizer(special, eos=None, **options):
 
 
 def build_model(folder, kind=Qwen2Config, marks=("<|im_start|>", "<|im_end|>"), tied=True, dtype=torch.float32, eos=None,
-                rows=288, shard="50GB", **changes):  # fmt: skip
+                rows=288, shard="50GB", positions=512, **changes):  # fmt: skip
     """A random model over bytes, saved as real ones are, in files of at most `shard`. Its heads have 32 dimensions, as vLLM on
     a CPU requires. eos: a mark, in place of <|endoftext|>; rows: of the embedding."""
-    tokenizer = byte_tokenizer(["<|endoftext|>", "<s>", *marks], eos, bos_token="<s>", model_max_length=512)
+    tokenizer = byte_tokenizer(["<|endoftext|>", "<s>", *marks], eos, bos_token="<s>", model_max_length=positions)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = kind(
         vocab_size=rows, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
+        num_key_value_heads=1, max_position_embeddings=positions, rope_theta=1e4, tie_word_embeddings=tied, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, initializer_range=0.2, **changes,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder, max_shard_size=shard)

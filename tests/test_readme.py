@@ -8,7 +8,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import rollouts_of, run
+from helpers import build_model, rollouts_of, run
 
 from configurator import ROOT
 from data import load_problems
@@ -30,10 +30,10 @@ def test_own_questions_and_own_reward_in_ten_lines(tmp_path):
     assert sum(line != "" for line in (questions + grader.partition("\n")[2]).splitlines()) <= 10
     (tmp_path / "mine.jsonl").write_text(questions)
     (tmp_path / "mine.py").write_text(grader)
-    model = build_model(tmp_path / "model")
-    tokenizer = load_tokenizer(str(model))
-    one, two = load_problems(str(tmp_path / "mine.jsonl"), tokenizer, max_prompt_tokens=512, max_teacher_tokens=512)[0]
-    trace = tokenizer.decode(one.teacher[0])
+    tokenizer = load_tokenizer(str(build_model(tmp_path / "model")))
+    tokenizer.chat_template = "{{ messages[-1].content + '<think>\n' }}"
+    one, two = load_problems(str(tmp_path / "mine.jsonl"), tokenizer)
+    trace = tokenizer.decode(one.teacher[0]).removesuffix(tokenizer.eos_token)
     with Verifier(1, 5.0, True, str(tmp_path / "mine.py")) as verifier:
         verdicts = verifier.score([trace, trace], [one.answer, two.answer])
     assert [v.reward for v in verdicts] == [1.0, 0.0] and two.teacher == []
