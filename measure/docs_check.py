@@ -29,6 +29,7 @@ TWO = ("--nproc_per_node=8", "--nproc_per_node=2")
 SMALL = (
     " --sampler=torch --max_steps=2 --prompts_per_step=4 --max_tokens=16 --holdout=8 --reward_workers=1 --min_teacher_pass=0.5"
 )
+BYTES = " --max_prompt_tokens=1024"  # the system prompt has 762 characters
 TINY = " --sampler=torch --max_tokens=16 --k=1 --reward_workers=1"
 SHORT = " --sampler=torch --eval_max_problems=8"
 BY_CI = "by .ci/run"
@@ -84,11 +85,11 @@ COMMANDS = {
     # One GPU, and one's own questions and reward.
     "python prepare.py model --model=Qwen/Qwen2.5-0.5B --rope_theta=0 --max_position=0 --out=models/Qwen2.5-0.5B-think": [],
     "python train.py config/luffy_1gpu.py --dry_run=True --plan_gpus=1 --plan_gib=24": [],
-    "python train.py config/luffy_1gpu.py": [("1gpu.py", "1gpu.py --data=data/openr1.parquet" + SMALL)],
+    "python train.py config/luffy_1gpu.py": [("1gpu.py", "1gpu.py --data=data/openr1.parquet" + SMALL + BYTES)],
     "python train.py config/luffy_1gpu.py config/method/grpo.py --out_dir=out/grpo_1gpu":
-        [("grpo.py", "grpo.py --data=data/openr1.parquet" + SMALL)],
+        [("grpo.py", "grpo.py --data=data/openr1.parquet" + SMALL + BYTES)],
     "python train.py config/luffy_1gpu.py --data=./mine.jsonl --grader=./mine.py --out_dir=out/mine":
-        [("out/mine", "out/mine" + SMALL)],
+        [("out/mine", "out/mine" + SMALL + BYTES)],
     # Eight.
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
     # The same run as the line above, which is in out/luffy_7b already.
