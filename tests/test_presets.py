@@ -271,7 +271,7 @@ PRESETS = {  # {the released script: (our configs, the rows)}
         *CHORD,
         ("enable_phi_function", False, "sft_shaping", "log", "log is the NLL"),
         ("mu_peak", 0.9, "sft_coef", 0.9),
-        ("mu_decay_steps", 200, "sft_steps", 200),
+        ("mu_decay_steps", 200, "sft_decay_steps", 200),
         ("mu_valley", 0.05, "sft_coef_end", 0.05),
     ]),
     "CHORD-phi, Trinity-RFT": (
@@ -279,7 +279,7 @@ PRESETS = {  # {the released script: (our configs, the rows)}
         *CHORD,
         ("enable_phi_function", True, "sft_shaping", "phi", "p (1 - p), detached: the same gradient"),
         ("mu_peak", 0.1, "sft_coef", 0.1),
-        ("mu_decay_steps", 0, "sft_steps", 0),
+        ("mu_decay_steps", 0, "sft_decay_steps", 0),
     ]),
     "arXiv 2507.01679, Prefix-RFT, as others quote it": ("config/luffy_7b.py config/method/prefix_rft.py", [
         ("num_empty_7, and one prefix", 8, "n_rollouts", 8),

@@ -11,6 +11,6 @@ clip_low = 0.2
 clip_high = 0.2
 entropy_coef = 0.0
 sft_coef = 0.9
-sft_steps = 200
+sft_decay_steps = 200
 sft_coef_end = 0.05
 sft_mix = True

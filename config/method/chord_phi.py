@@ -2,6 +2,6 @@
 # neither what the policy knows nor what it would never write. p - p^2 / 2 has the same gradient.
 include("config/method/chord_mu.py")
 sft_coef = 0.1
-sft_steps = 0
+sft_decay_steps = 0
 sft_coef_end = 0.0
 sft_shaping = "phi"
