@@ -14,7 +14,7 @@ gamma * p / (p + gamma)^2 with it, ten times as much where p << gamma = 0.1. Own
 make up the policy term. Every method's loss is a weighted sum of it and four other terms, each averaged over
 the tokens it names:
 
-    loss = policy_coef  * sum over policy tokens / loss_constant       or / their number
+    loss = policy_coef  * sum over policy tokens / loss_constant       or / their number: own, replayed, teacher
          - entropy_coef * mean entropy                                 all response tokens
          - sft_coef     * mean log p, or f(p), of teacher tokens       they then leave the policy term
          + kl_coef      * mean (log p - log p_T)^2 / 2 of own tokens   reverse KL to a teacher model's p_T
@@ -101,7 +101,7 @@ def token_loss(logp, old_logp, advantage, off_policy, shaping="luffy", gamma=0.1
         ratio = f(logp) / f(torch.where(off_policy, logp.detach(), old_logp))
     own = -advantage * ratio
     if clip_low or clip_high:
-        clipped = ratio.clamp(1 - (clip_low or 1), 1 + (clip_high or math.inf))
+        clipped = ratio.clamp(1 - (clip_low or 1), 1 + (clip_high or math.inf))  # a side that is off: 0 or infinity
         own = -advantage * clipped.detach() * logp if cispo else torch.maximum(own, -advantage * clipped)
     other = -advantage * shape(torch.where(off_policy, logp - behaviour_logp, 0.0).exp(), shaping, gamma)
     return torch.where(off_policy, other, own)
@@ -117,19 +117,19 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
     counts: the numbers of response tokens (all, a teacher's, own) and of traces in the WHOLE optimizer batch over all
     ranks, so that the loss does not depend on the cut into micro-batches. A response token is exactly one of own, teacher
     (batch.is_teacher; of a cut trace the part that was given) and replay (batch.is_replay). batch.behaviour_logp: the
-    sampler's log-prob, now or then; a teacher's, or 0.
+    log-prob under whoever wrote the token: the sampler's (of a replay, then), the teacher's if the data has it, else 0.
 
     loss_constant        0: the mean over the policy term's tokens
-    by_likelihood        teacher tokens are in the likelihood term only, not in the policy term (also where sft_coef is 0)
-    sft_shaping          f of the likelihood term; log is log p itself
+    by_likelihood        teacher tokens leave the policy term, also in a step whose schedule has sft_coef at 0
+    sft_shaping          f of the likelihood term, with the same gamma; log is log p itself
     sft_per_sequence     its mean is that over the traces of each one's mean
-    teacher_top_entropy  of each trace this share of tokens, the highest entropies, keeps its advantage; for others it is 0
+    teacher_top_entropy  of each trace this share of tokens, the highest entropies, keeps its advantage; others count with 0
     tis_cap              own tokens times min(pi_old / pi_sampler, cap): truncated importance sampling; 0: off
     top1_bonus           own tokens' A grows by it times (1[token = y*] - pi(y*)), whose policy gradient is that of pi(y*)
     """
     mask, teacher, own = batch.loss_mask, batch.loss_mask & batch.is_teacher, batch.is_own
     n, n_teacher, n_own, n_traces = counts
-    mean = lambda x, where, count: (x * where).sum() / (count or 1)
+    share = lambda x, where, count: (x * where).sum() / (count or 1)
     advantage = batch.advantage
     if teacher_top_entropy < 1:
         rank = batch.ranks(entropy.detach(), teacher)
@@ -138,7 +138,7 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
         bonus = (batch.input_ids[0] == batch.top1).float() - top1_logp.detach().exp()
         advantage = advantage + top1_bonus * bonus * (own & (batch.top1 >= 0))
 
-    loss = -entropy_coef * mean(entropy, mask, n)
+    loss = -entropy_coef * share(entropy, mask, n)
     # Until the first optimizer step after a rollout the policy has not moved: its log-probs are the old ones.
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     if policy_coef:
@@ -149,14 +149,14 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
         if tis_cap:
             policy_term = policy_term * torch.where(own, (old_logp - batch.behaviour_logp).exp().clamp(max=tis_cap), 1.0)
         tokens, count = (mask & ~teacher, n - n_teacher) if by_likelihood else (mask, n)
-        loss = loss + policy_coef * mean(policy_term, tokens, loss_constant or count)
+        loss = loss + policy_coef * share(policy_term, tokens, loss_constant or count)
     if sft_coef:
         learnt, count = logp if sft_shaping == "log" else shape(logp.exp(), sft_shaping, gamma), n_teacher
         if sft_per_sequence:
             learnt, count = learnt / batch.trace_lengths.clamp(min=1), n_traces
-        loss = loss - sft_coef * mean(learnt, teacher, count)
+        loss = loss - sft_coef * share(learnt, teacher, count)
     if kl_coef:  # k2: its gradient, (log p - log p_T) * grad log p, is that of KL(pi || pi_T) in expectation; k1's is zero
-        loss = loss + kl_coef * mean((logp - batch.teacher_logp).square() / 2, own, n_own)
+        loss = loss + kl_coef * share((logp - batch.teacher_logp).square() / 2, own, n_own)
     if ce_coef:
-        loss = loss - ce_coef * mean(top1_logp, own & (batch.top1 >= 0), n_own)  # -1: not a token of the policy's
+        loss = loss - ce_coef * share(top1_logp, own & (batch.top1 >= 0), n_own)  # -1: not a token of the policy's
     return loss
