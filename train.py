@@ -44,7 +44,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
-teacher_gate = -1  # traces join only where at most so many of n_rollouts own samples are right; -1 is always [-1, 1024]
+teacher_gate = -1  # traces join where at most so many own samples are right (with sft_coef these leave); -1: always [-1, 1024]
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
 teacher_share_end = 1.0  # the same at the last step; set both for a constant share [0, 1]
 teacher_share_low = 1.0  # draw each trace's share from a range below it, whose low end goes from teacher_share to this [0, 1]
