@@ -12,7 +12,22 @@ import pytest
 from helpers import lines_of, load_script, metrics, rollouts_of, run
 
 from configurator import ROOT, UserError
-from plot import by_method, curve, draw_panel, looks, main, plt, read_run, shaping_curve, table, token_texts, trace, write_trace
+from plot import (
+    PANELS,
+    by_method,
+    curve,
+    draw,
+    draw_panel,
+    looks,
+    main,
+    plt,
+    read_run,
+    shaping_curve,
+    table,
+    token_texts,
+    trace,
+    write_trace,
+)
 from runtime.tokenizer import load_tokenizer
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
@@ -154,6 +169,61 @@ def test_any_runs_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plot.py", folders[0], f"--out={tmp_path / 'no' / 'c.png'}"])
     with pytest.raises(UserError, match="cannot be written"):
         main()
+
+
+def picture(folder, runs):
+    """Draw runs, {folder's name: its lines of metrics.jsonl}, and return the figure as matplotlib holds it."""
+    for name, rows in runs.items():
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    methods, shown = by_method([str(folder / name) for name in runs]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", shown.append)
+        draw(methods, [str(folder / "c.png")], PANELS, phases=True)
+    return shown[0]
+
+
+@pytest.mark.parametrize("n,name", [(3, "sweep_" + 11 * "learning_rate1e-6_" + "gamma0.{}"), (30, "run{}x")])
+def test_names_stay_inside_the_picture(tmp_path, n, name):
+    """Long names, and many runs: each is in the legend, apart from the others, nothing leaves the picture, and the panels keep
+    their height."""
+    rows = [{"step": step, "reward/own": step / 9, "time/update": 1.0} for step in range(9)]
+    figure = picture(tmp_path, {name.format(i): rows for i in range(n)})
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len({*texts}) == n and all(text.endswith(name[-3:].format(i)) for i, text in enumerate(texts))
+    boxes = [legend.get_window_extent(), *(axis.get_tightbbox() for axis in figure.axes)]
+    assert all(figure.bbox.x0 - 1 <= b.x0 and b.x1 <= figure.bbox.x1 + 1 for b in boxes)
+    assert all(figure.bbox.y0 - 1 <= b.y0 and b.y1 <= figure.bbox.y1 + 1 for b in boxes)
+    assert min(axis.bbox.height for axis in figure.axes) > 2 * figure.dpi
+    labels = [label.get_window_extent() for label in figure.axes[-1].get_yticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[i + 1 :])
+
+
+def test_one_and_two_points(tmp_path):
+    """A single point has a marker, that of a seed too, and also if another seed has none yet. Steps are whole numbers."""
+    rows = [{"step": step, "reward/own": 0.25 * step} for step in range(1, 5)]
+    figure = picture(tmp_path, {"one": rows[:1], "two": rows[:2], "a_0": rows[2:3], "a_1": rows[3:], "b_0": rows[2:],
+                                "b_1": [{"step": 0}]})  # fmt: skip
+    panel = figure.axes[1]
+    drawn = {(x, y) for line in panel.lines if line.get_marker() not in ("", "None", None) for x, y in line.get_xydata()}
+    assert {(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)} <= drawn
+    lines = [line.get_xydata().tolist() for line in panel.lines]
+    assert [[3, 0.75], [4, 1.0]] in lines  # of b_0
+    alone = plt.figure().add_subplot()
+    draw_panel(alone, {"one": [rows[:1]]}, "share", {"reward/own": ""})
+    low, high = alone.get_xlim()
+    assert all(tick == round(tick) for tick in alone.get_xticks() if low <= tick <= high)
+
+
+def test_the_tables_columns_stay_in_line():
+    """However long a name is, and with many seeds."""
+    row = {"step": 5, "eval/greedy": 0.5, "eval/greedy/easy": 0.25, "eval/avg@k": 0.125, "time/update": 2.0}
+    lines = table({"a": [[row]], "a_long_name" * 4: [[row]] * 9}).splitlines()
+    for column, number in (("greedy", "0.500"), ("sampled", "0.125")):
+        assert {line.index(number) for line in lines if number in line} == {lines[0].index(column)}
+    assert {len(line) for line in lines if "0.500" in line} == {len(lines[0])}
+    assert {line.index("0.250") for line in lines if "easy" in line} == {lines[0].index("greedy")}
 
 
 def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
