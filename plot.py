@@ -279,7 +279,7 @@ def write_trace(out, config, folder, step, group):
 
     latest = os.path.join(folder, "latest")
     tokenizer = load_tokenizer(latest if os.path.isdir(latest) else model_path(config["model"]))
-    rows = []
+    rows, likelihood = [], config["sft_coef"]
     for r in group:
         by = {"own": "policy"}.get(r["written_by"], r["written_by"])
         # A row that was not trained on has no update_logps. A replayed row has two log-probs: of now and of its sampling.
@@ -298,10 +298,12 @@ def write_trace(out, config, folder, step, group):
                 "p": [None if logp is None else brief(math.exp(logp)) for logp in logps],
             }
         )
-        if by == "replay":  # f is applied to pi / pi_then (ExGRPO)
-            pairs = zip(now, r["sampler_logps"], strict=True)
-            rows[-1]["ratio"] = [None if a is None else brief(math.exp(a - b)) for a, b in pairs]
-    first, likelihood, shaping, gamma = group[0], config["sft_coef"], config["shaping"], config["gamma"]
+        # f is of p / pi_phi if that is known: of a replay (ExGRPO), and of a teacher with log-probs, which older runs lack.
+        then = r["sampler_logps"] if by == "replay" else [] if likelihood else r.get("target_logps", [])
+        if then:
+            pairs = zip(now, then, strict=True)
+            rows[-1]["ratio"] = [None if a is None else brief(math.exp(min(a - b, 88.0))) for a, b in pairs]
+    first, shaping, gamma = group[0], config["shaping"], config["gamma"]
     if likelihood:
         shaping = config.get("sft_shaping", "log")  # missing in older runs
         gamma = 1.0 if shaping == "log" else gamma  # log p itself
@@ -334,13 +336,14 @@ def brief(x, digits=3):
     return float(f"{x:.{digits}g}") if math.isfinite(x) else None
 
 
-def shaping_curve(shaping, gamma, n=361):
-    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1, evenly spaced in log p."""
+def shaping_curve(shaping, gamma, n=451):
+    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1000, evenly spaced in log p. It is above 1 where
+    the policy is surer than the one that wrote the token."""
     import torch
 
     from loss import shape
 
-    p = torch.logspace(-12, 0, n, dtype=torch.float64).requires_grad_()
+    p = torch.logspace(-12, 3, n, dtype=torch.float64).requires_grad_()
     f = shape(p, shaping, gamma)
     (slope,) = torch.autograd.grad(f.sum(), p)
     values = {"f": f.detach(), "w": p.detach() * slope}

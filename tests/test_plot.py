@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 
+import build
+import pyarrow as pa
 import pytest
-from helpers import lines_of, load_script, metrics, rollouts_of, run
+from helpers import BASE, a_row, lines_of, load_script, metrics, rollouts_of, run, write
 
 from configurator import ROOT, UserError
 from plot import (
@@ -79,11 +81,32 @@ def test_every_kind_of_row(script, tmp_path, overlay):
     assert {r["by"] for r in data["rows"]} == kinds[overlay]
 
 
+@pytest.mark.parametrize("likelihood", [0.0, 0.5])
+def test_the_weights_of_a_teacher_whose_log_probs_are_known(script, tmp_path, likelihood):
+    """f is of p / pi_phi then, as in the loss; the likelihood term's is of p itself. Of a cut trace the given tokens count."""
+    schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
+    trace_ids = load_tokenizer(BASE).encode("12>46</think>\\boxed{46}")
+    logps = [-0.1 * i for i in range(len(trace_ids) + 1)]  # EOS is the last
+    rows = [a_row(target_logps=[logps])] * 4
+    argv = [f"--data={write(tmp_path / 'x.parquet', rows, schema)}", "--prompts_per_step=4", "--max_steps=1"]
+    run(script, tmp_path, "x", *argv, "--teacher_share=0.5", "--teacher_share_end=0.5", f"--sft_coef={likelihood}")
+    written = rollouts_of(tmp_path / "x", 1)[:8]
+    n = written[7]["teacher_tokens"]
+    assert 0 < n < len(logps) and [r["target_logps"] for r in written] == [[]] * 7 + [logps[:n]]
+    out = tmp_path / "page.html"
+    trace([str(tmp_path / "x"), f"--problem={written[0]['problem']}", f"--out={out}"])
+    shown = data_of(out.read_text())["rows"]
+    assert not any("ratio" in r for r in shown[:7]) and ("ratio" in shown[7]) == (not likelihood)
+    if not likelihood:
+        want = [math.exp(now - then) for now, then in zip(written[7]["update_logps"], logps, strict=False)]
+        assert shown[7]["ratio"] == pytest.approx(want, rel=6e-3) and len(want) == n < len(shown[7]["p"])
+
+
 def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
     """The page gets f and w = p f'(p) from loss.shape, so a fork's shaping is drawn as well."""
     trace([str(done), f"--out={tmp_path / 'x.html'}"])
     assert data_of((tmp_path / "x.html").read_text())["curve"] is None  # LUFFY's and none are the page's own
-    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(361)]
+    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(451)]  # to 1000, where p / pi_phi may be
     assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
     assert curve["w"] == pytest.approx([x**0.5 / 2 for x in p], rel=1e-3)
 
@@ -98,7 +121,7 @@ def test_the_curve_of_a_likelihood(done, tmp_path, how, weight):
     write_trace(str(tmp_path / "x.html"), config, str(done), 2, rows)
     data = data_of((tmp_path / "x.html").read_text())
     assert data["likelihood"] == 0.5 and data["shaping"] == (how or "log")
-    assert data["curve"]["w"] == pytest.approx([weight(10 ** (-12 + i / 30)) for i in range(361)], rel=1e-3, abs=1e-6)
+    assert data["curve"]["w"] == pytest.approx([weight(10 ** (-12 + i / 30)) for i in range(451)], rel=1e-3, abs=1e-6)
 
 
 def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
