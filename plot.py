@@ -48,6 +48,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"  # for readers and printers without colours
 KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # each looks the same in all pictures
 TITLE = "nano-luffy: curves of runs"  # in each picture's metadata: by it main() knows what it may draw again
+REASONS = {"no_think": "no </think>", "no_answer": "no answer", "timeout": "grading timed out", "error": "grading failed"}
 PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#0072B2", "update": "#a6a6a6"}
 
 
@@ -291,8 +292,7 @@ def write_trace(out, config, folder, step, group):
                 "given": given_tokens(r),
                 "reward": r["reward"],
                 "advantage": r["advantage"],
-                "reason": r["reason"],
-                "finish": r["finish_reason"],
+                "verdict": REASONS.get(r["reason"], r["reason"]) + ", cut off at max_tokens" * (r["finish_reason"] == "length"),
                 "ids": r["response_ids"],
                 "tokens": token_texts(tokenizer, r["response_ids"]),
                 "p": [None if logp is None else brief(math.exp(logp)) for logp in logps],

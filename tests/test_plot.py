@@ -249,6 +249,18 @@ def test_the_tables_columns_stay_in_line():
     assert {line.index("0.250") for line in lines if "easy" in line} == {lines[0].index("greedy")}
 
 
+def test_the_verdict_is_in_words(done, tmp_path):
+    """No codes: why an answer is not right, and whether it was cut off. A grader's own words stay. The question is open."""
+    rows = rollouts_of(done, 2)[:8]
+    for r, (reason, finish) in zip(rows, [("no_think", "length"), ("timeout", "stop"), ("my own", "stop")], strict=False):
+        r["reason"], r["finish_reason"] = reason, finish
+    write_trace(str(tmp_path / "x.html"), json.load(open(done / "config.json")), str(done), 2, rows)
+    page = (tmp_path / "x.html").read_text()
+    words = ["no </think>, cut off at max_tokens", "grading timed out", "my own"]
+    assert [r["verdict"] for r in data_of(page)["rows"][:3]] == words
+    assert "<details" not in page and page.index('<pre id="prompt">') < page.index("<table>")
+
+
 def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
     """They are on the page all the same. What is not known is null."""
     shutil.copytree(done, tmp_path / "run")
@@ -383,9 +395,9 @@ def large_page(folder, byte_model, n=8192):
     text = (EVIL + " so x = 2\n") * (n // 100)
     ids = (tokenizer.encode(text) * 3)[:n]
     assert len(ids) == n
-    row = {"problem": 1, "source": EVIL, "prompt": EVIL, "answer": EVIL, "reason": "wrong", "reward": 0.0, "advantage": -0.125,
-           "written_by": "own", "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0, "update_logps": [],
-           "sampler_logps": [-0.001 * i for i in range(n)]}  # fmt: skip
+    row = {"problem": 1, "source": EVIL, "prompt": EVIL, "answer": EVIL, "reason": "no_think", "reward": 0.0,
+           "advantage": -0.125, "written_by": "own", "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0,
+           "update_logps": [], "sampler_logps": [-0.001 * i for i in range(n)]}  # fmt: skip
     given = {"written_by": "teacher", "teacher_tokens": n, "update_logps": row["sampler_logps"], "sampler_logps": []}
     teacher = {**row, **given, "finish_reason": "stop"}
     out = folder / "page.html"
@@ -437,14 +449,16 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     page = large_page(tmp_path, byte_model)
     dom = render(page, tmp_path, "--dump-dom")
     assert dom.count("<span data-i=") == 8192 and "<title>A group, token by token</title>" in dom and "<img" not in dom
-    # Nothing is wider than the window and nothing overlaps, on a desktop and on a phone, where the numbers of the chosen
-    # token are a bar at the bottom.
+    # Nothing is wider than the window or cut off, and nothing overlaps, on a desktop and on a phone, where the numbers of the
+    # chosen token are a bar at the bottom.
     measure = """<script>
         const ids = ["bar", "tokens", "curve", ...innerWidth > 800 ? ["detail"] : []];
         const boxes = ids.map(id => document.getElementById(id).getBoundingClientRect());
         const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
         const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).map(b => over(a, b)));
-        document.title = [innerWidth, document.documentElement.scrollWidth <= innerWidth, pairs.some(x => x)];
+        const whole = e => e.scrollWidth <= e.clientWidth;
+        const fits = whole(document.documentElement) && [...document.querySelectorAll(".scroll, pre")].every(whole);
+        document.title = [innerWidth, fits, pairs.some(x => x)];
     </script>"""
     (tmp_path / "measured.html").write_text(page.read_text() + measure)
     for width in (1280, 390):  # headless Chromium has no window narrower than 500, but a frame may be

@@ -211,7 +211,7 @@ def test_each_knob_reaches_the_loss(script, tmp_path, argv):
 
 def test_a_teachers_log_probs_are_pi_phi(script, tmp_path):
     """Without shaping a trace's token counts p / pi_phi: with pi_phi = 1/2 everywhere the loss is twice that of 1, and so is
-    teacher/f, the mean of f(p / pi_phi). Under verified_only each trace keeps its own log-probs. The rollouts' file has them."""
+    teacher/f, the mean of f(p / pi_phi). Under verified_only each trace keeps its own, and the rollouts' file has them."""
     schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
     ids = load_problems(write(tmp_path / "plain.parquet", [a_row()]), load_tokenizer(BASE), log=str)[0].teacher[0]
     wrong = {"content": "<think>\n12>46</think>\\boxed{47}", "role": "assistant"}
