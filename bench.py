@@ -181,7 +181,7 @@ def measure_update(c, policy, backend, device):
         optimizer.zero_grad()
         for _ in range(2):
             logp, entropy = policy(batch)
-            batch_loss(logp, entropy, None, batch, (2 * n, 0, 2 * n), entropy_coef=0.005, loss_constant=65536.0).backward()
+            batch_loss(logp, entropy, None, batch, (2 * n, 0, 2 * n, 0), entropy_coef=0.005, loss_constant=65536.0).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 

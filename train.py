@@ -72,7 +72,7 @@ sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leav
 sft_shaping = "log"  # f(p) in place of log p in that mean, without an advantage: any shaping; log is log p itself
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
 sft_warmup_steps = 0  # steps over which sft_coef rises linearly from zero
-sft_steps = 0  # steps behind these over which it falls to sft_coef_end along a cosine; 0 keeps it
+sft_decay_steps = 0  # steps behind these over which it falls to sft_coef_end along a cosine; 0 keeps it
 sft_coef_end = 0.0  # where it ends
 sft_mix = False  # the policy term gets the rest: policy_coef times 1 - sft_coef
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
@@ -519,17 +519,16 @@ def schedule(step):
 
 
 def sft_weight(step):
-    """sft_coef in this step: a linear rise from zero, then a cosine's half down to sft_coef_end (CHORD's mu). Where it is used
-    it is never quite zero, or batch_loss would take the traces into the policy term."""
+    """sft_coef in this step: a linear rise from zero, then a cosine's half down to sft_coef_end (CHORD's mu)."""
     risen = min(1.0, (step - 1) / sft_warmup_steps) if sft_warmup_steps else 1.0
-    fallen = min(1.0, max(0, step - 1 - sft_warmup_steps) / sft_steps) if sft_steps else 0.0
-    weight = risen * sft_coef + (sft_coef_end - sft_coef) * 0.5 * (1 - math.cos(math.pi * fallen))
-    return max(weight, sys.float_info.min) if sft_coef else 0.0
+    fallen = min(1.0, max(0, step - 1 - sft_warmup_steps) / sft_decay_steps) if sft_decay_steps else 0.0
+    return risen * sft_coef + (sft_coef_end - sft_coef) * 0.5 * (1 - math.cos(math.pi * fallen))
 
 
 def loss_terms(step):
-    """batch_loss's switches and coefficients in this step: each is the knob of the same name."""
-    terms = {name: globals()[name] for name in LOSS_DEFAULTS} | {"sft_coef": sft_weight(step)}
+    """batch_loss's switches and coefficients in this step: each is the knob of the same name, but for by_likelihood."""
+    terms = {name: globals()[name] for name in LOSS_DEFAULTS if name != "by_likelihood"}
+    terms |= {"by_likelihood": sft_coef > 0, "sft_coef": sft_weight(step)}
     if sft_mix:
         terms["policy_coef"] *= 1 - terms["sft_coef"]
     if ce_steps:
@@ -540,7 +539,7 @@ def loss_terms(step):
 
 def sft_loss_terms():
     """The same for the SFT step of a method with memory: the likelihood term only; the others stay at batch_loss's defaults."""
-    return LOSS_DEFAULTS | dict(policy_coef=0.0, sft_coef=1.0, entropy_coef=sft_entropy_coef)
+    return LOSS_DEFAULTS | dict(policy_coef=0.0, by_likelihood=True, sft_coef=1.0, entropy_coef=sft_entropy_coef)
 
 
 class Update(NamedTuple):
@@ -572,7 +571,7 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
             ratio = (logp - micro_batch.behaviour_logp).exp()  # as in token_loss: of a teacher token p / pi_phi
-            shaped = None if terms["sft_coef"] else shape(ratio, terms["shaping"], terms["gamma"])
+            shaped = None if terms["by_likelihood"] else shape(ratio, terms["shaping"], terms["gamma"])
             clip_at = terms["clip_low"], terms["clip_high"]
             sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip_at))
             logps.append(logp)

@@ -62,7 +62,7 @@ def main(shape="25m-256"):
 
     def update():
         logp, entropy = policy(batch)
-        batch_loss(logp, entropy, None, batch, (n_tokens, 0, n_tokens), loss_constant=1e4).backward()
+        batch_loss(logp, entropy, None, batch, (n_tokens, 0, n_tokens, 0), loss_constant=1e4).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -90,12 +90,12 @@ def check_knobs(k, n_ranks, shape):
         raise UserError("log='wandb' needs its package: pip install wandb, or set log=jsonl; metrics.jsonl is always written")
     if k.baseline == "own" and k.n_teacher == k.n_rollouts:
         raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
-    if not k.sft_coef and (k.sft_mix or k.sft_warmup_steps or k.sft_steps or k.sft_coef_end or k.sft_shaping != "log"):
+    if not k.sft_coef and (k.sft_mix or k.sft_warmup_steps or k.sft_decay_steps or k.sft_coef_end or k.sft_shaping != "log"):
         raise UserError(
-            "sft_shaping, sft_mix, sft_warmup_steps, sft_steps and sft_coef_end have no effect with sft_coef=0: set it"
+            "sft_shaping, sft_mix, sft_warmup_steps, sft_decay_steps and sft_coef_end have no effect with sft_coef=0: set it"
         )
-    if k.sft_coef_end and not k.sft_steps:
-        raise UserError(f"sft_coef_end={k.sft_coef_end} is never reached with sft_steps=0: set sft_steps")
+    if k.sft_coef_end and not k.sft_decay_steps:
+        raise UserError(f"sft_coef_end={k.sft_coef_end} is never reached with sft_decay_steps=0: set sft_decay_steps")
     if k.sft_mix and max(k.sft_coef, k.sft_coef_end) > 1:
         raise UserError(f"sft_mix gives the policy term 1 - sft_coef, which is negative with {max(k.sft_coef, k.sft_coef_end)}:"
                         " set sft_coef and sft_coef_end to at most 1")  # fmt: skip

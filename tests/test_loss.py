@@ -170,13 +170,14 @@ def test_batch_loss_does_not_depend_on_the_cut():
 
     own, replayed, theirs = mask & ~teacher & ~replay, mask & replay, mask & teacher
     assert min(own.sum(), replayed.sum(), theirs.sum()) > 5
-    counts = [where.sum().item() for where in (mask, theirs, own)]
+    counts = [*(where.sum().item() for where in (mask, theirs, own)), 1]
     coefficients = itertools.product(
         (0.0, 512.0), (0.0, 1.0), (0.0, 0.3), (0.0, 1.0), (0.0, 0.2), (0.0, 0.4), (0.0, 1.1), (0.0, 0.5)
     )
     for constant, policy_coef, entropy_coef, sft_coef, kl_coef, ce_coef, cap, bonus in coefficients:
-        options = dict(loss_constant=constant, policy_coef=policy_coef, entropy_coef=entropy_coef, sft_coef=sft_coef,
-                       kl_coef=kl_coef, ce_coef=ce_coef, tis_cap=cap, top1_bonus=bonus, clip_low=0.2)  # fmt: skip
+        options = dict(loss_constant=constant, policy_coef=policy_coef, entropy_coef=entropy_coef, by_likelihood=sft_coef > 0,
+                       sft_coef=sft_coef, kl_coef=kl_coef, ce_coef=ce_coef, tis_cap=cap, top1_bonus=bonus,
+                       clip_low=0.2)  # fmt: skip
         loss = lambda a, b: batch_loss(logp[a:b], entropy[a:b], top1_logp[a:b], batch(a, b), counts, **options)  # noqa: B023
         whole = loss(0, n)
         torch.testing.assert_close(loss(0, 7) + loss(7, 8) + loss(8, n), whole)
@@ -197,19 +198,19 @@ def test_only_own_tokens_have_an_importance_weight_and_a_kl():
     teacher, replay = torch.tensor([True, False, False]), torch.tensor([False, True, False])
     batch = packed(3, is_teacher=teacher, is_replay=replay, advantage=torch.ones(3),
                    behaviour_logp=torch.tensor([0.0, -3.0, -2.5]), teacher_logp=torch.full((3,), -9.0))  # fmt: skip
-    batch_loss(logp, -logp, None, batch, (3, 1, 1), tis_cap=2.0, kl_coef=0.1).backward()
+    batch_loss(logp, -logp, None, batch, (3, 1, 1, 1), tis_cap=2.0, kl_coef=0.1).backward()
     weight = lambda w: 0.1 * w / (w + 0.1) ** 2
     want = [-weight(math.exp(-1.0)) / 3, -weight(math.exp(1.5)) / 3, -math.exp(0.5) / 3 + 0.1 * (-2.0 + 9.0)]
     torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
 
 
 def test_likelihood_is_for_the_teachers_tokens_and_replayed_ones_stay_in_the_policy_term():
-    """sft_coef moves the teacher's tokens out of the policy term. A replayed token is the policy's own and is not moved."""
+    """by_likelihood moves the teacher's tokens out of the policy term. A replayed token is the policy's own and stays."""
     logp = torch.tensor([-1.0, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
     teacher, replay = torch.tensor([True, False, False]), torch.tensor([False, True, False])
     batch = packed(3, is_teacher=teacher, is_replay=replay, advantage=torch.tensor([5.0, 1.0, -1.0]),
                    behaviour_logp=torch.tensor([0.0, -1.5, -2.0]))  # fmt: skip
-    batch_loss(logp, -logp, None, batch, (3, 1, 1), sft_coef=0.5).backward()
+    batch_loss(logp, -logp, None, batch, (3, 1, 1, 1), sft_coef=0.5, by_likelihood=True).backward()
     want = [-0.5, -0.1 / 1.1**2 / 2, 1 / 2]  # two tokens are left in the policy term
     torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
 
@@ -259,7 +260,7 @@ def test_the_top_tokens_of_a_trace_do_not_depend_on_the_cut():
         response, trace = torch.tensor([k != "p" for k in kinds]), torch.tensor([k == "t" for k in kinds])
         x, h, a = (torch.cat([x[starts[i] : starts[i + 1]] for i in chosen]) for x in (logp, entropy, advantage))
         batch = packed(len(kinds), loss_mask=response, is_teacher=trace, cu_seqlens=ends, advantage=a)
-        return batch_loss(x, h, None, batch, (46, 35, 11), loss_constant=1.0, teacher_top_entropy=0.3)
+        return batch_loss(x, h, None, batch, (46, 35, 11, 4), loss_constant=1.0, teacher_top_entropy=0.3)
 
     want = 0.0
     for start, (n, m, k) in zip(starts, rows, strict=False):
@@ -273,4 +274,4 @@ def test_the_top_tokens_of_a_trace_do_not_depend_on_the_cut():
 def test_without_old_logp_the_ratio_is_one():
     logp, _, advantage, _ = random_tokens(10)
     batch = packed(10, advantage=advantage, behaviour_logp=logp)
-    torch.testing.assert_close(batch_loss(logp, logp, None, batch, (10, 0, 10), loss_constant=1.0), -advantage.sum())
+    torch.testing.assert_close(batch_loss(logp, logp, None, batch, (10, 0, 10, 0), loss_constant=1.0), -advantage.sum())

@@ -1,7 +1,8 @@
 # CHORD-mu (arXiv 2508.11408): (1 - mu) GRPO + mu SFT, mu falling from 0.9 to 0.05 along a cosine of 200 steps. Own samples
-# are a group of their own, and a trace is beside them. Numbers from the example in Trinity-RFT, its authors' code: std, clip
-# 0.2, no entropy term. Different: there 64 traces of other questions are beside 32 prompts, and micro-batches weigh by rows
-# where ours weigh by tokens; a question without a trace has nine samples here.
+# are a group of their own, and a trace is beside them. Numbers from the example in Trinity-RFT, its authors' code: its comments
+# have CHORD-mu's and CHORD-phi's, its values are a third setting. Std, clip 0.2, no entropy term; it takes one update of 32
+# prompts a step. Different: there 64 traces of other questions are beside these prompts, micro-batches weigh by rows, ours by
+# tokens, and a sample without think tags loses 0.1, where ours gets 0. Here a question without a trace has nine samples.
 n_rollouts = 9
 n_teacher = 1
 baseline = "own"
@@ -11,6 +12,6 @@ clip_low = 0.2
 clip_high = 0.2
 entropy_coef = 0.0
 sft_coef = 0.9
-sft_steps = 200
+sft_decay_steps = 200
 sft_coef_end = 0.05
 sft_mix = True

@@ -1,8 +1,9 @@
-# Prefix-RFT (arXiv 2507.01679): the policy continues a prefix of the trace. Its share is drawn between a bound that falls from
-# 0.95 to 0.05 along a cosine, and 0.95. Of the prefix only the fifth of the tokens with the highest entropy carries the row's
-# advantage, unshaped: log p has the weight of a ratio at 1. Numbers from its paper, as others quote them; its code has no run
-# with values, so the clip is verl's default. Different: entropies are ranked within a prefix, not over a micro-batch; a second
-# update has no ratio on the prefix. The control, a prefix that is only read: --train_teacher=False --teacher_top_entropy=1.0.
+# Prefix-RFT (arXiv 2507.01679): beside seven own samples the policy continues a prefix of the trace. Its share is drawn between
+# a bound that falls from 0.95 to 0.05 along a cosine, and 0.95. Of the prefix only the fifth of the tokens with the highest
+# entropy carries the row's advantage, unshaped: log p has the weight of a ratio at 1. Numbers from its paper, as others quote
+# them, and from run names in its code, which has no run's config: the clip is its default. Different: entropies are ranked
+# within a prefix, not over a micro-batch; in a second update the prefix has neither ratio nor clip; no dual clip (3). Its code
+# has a group per prefix, too. Control, a prefix that is only read: --train_teacher=False --teacher_top_entropy=1.0.
 n_teacher = 1
 shaping = "log"
 gamma = 1.0

@@ -1,14 +1,8 @@
 # TGPO's tipo_adv (arXiv 2605.13230), made to act: where TGPO's loss has a cross-entropy, an own token's advantage gets
 # w (1[token = y*] - pi(y*)), y* being the teacher model's first choice, w falling linearly from 0.02 to zero over 200 steps
-# (its config/tasks.sh: by 1e-4 a step).
-# As released it adds w pi_old(y*) whatever the token is, whose expected gradient is zero but for the
-# clip. Needs --teacher_model=FOLDER.
-# Std, token mean, clip and entropy are those of its released scripts; steps and data are config/tgpo_7b.py's.
-n_teacher = 0
-use_std = True
-loss_constant = 0.0
-clip_low = 0.2
-clip_high = 0.2
-entropy_coef = min(entropy_coef, 0.001)
+# (its config/tasks.sh: by 1e-4 a step). As released it adds w pi_old(y*) whatever the token is, whose expected gradient is zero
+# but for the clip: 0.02 was not tuned for this term. A y* that is not a token of the policy adds nothing. All else is
+# tgpo.py's. Needs --teacher_model=FOLDER.
+include("config/method/tgpo.py")
+ce_coef = 0.0
 top1_bonus = 0.02
-ce_steps = 200
