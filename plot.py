@@ -25,6 +25,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from configurator import ROOT, UserError, repo_path, run
 
@@ -47,6 +48,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"  # for readers and printers without colours
 KNOWN = ["luffy", "grpo", "mixed", "sft", "relift", "rkl", "rl_sft_loss"]  # each looks the same in all pictures
 TITLE = "nano-luffy: curves of runs"  # in each picture's metadata: by it main() knows what it may draw again
+REASONS = {"no_think": "no </think>", "no_answer": "no answer", "timeout": "grading timed out", "error": "grading failed"}
 PHASES = {"sync": "#e0e0e0", "rollout": "#4d4d4d", "reward": "#0072B2", "update": "#a6a6a6"}
 
 
@@ -82,7 +84,9 @@ def by_method(folders):
 
 
 def plain(name):
-    """Escape a name for matplotlib, which would read the text between two $ as mathematics."""
+    """A name for a legend. matplotlib would read the text between two $ as mathematics. Of a very long name the middle is cut
+    out, because the names of a sweep differ at their ends."""
+    name = name if len(name) <= 100 else f"{name[:40]}…{name[-59:]}"
     return name.replace("$", r"\$")
 
 
@@ -105,27 +109,28 @@ def looks(methods):
 
 
 def draw_panel(axis, methods, scale, metrics):
-    """Draw one or two metrics, the second dashed: the mean of each method, and for the first metric also the seeds, as thin
-    lines within a band."""
+    """Draw one or two metrics, the second dashed: the mean of each method where all its seeds have the metric, and for the
+    first one also the seeds, as thin lines, and a band."""
     drawn, inside = False, True
     for (key, name), line in zip(metrics.items(), ("-", (0, (3, 2))), strict=False):
         found = False
         for i, (method, (color, marker)) in enumerate(looks(methods).items()):
             runs = methods[method]
+            seeds = [[(m["step"], m[key]) for m in r if key in m] for r in runs]
             steps, mean, low, high = curve(runs, key)
+            found |= any(seeds)
+            inside &= all(0 <= value <= 1 for seed in seeds for _, value in seed)
+            for seed in filter(None, seeds if len(runs) > 1 and line == "-" else []):
+                dot = "." if len(seed) == 1 else ""  # a single point has no line
+                axis.plot(*zip(*seed, strict=True), color=color, alpha=0.45, linewidth=0.7, marker=dot)
             if not steps:
                 continue
-            found = True
             apart = (min(i, len(steps) - 1), max(1, len(steps) // 6))  # so that markers of equal curves are apart
             # The first method is drawn above the others; their markers are larger.
             axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8, marker=marker, markersize=5 + min(i, 5),
                       markevery=apart, markeredgecolor="white", zorder=4 - i / 100)  # fmt: skip
-            inside &= min(low) >= 0 and max(high) <= 1
             if len(runs) > 1 and line == "-":
                 axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-                for seed in runs:
-                    own = [(m["step"], m[key]) for m in seed if key in m]
-                    axis.plot(*zip(*own, strict=True), color=color, alpha=0.45, linewidth=0.7)
         if found and name:
             axis.plot([], [], color="#555555", linestyle=line, linewidth=1.4, label=name)
         drawn |= found
@@ -138,11 +143,12 @@ def draw_panel(axis, methods, scale, metrics):
     if drawn and any(metrics.values()):
         axis.legend(fontsize=8, frameon=False, loc="best")
     axis.set(xlabel="step")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
 
 
 def draw_phases(axis, methods):
-    """Draw the mean seconds of a step by phase, a bar per method."""
+    """Draw the mean seconds of a step by phase, a bar per method, with the method's marker in front."""
     names = list(methods)
     rows = {name: [m for r in runs for m in r if "time/update" in m] for name, runs in methods.items()}
     left = [0.0] * len(names)
@@ -150,7 +156,9 @@ def draw_phases(axis, methods):
         seconds = [sum(m.get(f"time/{phase}", 0.0) for m in rows[name]) / max(1, len(rows[name])) for name in names]
         axis.barh(range(len(names)), seconds, left=left, color=color, edgecolor="#333333", linewidth=0.6, label=phase)
         left = [a + b for a, b in zip(left, seconds, strict=True)]
-    axis.set(yticks=range(len(names)), yticklabels=[plain(name[-18:]) for name in names], xlabel="seconds")
+    for i, (color, marker) in enumerate(looks(methods).values()):  # the names may be long, or many
+        axis.plot(-0.03, i, marker, color=color, transform=axis.get_yaxis_transform(), clip_on=False)
+    axis.set(yticks=[], xlabel="seconds")
     axis.invert_yaxis()
     axis.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.0,
                 handlelength=1.2)  # fmt: skip
@@ -162,7 +170,7 @@ def draw(methods, paths, panels, phases=False):
     count = len(panels) + phases
     columns = 4 if count > 6 else 3
     rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows + 0.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), layout="constrained", squeeze=False)
     for axis, (title, scale, metrics) in zip(axes.flat, panels, strict=False):
         draw_panel(axis, methods, scale, metrics)
         axis.set(title=title)
@@ -173,7 +181,13 @@ def draw(methods, paths, panels, phases=False):
         axis.remove()
     keys = [plt.Line2D([], [], color=color, marker=marker, markeredgecolor="white", linewidth=2, label=plain(name))
             for name, (color, marker) in looks(methods).items()]  # fmt: skip
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(methods), 7), frameon=False)
+    for columns in range(min(len(methods), 7), 0, -1):  # as many as fit
+        legend = figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False)
+        box = legend.get_window_extent()
+        if columns == 1 or box.width < figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
     try:
         for path in paths:
             figure.savefig(path, dpi=130, metadata={"Title": TITLE})
@@ -266,7 +280,7 @@ def write_trace(out, config, folder, step, group):
 
     latest = os.path.join(folder, "latest")
     tokenizer = load_tokenizer(latest if os.path.isdir(latest) else model_path(config["model"]))
-    rows = []
+    rows, likelihood = [], config["sft_coef"]
     for r in group:
         by = {"own": "policy"}.get(r["written_by"], r["written_by"])
         # A row that was not trained on has no update_logps. A replayed row has two log-probs: of now and of its sampling.
@@ -278,17 +292,18 @@ def write_trace(out, config, folder, step, group):
                 "given": given_tokens(r),
                 "reward": r["reward"],
                 "advantage": r["advantage"],
-                "reason": r["reason"],
-                "finish": r["finish_reason"],
+                "verdict": REASONS.get(r["reason"], r["reason"]) + ", cut off at max_tokens" * (r["finish_reason"] == "length"),
                 "ids": r["response_ids"],
                 "tokens": token_texts(tokenizer, r["response_ids"]),
                 "p": [None if logp is None else brief(math.exp(logp)) for logp in logps],
             }
         )
-        if by == "replay":  # f is applied to pi / pi_then (ExGRPO)
-            pairs = zip(now, r["sampler_logps"], strict=True)
-            rows[-1]["ratio"] = [None if a is None else brief(math.exp(a - b)) for a, b in pairs]
-    first, likelihood, shaping, gamma = group[0], config["sft_coef"], config["shaping"], config["gamma"]
+        # f is of p / pi_phi if that is known: of a replay (ExGRPO), and of a teacher with log-probs, which older runs lack.
+        then = r["sampler_logps"] if by == "replay" else [] if likelihood else r.get("target_logps", [])
+        if then:
+            pairs = zip(now, then, strict=True)
+            rows[-1]["ratio"] = [None if a is None else brief(math.exp(min(a - b, 88.0))) for a, b in pairs]
+    first, shaping, gamma = group[0], config["shaping"], config["gamma"]
     if likelihood:
         shaping = config.get("sft_shaping", "log")  # missing in older runs
         gamma = 1.0 if shaping == "log" else gamma  # log p itself
@@ -321,13 +336,14 @@ def brief(x, digits=3):
     return float(f"{x:.{digits}g}") if math.isfinite(x) else None
 
 
-def shaping_curve(shaping, gamma, n=361):
-    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1, evenly spaced in log p."""
+def shaping_curve(shaping, gamma, n=451):
+    """f and its weight p f'(p), by loss.shape, at n values of p from 1e-12 to 1000, evenly spaced in log p. It is above 1 where
+    the policy is surer than the one that wrote the token."""
     import torch
 
     from loss import shape
 
-    p = torch.logspace(-12, 0, n, dtype=torch.float64).requires_grad_()
+    p = torch.logspace(-12, 3, n, dtype=torch.float64).requires_grad_()
     f = shape(p, shaping, gamma)
     (slope,) = torch.autograd.grad(f.sum(), p)
     values = {"f": f.detach(), "w": p.detach() * slope}
@@ -348,16 +364,18 @@ def token_texts(tokenizer, ids):
 def table(methods):
     """The last evaluation of each method, with a number per seed; also by source if there are several. Seconds are those of
     the steps, without starting up."""
-    lines = [f"{'method':<14}{'step':>5}   {'greedy':<24}{'sampled':<24}{'step s':>8}"]
+    first = max(14, *(len(name) + 1 for name in methods))  # the columns' widths: long names, many seeds
+    wide = max(24, *(6 * len(runs) + 2 for runs in methods.values()))
+    lines = [f"{'method':<{first}}{'step':>5}   {'greedy':<{wide}}{'sampled':<{wide}}{'step s':>8}"]
     for name, runs in methods.items():
         last = [next((m for m in reversed(r) if "eval/greedy" in m), r[-1]) for r in runs]
         seconds = sum(v for r in runs for m in r for k, v in m.items() if k.startswith("time/")) / len(runs)
         steps = ",".join(map(str, dict.fromkeys(m["step"] for m in last)))
         show = lambda key: " ".join(f"{m[key]:.3f}" if key in m else "-" for m in last)  # noqa: B023
-        lines.append(f"{name:<14}{steps:>5}   {show('eval/greedy'):<24}{show('eval/avg@k'):<24}{seconds:>8.1f}")
+        lines.append(f"{name:<{first}}{steps:>5}   {show('eval/greedy'):<{wide}}{show('eval/avg@k'):<{wide}}{seconds:>8.1f}")
         for source in sorted({key.split("/", 2)[2] for m in last for key in m if re.match("eval/[^/]+/", key)}):
-            cells = [f"{show(f'eval/{mode}/{source}'):<24}" for mode in ("greedy", "avg@k")]
-            lines.append(f"  {source:<17}   {''.join(cells)}".rstrip())
+            cells = [f"{show(f'eval/{mode}/{source}'):<{wide}}" for mode in ("greedy", "avg@k")]
+            lines.append(f"  {source:<{first + 3}}   {''.join(cells)}".rstrip())
     return "\n".join(lines)
 
 

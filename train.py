@@ -570,7 +570,8 @@ def update(policy, optimizer, micro_batches, terms, max_norm, skip_norm, tick):
                 loss = batch_loss(logp, entropy, *(top1_logp or [None]), micro_batch, counts, **terms)
                 (loss * WORLD).backward()  # gradients are averaged over ranks, but the denominators are global already
             logp, entropy = logp.detach(), entropy.detach()
-            shaped = None if terms["by_likelihood"] else shape(logp.exp(), terms["shaping"], terms["gamma"])
+            ratio = (logp - micro_batch.behaviour_logp).exp()  # as in token_loss: of a teacher token p / pi_phi
+            shaped = None if terms["by_likelihood"] else shape(ratio, terms["shaping"], terms["gamma"])
             clip_at = terms["clip_low"], terms["clip_high"]
             sums.append(metrics.token_metrics(logp, entropy, micro_batch, shaped, *clip_at))
             logps.append(logp)

@@ -129,6 +129,10 @@ COMMANDS = {
         [("0 1 2", "0 1"), ("--sampler=torch", "--sampler=torch --max_steps=5 --eval_max_problems=8")],
     "python plot.py out/luffy_? out/exp_? --out=out/ablation": [],
     "python plot.py trace out/exp_1 --step=5 --out=out/ablation.html": [],
+    "for g in 0.01 0.05 0.25; do for s in 0 1 2; do python train.py config/toy/shaping.py --sampler=torch --gamma=$g --seed=$s"
+    " --out_dir=out/gamma${g}_$s; done; done":
+        [("0.01 0.05 0.25", "0.05 0.25"), ("0 1 2", "0"), ("--sampler=torch", "--max_steps=2" + SHORT)],
+    "python plot.py out/gamma* --out=out/gammas": [],
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py config/ablation/exp.py --out_dir=out/exp_7b":
         [TWO, ("exp_7b", "exp_7b" + SMALL)],
     "make toy": [],  # last: it writes over the worlds that the others use

@@ -28,7 +28,7 @@ from runtime.tokenizer import response_text
 
 def token_metrics(logp, entropy, batch, shaped, clip_low, clip_high):
     """{name: (sum, count)} over this micro-batch's tokens, tensors on its device: nothing here waits for a GPU. logp, entropy
-    (T,), detached; shaped (T,): f(p), or None if teacher tokens are not shaped."""
+    (T,), detached; shaped (T,): f of each teacher token, or None if they are not shaped."""
     teacher, own = batch.loss_mask & batch.is_teacher, batch.is_own
     old_logp = logp if batch.old_logp is None else batch.old_logp
     ratio = (logp - old_logp).exp()
@@ -321,6 +321,7 @@ def rollout_row(problem, r, update_logps, tokenizer):
         "response_ids": r.response_ids,
         "sampler_logps": r.sampler_logps,
         "update_logps": update_logps,
+        "target_logps": r.teacher_logps,
     }
 
 

@@ -8,11 +8,28 @@ import re
 import shutil
 import subprocess
 
+import build
+import pyarrow as pa
 import pytest
-from helpers import lines_of, load_script, metrics, rollouts_of, run
+from helpers import BASE, a_row, lines_of, load_script, metrics, rollouts_of, run, write
 
 from configurator import ROOT, UserError
-from plot import by_method, curve, draw_panel, looks, main, plt, read_run, shaping_curve, table, token_texts, trace, write_trace
+from plot import (
+    PANELS,
+    by_method,
+    curve,
+    draw,
+    draw_panel,
+    looks,
+    main,
+    plt,
+    read_run,
+    shaping_curve,
+    table,
+    token_texts,
+    trace,
+    write_trace,
+)
 from runtime.tokenizer import load_tokenizer
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;\u2028"
@@ -64,11 +81,32 @@ def test_every_kind_of_row(script, tmp_path, overlay):
     assert {r["by"] for r in data["rows"]} == kinds[overlay]
 
 
+@pytest.mark.parametrize("likelihood", [0.0, 0.5])
+def test_the_weights_of_a_teacher_whose_log_probs_are_known(script, tmp_path, likelihood):
+    """f is of p / pi_phi then, as in the loss; the likelihood term's is of p itself. Of a cut trace the given tokens count."""
+    schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
+    trace_ids = load_tokenizer(BASE).encode("12>46</think>\\boxed{46}")
+    logps = [-0.1 * i for i in range(len(trace_ids) + 1)]  # EOS is the last
+    rows = [a_row(target_logps=[logps])] * 4
+    argv = [f"--data={write(tmp_path / 'x.parquet', rows, schema)}", "--prompts_per_step=4", "--max_steps=1"]
+    run(script, tmp_path, "x", *argv, "--teacher_share=0.5", "--teacher_share_end=0.5", f"--sft_coef={likelihood}")
+    written = rollouts_of(tmp_path / "x", 1)[:8]
+    n = written[7]["teacher_tokens"]
+    assert 0 < n < len(logps) and [r["target_logps"] for r in written] == [[]] * 7 + [logps[:n]]
+    out = tmp_path / "page.html"
+    trace([str(tmp_path / "x"), f"--problem={written[0]['problem']}", f"--out={out}"])
+    shown = data_of(out.read_text())["rows"]
+    assert not any("ratio" in r for r in shown[:7]) and ("ratio" in shown[7]) == (not likelihood)
+    if not likelihood:
+        want = [math.exp(now - then) for now, then in zip(written[7]["update_logps"], logps, strict=False)]
+        assert shown[7]["ratio"] == pytest.approx(want, rel=6e-3) and len(want) == n < len(shown[7]["p"])
+
+
 def test_the_curve_of_the_runs_own_shaping(done, tmp_path):
     """The page gets f and w = p f'(p) from loss.shape, so a fork's shaping is drawn as well."""
     trace([str(done), f"--out={tmp_path / 'x.html'}"])
     assert data_of((tmp_path / "x.html").read_text())["curve"] is None  # LUFFY's and none are the page's own
-    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(361)]
+    curve, p = shaping_curve("sqrt", 0.1), [10 ** (-12 + i / 30) for i in range(451)]  # to 1000, where p / pi_phi may be
     assert curve["f"] == pytest.approx([x**0.5 for x in p], rel=1e-3)
     assert curve["w"] == pytest.approx([x**0.5 / 2 for x in p], rel=1e-3)
 
@@ -83,7 +121,7 @@ def test_the_curve_of_a_likelihood(done, tmp_path, how, weight):
     write_trace(str(tmp_path / "x.html"), config, str(done), 2, rows)
     data = data_of((tmp_path / "x.html").read_text())
     assert data["likelihood"] == 0.5 and data["shaping"] == (how or "log")
-    assert data["curve"]["w"] == pytest.approx([weight(10 ** (-12 + i / 30)) for i in range(361)], rel=1e-3, abs=1e-6)
+    assert data["curve"]["w"] == pytest.approx([weight(10 ** (-12 + i / 30)) for i in range(451)], rel=1e-3, abs=1e-6)
 
 
 def test_curves_of_runs(done, tmp_path, capsys, monkeypatch):
@@ -154,6 +192,73 @@ def test_any_runs_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plot.py", folders[0], f"--out={tmp_path / 'no' / 'c.png'}"])
     with pytest.raises(UserError, match="cannot be written"):
         main()
+
+
+def picture(folder, runs):
+    """Draw runs, {folder's name: its lines of metrics.jsonl}, and return the figure as matplotlib holds it."""
+    for name, rows in runs.items():
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    methods, shown = by_method([str(folder / name) for name in runs]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", shown.append)
+        draw(methods, [str(folder / "c.png")], PANELS, phases=True)
+    return shown[0]
+
+
+@pytest.mark.parametrize("n,name", [(3, "sweep_" + 11 * "learning_rate1e-6_" + "gamma0.{}"), (30, "run{}x")])
+def test_names_stay_inside_the_picture(tmp_path, n, name):
+    """Long names, and many runs: each is in the legend, apart from the others, nothing leaves the picture, and the panels keep
+    their height."""
+    rows = [{"step": step, "reward/own": step / 9, "time/update": 1.0} for step in range(9)]
+    figure = picture(tmp_path, {name.format(i): rows for i in range(n)})
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len({*texts}) == n and all(text.endswith(name[-3:].format(i)) for i, text in enumerate(texts))
+    boxes = [legend.get_window_extent(), *(axis.get_tightbbox() for axis in figure.axes)]
+    assert all(figure.bbox.x0 - 1 <= b.x0 and b.x1 <= figure.bbox.x1 + 1 for b in boxes)
+    assert all(figure.bbox.y0 - 1 <= b.y0 and b.y1 <= figure.bbox.y1 + 1 for b in boxes)
+    assert min(axis.bbox.height for axis in figure.axes) > 2 * figure.dpi
+    labels = [label.get_window_extent() for label in figure.axes[-1].get_yticklabels()]
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[i + 1 :])
+
+
+def test_one_and_two_points(tmp_path):
+    """A single point has a marker, that of a seed too, and also if another seed has none yet. Steps are whole numbers."""
+    rows = [{"step": step, "reward/own": 0.25 * step} for step in range(1, 5)]
+    figure = picture(tmp_path, {"one": rows[:1], "two": rows[:2], "a_0": rows[2:3], "a_1": rows[3:], "b_0": rows[2:],
+                                "b_1": [{"step": 0}]})  # fmt: skip
+    panel = figure.axes[1]
+    drawn = {(x, y) for line in panel.lines if line.get_marker() not in ("", "None", None) for x, y in line.get_xydata()}
+    assert {(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)} <= drawn
+    lines = [line.get_xydata().tolist() for line in panel.lines]
+    assert [[3, 0.75], [4, 1.0]] in lines  # of b_0
+    alone = plt.figure().add_subplot()
+    draw_panel(alone, {"one": [rows[:1]]}, "share", {"reward/own": ""})
+    low, high = alone.get_xlim()
+    assert all(tick == round(tick) for tick in alone.get_xticks() if low <= tick <= high)
+
+
+def test_the_tables_columns_stay_in_line():
+    """However long a name is, and with many seeds."""
+    row = {"step": 5, "eval/greedy": 0.5, "eval/greedy/easy": 0.25, "eval/avg@k": 0.125, "time/update": 2.0}
+    lines = table({"a": [[row]], "a_long_name" * 4: [[row]] * 9}).splitlines()
+    for column, number in (("greedy", "0.500"), ("sampled", "0.125")):
+        assert {line.index(number) for line in lines if number in line} == {lines[0].index(column)}
+    assert {len(line) for line in lines if "0.500" in line} == {len(lines[0])}
+    assert {line.index("0.250") for line in lines if "easy" in line} == {lines[0].index("greedy")}
+
+
+def test_the_verdict_is_in_words(done, tmp_path):
+    """No codes: why an answer is not right, and whether it was cut off. A grader's own words stay. The question is open."""
+    rows = rollouts_of(done, 2)[:8]
+    for r, (reason, finish) in zip(rows, [("no_think", "length"), ("timeout", "stop"), ("my own", "stop")], strict=False):
+        r["reason"], r["finish_reason"] = reason, finish
+    write_trace(str(tmp_path / "x.html"), json.load(open(done / "config.json")), str(done), 2, rows)
+    page = (tmp_path / "x.html").read_text()
+    words = ["no </think>, cut off at max_tokens", "grading timed out", "my own"]
+    assert [r["verdict"] for r in data_of(page)["rows"][:3]] == words
+    assert "<details" not in page and page.index('<pre id="prompt">') < page.index("<table>")
 
 
 def test_rows_that_were_not_trained_on_or_are_not_finite(done, tmp_path):
@@ -290,9 +395,9 @@ def large_page(folder, byte_model, n=8192):
     text = (EVIL + " so x = 2\n") * (n // 100)
     ids = (tokenizer.encode(text) * 3)[:n]
     assert len(ids) == n
-    row = {"problem": 1, "source": EVIL, "prompt": EVIL, "answer": EVIL, "reason": "wrong", "reward": 0.0, "advantage": -0.125,
-           "written_by": "own", "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0, "update_logps": [],
-           "sampler_logps": [-0.001 * i for i in range(n)]}  # fmt: skip
+    row = {"problem": 1, "source": EVIL, "prompt": EVIL, "answer": EVIL, "reason": "no_think", "reward": 0.0,
+           "advantage": -0.125, "written_by": "own", "finish_reason": "length", "response_ids": ids, "teacher_tokens": 0,
+           "update_logps": [], "sampler_logps": [-0.001 * i for i in range(n)]}  # fmt: skip
     given = {"written_by": "teacher", "teacher_tokens": n, "update_logps": row["sampler_logps"], "sampler_logps": []}
     teacher = {**row, **given, "finish_reason": "stop"}
     out = folder / "page.html"
@@ -344,14 +449,16 @@ def test_the_page_in_a_browser(done, tmp_path, byte_model):
     page = large_page(tmp_path, byte_model)
     dom = render(page, tmp_path, "--dump-dom")
     assert dom.count("<span data-i=") == 8192 and "<title>A group, token by token</title>" in dom and "<img" not in dom
-    # Nothing is wider than the window and nothing overlaps, on a desktop and on a phone, where the numbers of the chosen
-    # token are a bar at the bottom.
+    # Nothing is wider than the window or cut off, and nothing overlaps, on a desktop and on a phone, where the numbers of the
+    # chosen token are a bar at the bottom.
     measure = """<script>
         const ids = ["bar", "tokens", "curve", ...innerWidth > 800 ? ["detail"] : []];
         const boxes = ids.map(id => document.getElementById(id).getBoundingClientRect());
         const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
         const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).map(b => over(a, b)));
-        document.title = [innerWidth, document.documentElement.scrollWidth <= innerWidth, pairs.some(x => x)];
+        const whole = e => e.scrollWidth <= e.clientWidth;
+        const fits = whole(document.documentElement) && [...document.querySelectorAll(".scroll, pre")].every(whole);
+        document.title = [innerWidth, fits, pairs.some(x => x)];
     </script>"""
     (tmp_path / "measured.html").write_text(page.read_text() + measure)
     for width in (1280, 390):  # headless Chromium has no window narrower than 500, but a frame may be

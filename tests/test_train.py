@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import BASE, TRAIN, TRAIN_PY, a_row, launch, metrics, run, write
+from helpers import BASE, TRAIN, TRAIN_PY, a_row, launch, metrics, rollouts_of, run, write
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -210,8 +210,8 @@ def test_each_knob_reaches_the_loss(script, tmp_path, argv):
 
 
 def test_a_teachers_log_probs_are_pi_phi(script, tmp_path):
-    """Without shaping a trace's token counts p / pi_phi: with pi_phi = 1/2 everywhere the loss is twice that of 1. And under
-    verified_only each trace keeps its own log-probs."""
+    """Without shaping a trace's token counts p / pi_phi: with pi_phi = 1/2 everywhere the loss is twice that of 1, and so is
+    teacher/f, the mean of f(p / pi_phi). Under verified_only each trace keeps its own, and the rollouts' file has them."""
     schema = build.SCHEMA.append(pa.field("target_logps", pa.list_(pa.list_(pa.float64()))))
     ids = load_problems(write(tmp_path / "plain.parquet", [a_row()]), load_tokenizer(BASE), log=str)[0].teacher[0]
     wrong = {"content": "<think>\n12>46</think>\\boxed{47}", "role": "assistant"}
@@ -220,7 +220,10 @@ def test_a_teachers_log_probs_are_pi_phi(script, tmp_path):
         rows = [a_row(target=[wrong, *a_row()["target"]], target_logps=logps)] * 4
         argv = [f"--data={write(tmp_path / f'{name}.parquet', rows, schema)}", "--n_rollouts=1", "--shaping=none"]
         argv += ["--prompts_per_step=4", "--max_steps=1", "--verified_only=True", "--min_teacher_pass=0.1"]
-        loss[name] = run(script, tmp_path, name, *argv)[1]["loss"]
+        step = run(script, tmp_path, name, *argv)[1]
+        loss[name] = step["loss"]
+        assert step["teacher/f"] == pytest.approx(step["teacher/p"] * (2 if logps else 1), rel=1e-5)
+        assert [r["target_logps"] for r in rollouts_of(tmp_path / name, 1)] == [logps[1] if logps else []] * 4
     assert loss["one"] < 0 and loss["half"] == pytest.approx(2 * loss["one"], rel=1e-5)
 
 
