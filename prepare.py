@@ -3,6 +3,7 @@ Prepare what training needs: problems in LUFFY's schema, a model with enough pos
 and a teacher model that reads the policy's token ids.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py gsm8k
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
     python prepare.py align --model=TEACHER --policy=models/Qwen2.5-Math-7B-16k-think --out=models/TEACHER-aligned
@@ -44,6 +45,10 @@ def parse(argv):
     p.add_argument("--traces", default="first", choices=["first", "all"], help="usable traces that a problem keeps")
     p.add_argument("--max_tokens", type=int, default=8192, help="of a trace, EOS included (%(default)s)")
     p.add_argument("--tags", default="keep", choices=["keep", "open", "drop"], help="of traces: open drops <think>, drop both")
+
+    p = commands.add_parser("gsm8k", allow_abbrev=False, help="GSM8K to LUFFY's schema, its solutions as traces")
+    p.add_argument("--src", default="openai/gsm8k", help="a hub data set (%(default)s), or a folder or file with a copy of it")
+    p.add_argument("--out", default="data/gsm8k.parquet", help="%(default)s; the test questions are written beside it")
 
     p = commands.add_parser("reanswer", allow_abbrev=False, help="new traces by another teacher, verified; resumable")
     p.add_argument("--model", required=True, help="the teacher: a folder in Hugging Face format, or a hub name")
@@ -370,6 +375,89 @@ def usable_trace(data, complete, correct, control):
     if "</think>" not in (text := text_of(data)):
         raise Unusable("thought never closed")
     return THINK + plain_trace(text, control, opened=True)
+
+
+# ---------------------------------------------------------------- gsm8k
+
+CALCULATION = re.compile(r"<<[^<>]*>>")  # 48/2 = <<48/2=24>>24: what GSM8K's authors gave a calculator
+
+
+def prepare_gsm8k(args):
+    """GSM8K's training questions with their worked solutions as traces: the solution without the calculator's marks is the
+    thought, and the answer behind #### is boxed after </think>. Writes out, and beside it *.test.parquet, the test questions
+    without traces. A --src that is one file gives out alone. Prints how many traces the verifier accepts.
+    """
+    out = repo_path(args.out)
+    stem, ending = os.path.splitext(out)
+    if ending != ".parquet":
+        raise UserError(f"--out={args.out}: name a file that ends in .parquet")
+    paths = {"test": f"{stem}.test.parquet", "train": out}
+    check_free(paths.values())
+    sources, system = gsm8k_sources(args.src), load_templates()["system"]
+    partial = {split: partial_name(path) for split, path in paths.items() if split in sources}
+    for split in partial:
+        remove_partials(glob.escape(paths[split]))
+    try:
+        with Verifier() as verifier:
+            for split in partial:
+                rows = [gsm8k_row(row, i, split, system, sources[split]) for i, row in read_rows(sources[split])]
+                if not rows:
+                    raise UserError(f"{sources[split]} has no row: choose another --src")
+                traces = [row["target"][0]["content"].removeprefix(THINK) for row in rows]
+                verdicts = verifier.score(traces, [row["reward_model"]["ground_truth"] for row in rows])
+                n_right = sum(verdict.reason == "correct" for verdict in verdicts)
+                print(f"{split}: {len(rows):,} questions; the verifier accepts {n_right:,} of {len(rows):,} solutions")
+                if split == "test":  # to be evaluated on, never to be learnt
+                    rows = [{**row, "target": None} for row in rows]
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial[split])
+        for split in partial:  # out is the last
+            give_name(partial[split], paths[split])
+    finally:
+        for path in partial.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    print(f"wrote {', '.join(paths[split] for split in partial)}")
+
+
+def gsm8k_sources(src):
+    """{split: what read_rows() reads} of --src: the hub's data set, a folder as the hub or the authors lay it out, or one file
+    for "train". Raises UserError if a folder lacks a split."""
+    path = data_path(src)
+    if not os.path.isabs(path):
+        if ":" in src:
+            raise UserError(f"--src={src}: name the data set alone, such as openai/gsm8k, or a folder or file")
+        return {split: f"{src}:main:{split}" for split in ("train", "test")}
+    if not os.path.isdir(path):
+        return {"train": path}
+    sources = {}
+    for split in ("train", "test"):
+        names = (
+            f"main/{split}-00000-of-00001.parquet",
+            f"{split}-00000-of-00001.parquet",
+            f"{split}.parquet",
+            f"{split}.jsonl",
+        )
+        found = [file for name in names if os.path.isfile(file := os.path.join(path, name))]
+        if not found:
+            raise UserError(f"{path} has none of {', '.join(names)}: choose another --src, which may be one file")
+        sources[split] = found[0]
+    return sources
+
+
+def gsm8k_row(row, index, split, system, source):
+    """A row of GSM8K, as read_rows() gives it -> a row of SCHEMA. Raises UserError if it does not end in "#### 72"."""
+    solution = row["reward_model"]["ground_truth"] or ""
+    thought, _, answer = solution.rpartition("####")
+    thought, answer = CALCULATION.sub("", thought).strip(), answer.strip().replace(",", "")
+    if not (row["prompt"] and thought and answer):
+        raise UserError(f"{source} row {index}: its answer ends in {solution[-40:]!r}, not in '#### 72' behind a solution as"
+                        " GSM8K's do: choose another --src")  # fmt: skip
+    trace = f"{THINK}{thought}\n</think>\n\\boxed{{{answer}}}"
+    return {
+        "data_source": "gsm8k", "prompt": [{"role": "system", "content": system}, *row["prompt"]],
+        "target": [{"role": "assistant", "content": trace}], "ability": "math",
+        "reward_model": {"ground_truth": answer, "style": "rule"}, "extra_info": {"index": index, "split": split},
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- reanswer
@@ -872,12 +960,12 @@ def main(args):
         raise UserError(f"{args.command} runs in one process: leave torchrun out")
     if not args.out.strip():
         raise UserError("--out is empty: name a file or folder")
-    out, commands = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model,
-                                          "align": prepare_align}  # fmt: skip
+    out, commands = repo_path(args.out), {"openr1": prepare_openr1, "gsm8k": prepare_gsm8k, "reanswer": prepare_reanswer,
+                                          "model": prepare_model, "align": prepare_align}  # fmt: skip
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
         # One lock for all names that commands may share: y.easy.parquet is written for --out=y.parquet, too.
-        family = re.sub(r"(\.(complement|easy|hard))*\.parquet$", "", out)
+        family = re.sub(r"(\.(complement|easy|hard|test))*\.parquet$", "", out)
         with Lock(f"{family}.lock", "prepare.py", what=out) if RANK == 0 else contextlib.nullcontext():
             commands[args.command](args)
     except OSError as e:  # a full disk, a folder that may not be written

@@ -138,7 +138,7 @@ save_interval = 0  # steps between checkpoints, in addition to the last; 0 is no
 keep_last = 2  # keep the newest N checkpoints; 0 keeps all
 keep_every = 0  # also keep every N-th step's; 0 is none
 rollout_interval = 1  # steps between files of rollouts; 0 is none
-log = "jsonl"  # metrics.jsonl, always; wandb: also Weights & Biases (pip install wandb) [jsonl | wandb]
+log = "jsonl"  # metrics.jsonl, always; also there, by the package of this name [jsonl | wandb | tensorboard]
 # ---------------------------------------------------------------- machine
 device = "auto"  # the GPU if there is one, and vLLM is not the one for CPUs [auto | cpu | cuda]
 shard = "ddp"  # none: one process; ddp: every rank holds the model; fsdp: FSDP2, each holds a slice [none | ddp | fsdp]
@@ -180,8 +180,9 @@ from runtime.guard import Guard, canary
 from runtime.plan import worth_compiling
 from runtime.ranks import RANK, WORLD, all_reduce, end_processes, gather_engines, leave, mine, print0, start_processes
 from runtime.rows import data_path
-from runtime.run import check_same_run, find_checkpoint, identify, open_run, open_wandb
+from runtime.run import check_same_run, find_checkpoint, identify, open_run
 from runtime.tokenizer import ends_in_words, load_tokenizer
+from runtime.trackers import open_tracker
 
 LOSS_DEFAULTS = {name: p.default for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty}
 
@@ -222,7 +223,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         if checkpoint:
             check_same_run(checkpoint, identity, configurator.free_knobs(__file__), resume)
         preflight.show_plan(knobs, model_config, teacher_config, problems, device)
-        open_wandb(config, identity, checkpoint)
+        tracker = open_tracker(config, identity, checkpoint, folder=output.path) if RANK == 0 else None
 
         # Load the policy, the engine and the teacher model; make the optimizers and the method's memory.
         policy = load_policy(base, temperature, compute_dtype, device, shard=shard == "fsdp", recompute=recompute,
@@ -243,7 +244,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         optimizer, sft_optimizer = adamw(lr=learning_rate), adamw(lr=sft_learning_rate)
         optimizers = {"adamw": optimizer, "sft": sft_optimizer}
         memory = open_memory(knobs, problems)
-        run = open_run(output, config, identity, checkpoint, policy=policy, optimizers=optimizers, memory=memory)
+        run = open_run(output, config, identity, checkpoint, tracker, policy=policy, optimizers=optimizers, memory=memory)
         order = Order(len(problems), seed, **run.order)
         by_id = {p.id: p for p in problems}
         grading = Grading(verifier, tokenizer, answers={p.id: p.answer for p in problems})
@@ -351,7 +352,7 @@ def main(open_sampler=open_sampler, hook=lambda step, phase, record: None):
         print0(f"done in {time.time() - start:.0f} s: {run.folder}")
     if engine:
         engine.close()
-    run.end_wandb(guard.agreed)
+    run.track("end", guard.agreed)
     end_processes(shard)
     return 128 + guard.agreed if guard.agreed else 0
 

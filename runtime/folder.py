@@ -29,7 +29,7 @@ settings.json eval.json averages.json sweep.json samples/*.jsonl"""
 # What each program writes here, and what shows that it did, if .lock does not say so.
 EVALUATION = r"settings\.json|samples|before_[0-9]+"
 CONTENTS = {
-    "train.py": r"config\.json|metrics\.jsonl|rollouts|eval_[0-9]+\.json|ckpt_[0-9]+(\..+)?|latest",
+    "train.py": r"config\.json|metrics\.jsonl|rollouts|eval_[0-9]+\.json|ckpt_[0-9]+(\..+)?|latest|tensorboard",
     "eval.py": EVALUATION + r"|eval\.json|averages\.json|sweep\.(json|png)|temperature_[0-9.e+-]+",
     "prepare.py": EVALUATION + "|ready",
 }

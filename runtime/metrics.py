@@ -10,13 +10,12 @@ import json
 import math
 import os
 import re
-import threading
 import time
 from itertools import chain
 
 import torch
 
-from configurator import UserError, first_line, printable
+from configurator import printable
 from data import unpack
 from runtime.files import write_lines
 from runtime.plan import measured_memory
@@ -233,58 +232,6 @@ def write_metrics(folder, records):
         except OSError:
             f.truncate(end)
             raise
-
-
-def start_wandb(name, config, run_id):
-    """Start a run at Weights & Biases, or continue the run run_id. The package's own environment variables decide about
-    project, mode and server. Returns the run's id. Raises UserError if the package fails, for example without a login."""
-    import wandb
-
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default it would wait for the network for ever
-    try:
-        project = os.environ.get("WANDB_PROJECT", "nano-luffy")
-        return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow").id
-    except Exception as e:
-        raise UserError(f"log='wandb': {e}: run 'wandb login', or set WANDB_MODE=offline") from None
-
-
-def to_wandb(record):
-    """Send a step's metrics. Weights & Biases ignores the steps that it has already and that a resumed run repeats."""
-    import wandb
-
-    wandb.log(finite(record), step=record["step"])
-
-
-def end_wandb(exit_code):
-    """Wait until everything is sent, but not for ever."""
-    import wandb
-
-    wandb.finish(exit_code)
-
-
-def drop_wandb():
-    """Have nothing more to do with it: its own clean-up when the process ends would fail, or wait, once more."""
-    import wandb
-
-    wandb.teardown(1)
-
-
-def fault_of(function, *arguments, limit=90.0):
-    """Call a function in a thread of its own. Returns what it raised, as text, or that it did not return within `limit`
-    seconds; "" if all went well."""
-    fault = [f"no answer for {limit:g} s"]
-
-    def work():
-        try:
-            function(*arguments)
-            fault[0] = ""
-        except BaseException as e:  # a package may call sys.exit
-            fault[0] = f"{type(e).__name__}: {first_line(e)}"
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit)
-    return fault[0]
 
 
 def rewind(folder, step, evaluated):

@@ -186,6 +186,11 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     log(f"checkpoints: {show(each)} each, {show(each * checkpoints_kept(k))} at most")
     if not on_gpu:
         return True
+    flop = 6 * per_token(config) * size * longest  # backward is twice the forward; what recompute=True repeats is left out
+    log(
+        f"work of a step: at most {size * longest} tokens and {flop / 1e15:.2g} PFLOP in its updates (attention's own products"
+        f" left out), {k['prompts_per_step'] * own * k['max_tokens']} tokens to sample; hours: not measured"
+    )
     share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]
     left, tokens = kv_cache(config, share, k["tensor_parallel"], dtype_bytes)
     log(

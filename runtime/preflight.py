@@ -85,9 +85,10 @@ def check_knobs(k, n_ranks, shape):
         raise UserError(f"n_teacher={k.n_teacher} must lie between 0 and n_rollouts={k.n_rollouts}")
     if k.max_prompt_tokens + max(k.max_tokens, k.max_teacher_tokens) > k.micro_tokens:
         raise UserError(f"micro_tokens={k.micro_tokens} cannot hold a prompt and its response at their limits: raise it")
-    if k.log == "wandb" and not k.dry_run and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+    if k.log != "jsonl" and not k.dry_run and not getattr(importlib.util.find_spec(k.log), "origin", None):
         # A folder named wandb, which the package creates where it runs, has a spec, but no origin.
-        raise UserError("log='wandb' needs its package: pip install wandb, or set log=jsonl; metrics.jsonl is always written")
+        raise UserError(f"log={k.log!r} needs its package: pip install {k.log}, or set log=jsonl; metrics.jsonl is always"
+                        " written")  # fmt: skip
     if k.baseline == "own" and k.n_teacher == k.n_rollouts:
         raise UserError(f"baseline='own' needs own samples, but n_teacher={k.n_teacher} leaves none: set baseline='group'")
     if not k.sft_coef and (k.sft_mix or k.sft_warmup_steps or k.sft_decay_steps or k.sft_coef_end or k.sft_shaping != "log"):

@@ -15,19 +15,15 @@ from runtime.folder import OutputFolder
 from runtime.metrics import (
     batch_warnings,
     collapse,
-    drop_wandb,
-    end_wandb,
-    fault_of,
     finite,
     memory_ledger,
     rewind,
-    start_wandb,
     step_line,
-    to_wandb,
     write_metrics,
     write_rollouts,
 )
 from runtime.ranks import LOCAL_RANK, RANK, WORLD, agreed, all_ranks, barrier, check_same_on_machines, print0
+from runtime.trackers import fault_of
 
 PROGRESS = ("step", "order", "pending", "n_updates", "n_skipped")  # what a checkpoint's run.json holds of a Run
 
@@ -38,7 +34,7 @@ class Run:
 
     output: OutputFolder
     identity: dict  # what must stay the same when it is resumed, see identify()
-    log: str  # "jsonl", or "wandb" for both
+    tracker: object = None  # where metrics go beside metrics.jsonl, see trackers.py; None for nowhere
     step: int = 0  # the last finished step
     order: dict = field(default_factory=dict)  # the data order's position at its end
     pending: dict | None = field(default_factory=lambda: {"step": 0})  # its metrics, while canary and evaluation are missing
@@ -113,19 +109,15 @@ class Run:
         self.unwritten.append(record)
         if self.try_to(write_metrics, self.folder, self.unwritten):
             self.unwritten.clear()
-        self.try_wandb(to_wandb, record)
+        self.track("log", record)
 
-    def end_wandb(self, exit_code):
-        """Send to Weights & Biases what is not sent yet, and say with which code the run ends."""
-        self.try_wandb(end_wandb, exit_code)
-
-    def try_wandb(self, function, argument):
-        """Call a function that talks to Weights & Biases, on rank 0 and if it is asked for. If it fails or does not return,
-        it prints a warning, and the run continues without."""
-        if self.log == "wandb" and RANK == 0 and (fault := fault_of(function, argument)):
-            self.log = "jsonl"
-            fault_of(drop_wandb, limit=5.0)
-            print(printable(f"warning: wandb: {fault}: the run goes on without it; metrics.jsonl has all"), flush=True)
+    def track(self, what, argument):
+        """Call a method of the tracker, if there is one: "log" a record, or "end" with an exit code. If it fails or does not
+        return, it prints a warning, and the run continues without."""
+        if (tracker := self.tracker) and (fault := fault_of(getattr(tracker, what), argument)):
+            self.tracker = None
+            fault_of(tracker.drop, limit=5.0)
+            print(printable(f"warning: {tracker.name}: {fault}: the run goes on without it; metrics.jsonl has all"), flush=True)
 
     def try_to(self, function, *arguments):
         """Call a function that writes files for people, on rank 0. If writing fails, it prints a warning and the run
@@ -219,7 +211,7 @@ def check_same_run(checkpoint, identity, free, resume):
     check_same(checkpoint.path, before=checkpoint.run, now=identity, free=free, force=resume == "force", log=print0)
 
 
-def open_run(output, config, identity, checkpoint, policy, optimizers, memory):
+def open_run(output, config, identity, checkpoint, tracker, policy, optimizers, memory):
     """Prepare the output folder and write config.json. An earlier run found there is moved aside, unless its checkpoint is
     resumed. Returns a Run, and fills optimizers and memory from the checkpoint."""
     if RANK == 0:
@@ -233,14 +225,7 @@ def open_run(output, config, identity, checkpoint, policy, optimizers, memory):
         except OSError as e:
             raise UserError(f"out_dir {output.path} cannot be written: {e.strerror}") from None
     barrier()
-    run = Run(output, identity, config["log"])
+    run = Run(output, identity, tracker)
     if checkpoint:
         run.resume(checkpoint, policy, optimizers, memory)
     return run
-
-
-def open_wandb(config, identity, checkpoint):
-    """Start Weights & Biases on rank 0 if it is asked for, and remember the run's id for a later resume."""
-    if config["log"] == "wandb" and RANK == 0:
-        name, before = os.path.basename(repo_path(config["out_dir"])), checkpoint.run if checkpoint else {}
-        identity["wandb_id"] = start_wandb(name, config, before.get("wandb_id"))

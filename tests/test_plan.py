@@ -123,6 +123,18 @@ def test_every_config_fits_where_it_says(script, name, model, n_gpus, gib):
     assert any(f"fits in {gib} GiB: yes" in line for line in lines) and f"fits in {gib // 4} GiB: NO" in lines[-1]
 
 
+def test_the_config_for_one_gpu_plans_for_one(script, tmp_path, capsys):
+    """Without further knobs; and the plan counts the work, because nothing is known of the time."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_05B.to_dict()))
+    argv = ["config/luffy_1gpu.py", "--dry_run=True", f"--model={tmp_path}", f"--data={tmp_path}/none.parquet"]
+    assert script("train", argv).main() == 0
+    shown = capsys.readouterr().out
+    assert "= 256 sequences a step, 2 update(s) of 128, 1 rank(s)" in shown and "fits in 24 GiB: yes" in shown
+    n, tokens = count_parameters(QWEN_05B).all, 256 * (512 + 1024)
+    assert f"at most {tokens} tokens and {6 * n * tokens / 1e15:.2g} PFLOP in its updates" in shown
+    assert f"{32 * 7 * 1024} tokens to sample; hours: not measured" in shown
+
+
 @pytest.mark.parametrize(
     "argv,n_ranks,tokens",
     [

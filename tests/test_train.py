@@ -500,7 +500,7 @@ def test_a_warning_that_repeats_is_counted(monkeypatch, tmp_path):
     monkeypatch.setattr("runtime.run.step_line", lambda *_: "step")
     monkeypatch.setattr("runtime.run.memory_ledger", lambda *_: "memory")
     own = lambda finish, reason: [Rollout(0, [0], [1], sampler_logps=[0.0], finish_reason=finish, reason=reason)]
-    found, progress = [], Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    found, progress = [], Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {})
     for step in range(1, 1001):
         batch = own("stop", "timeout" if step == 500 else "no_think" if step % 2 else "wrong")
         found.append(progress.report({"step": step}, batch, 1000, False))
@@ -511,7 +511,7 @@ def test_a_warning_that_repeats_is_counted(monkeypatch, tmp_path):
 
 
 def test_writes_that_fail_again_are_counted(tmp_path, capsys):
-    progress = Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {}, "jsonl")
+    progress = Run(SimpleNamespace(path=str(tmp_path), check=lambda: None), {})
     (tmp_path / "rollouts").write_text("in the way")
     for step in range(11):
         progress.write_rollouts(step, [], {}, {}, None)
