@@ -97,6 +97,7 @@ COMMANDS = {
     "python eval.py --model=out/demo/luffy_0/ckpt_60 --k=8 --out_dir=out/eval_luffy": [],
     "python eval.py --model=out/demo/sft_0/ckpt_60 --k=8 --out_dir=out/eval_sft": [],
     "python eval.py compare out/eval_sft/eval.json out/eval_luffy/eval.json": [],
+    'python sample.py --question="49+97+53+05+33+65+62+51=?" --answer=85 --k=2 --out_dir=out/demo/luffy_0': [],
     "for m in Elliott/LUFFY-Qwen-Math-7B-Zero Elliott/Qwen2.5-Math-7B-SFT Elliott/Qwen2.5-Math-7B-SFT-RL"
     " rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero; do torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
     " --data=data/valid.all.parquet --out_dir=out/six/$m; torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
@@ -194,6 +195,7 @@ def unknown_knobs():
         "measure/peers/compare.py",
         "plot.py",
         "prepare.py",
+        "sample.py",
         "toy/demo.py",
         "toy/table.py",
         "measure/kill.py",
