@@ -41,6 +41,7 @@ COMMANDS = {
     "pip uninstall torchvision torchaudio torchcodec": HARMFUL,
     "rm /dev/shm/*cpushm*": HARMFUL,
     "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run -q")],
+    "pip install -r requirements-optional.txt": [("pip install", "pip install --dry-run -q")],
     "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
     "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
     "python measure/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
@@ -68,6 +69,7 @@ COMMANDS = {
     "python measure/grading_speed.py": [("speed.py", "speed.py 2 200")],
     # The 7B run.
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
+    "python prepare.py model --model=FILE.gguf --out=models/NAME --rope_theta=0 --max_position=0": "by tests/test_gguf.py",
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
         [("openr1 ", "openr1 --src=raw.parquet ")],
     "python prepare.py align --model=Qwen/Qwen3-30B-A3B-Thinking-2507 --policy=models/Qwen2.5-Math-7B-16k-think"
