@@ -1,12 +1,13 @@
 """
 Prepare what training needs: problems in LUFFY's schema, a model with enough positions and a chat template for long thoughts,
-and a teacher model that reads the policy's token ids.
+and a teacher model that reads the policy's token ids; and make a trained model ready for others.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
     python prepare.py model --model=FILE.gguf --out=models/NAME --rope_theta=0 --max_position=0
     python prepare.py align --model=TEACHER --policy=models/Qwen2.5-Math-7B-16k-think --out=models/TEACHER-aligned
+    python prepare.py export --model=out/luffy_7b/latest --out=models/luffy-7b
 
 All commands write to *.partial and rename at the end, so a file with its final name is whole. They overwrite nothing.
 """
@@ -81,6 +82,14 @@ def parse(argv):
     p.add_argument("--out", required=True, help="the new folder")
     p.add_argument("--swap_ends", default="True", choices=["True", "False"],
                    help="False renames the end and leaves the weights, as published (%(default)s)")  # fmt: skip
+
+    p = commands.add_parser("export", allow_abbrev=False, help="a checkpoint as a folder for vLLM, lm-eval and the hub")
+    p.add_argument("--model", required=True, help="a checkpoint, such as out/RUN/latest, or another model folder")
+    p.add_argument("--out", required=True, help="the new folder; its name is the card's title")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (%(default)s)")
+    p.add_argument("--eval", default="", help="eval.py's out_dir: its accuracies go into the card")
+    p.add_argument("--base", default="", help="the base model's name on the hub, for the card")
+    p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate some tokens with it (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -115,6 +124,7 @@ from eval import evaluate
 from model import load_policy
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler, pick_device
+from runtime.card import model_card
 from runtime.files import (
     CONFIGS,
     TOKENIZER,
@@ -123,6 +133,7 @@ from runtime.files import (
     partial_name,
     remove_partials,
     weight_files,
+    weights_digest,
     write_json,
 )
 from runtime.folder import Lock, OutputFolder
@@ -900,6 +911,55 @@ def edit_index(path, parts, grown):
                 sizes[name] += more
 
 
+# ---------------------------------------------------------------- export
+
+
+def prepare_export(args):
+    """Make a folder that vLLM, lm-evaluation-harness and the hub take as it is: the weights in args.dtype, config.json that
+    says so, generation_config.json with every id that ends a response, tokenizer, chat template, and a card with what the run
+    recorded. The weights' files keep their names; one is in memory at a time. Raises UserError for a checkpoint that is not as
+    it was written, and for a model that transformers and vLLM do not read alike."""
+    out = repo_path(args.out)
+    check_new(out)
+    source, files, weights = model_on_disk(model_path(args.model))
+    weights_digest(source)  # compares a checkpoint's files with what was written
+    tokenizer = load_tokenizer(source)
+    card = model_card(source, os.path.basename(out), render_prompt(tokenizer, [QUESTION]), tokenizer, args.dtype, args.base,
+                      args.eval)  # fmt: skip
+    with new_folder(out, source) as partial:
+        path = lambda name: os.path.join(partial, name)
+        copy_files(source, partial, [n for n in files if n in (*CONFIGS, *TOKENIZER) or n.endswith(".safetensors.index.json")])
+        with edited(path("config.json")) as config:
+            config["dtype"] = args.dtype
+            config.pop("torch_dtype", None)  # the older name of the same
+        if not os.path.isfile(path("generation_config.json")):
+            write_json(path("generation_config.json"), {})
+        with edited(path("generation_config.json")) as config:
+            config["eos_token_id"] = tokenizer.stop_ids
+            config.pop("_from_model_config", None)  # or transformers would make it anew from config.json
+        check_weights(source, partial, tokenizer)
+        sizes = [cast(os.path.join(source, name), path(name), getattr(torch, args.dtype)) for name in weights]
+        for name in glob.glob("*.safetensors.index.json", root_dir=partial):
+            with edited(path(name)) as index:
+                index.setdefault("metadata", {})["total_size"] = sum(sizes)
+        with open(path("README.md"), "w", encoding="utf-8") as f:
+            f.write(card)
+        if args.round_trip == "True":
+            round_trip(partial, tokenizer, args.dtype)
+    print(f"wrote {out}: {sum(sizes) / 1e9:.1f} GB of {args.dtype}, and README.md, the card: read it before you publish it")
+
+
+def cast(path, new, dtype):
+    """Copy a safetensors file with its floating-point tensors in another dtype. Returns the tensors' bytes."""
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(path).items()}
+    try:
+        save_file(tensors, new, {"format": "pt"})
+        shutil.copymode(os.path.join(os.path.dirname(new), "config.json"), new)  # save_file() writes for the user alone
+    except SafetensorError as e:  # a full disk
+        raise OSError(first_line(e)) from None
+    return sum(t.nbytes for t in tensors.values())
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -909,7 +969,7 @@ def main(args):
     if not args.out.strip():
         raise UserError("--out is empty: name a file or folder")
     out, commands = repo_path(args.out), {"openr1": prepare_openr1, "reanswer": prepare_reanswer, "model": prepare_model,
-                                          "align": prepare_align}  # fmt: skip
+                                          "align": prepare_align, "export": prepare_export}  # fmt: skip
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
         # One lock for all names that commands may share: y.easy.parquet is written for --out=y.parquet, too.
