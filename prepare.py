@@ -1,12 +1,14 @@
 """
 Prepare what training needs: problems in LUFFY's schema, a model with enough positions and a chat template for long thoughts,
-and a teacher model that reads the policy's token ids.
+and a teacher model that reads the policy's token ids; and make a trained model ready for others.
 
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
     python prepare.py gsm8k
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py model --model=FILE.gguf --out=models/NAME --rope_theta=0 --max_position=0
     python prepare.py align --model=TEACHER --policy=models/Qwen2.5-Math-7B-16k-think --out=models/TEACHER-aligned
+    python prepare.py export --model=out/luffy_7b/latest --out=models/luffy-7b
 
 All commands write to *.partial and rename at the end, so a file with its final name is whole. They overwrite nothing.
 """
@@ -72,7 +74,7 @@ def parse(argv):
     p.add_argument("--hang_timeout", type=float, default=300.0, help="end after so many seconds without progress (%(default)s)")
 
     p = commands.add_parser("model", allow_abbrev=False, help="set a model's RoPE base, positions and chat template")
-    p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
+    p.add_argument("--model", required=True, help="a folder in Hugging Face format, a hub name, or a local file.gguf")
     p.add_argument("--out", required=True, help="the new folder")
     p.add_argument("--rope_theta", type=int, default=40000, help="0 leaves the model's own (%(default)s)")
     p.add_argument("--max_position", type=int, default=16384, help="0 leaves the model's own (%(default)s)")
@@ -85,6 +87,14 @@ def parse(argv):
     p.add_argument("--out", required=True, help="the new folder")
     p.add_argument("--swap_ends", default="True", choices=["True", "False"],
                    help="False renames the end and leaves the weights, as published (%(default)s)")  # fmt: skip
+
+    p = commands.add_parser("export", allow_abbrev=False, help="a checkpoint as a folder for vLLM, lm-eval and the hub")
+    p.add_argument("--model", required=True, help="a checkpoint, such as out/RUN/latest, or another model folder")
+    p.add_argument("--out", required=True, help="the new folder; its name is the card's title")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights (%(default)s)")
+    p.add_argument("--eval", default="", help="eval.py's out_dir: its accuracies go into the card")
+    p.add_argument("--base", default="", help="the base model's name on the hub, for the card")
+    p.add_argument("--round_trip", default="True", choices=["True", "False"], help="generate some tokens with it (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -101,6 +111,7 @@ import re
 import shutil
 import time
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,7 +120,8 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import set_verbosity_error
 
 from data import EMPTY, THINK, Unusable, load_problems, load_templates, plain_trace
@@ -117,6 +129,7 @@ from eval import evaluate
 from model import load_policy
 from reward import Verifier
 from rollout import Sample, choose_sampler, open_sampler, pick_device
+from runtime.card import model_card
 from runtime.files import (
     CONFIGS,
     TOKENIZER,
@@ -125,6 +138,7 @@ from runtime.files import (
     partial_name,
     remove_partials,
     weight_files,
+    weights_digest,
     write_json,
 )
 from runtime.folder import Lock, OutputFolder
@@ -597,22 +611,55 @@ SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 
 
 def prepare_model(args):
-    """Copy a model, without subfolders and other files of weights than its own; edit config.json and the chat template. Raises
-    UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
+    """Copy a model, without subfolders and other files of weights than its own, or unpack a GGUF file; edit config.json and the
+    chat template. Raises UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
-    out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
+    out, template, packed = repo_path(args.out), chat_template(args.template), args.model.endswith(".gguf")
     check_new(out)
-    source, files, weights = model_on_disk(source)
+    source, files, weights = (repo_path(args.model), [], []) if packed else model_on_disk(model_path(args.model))
     with new_folder(out, source) as partial:
+        if packed:
+            unpack_gguf(source, partial)
         copy_files(source, partial, set(files) - set(weights))
         edit_config(partial, args.rope_theta, args.max_position)
         tokenizer = edit_template(partial, template, args.max_position, args.template)
-        dtype = check_weights(source, partial, tokenizer)
-        print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
+        dtype = check_weights(partial if packed else source, partial, tokenizer)
+        if not packed:
+            print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
         copy_files(source, partial, weights)
         if args.round_trip == "True":
             round_trip(partial, tokenizer, dtype)
     print(f"wrote {out}")
+
+
+def unpack_gguf(path, folder):
+    """Write the model of a GGUF file into a folder in Hugging Face format: float32 weights, config, tokenizer, chat template.
+    Quantized weights become the numbers that they stand for. Raises UserError if transformers does not read it."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}: name a local .gguf file")
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise UserError(f"a GGUF file is read with the package {missing[0]}: pip install -r requirements-optional.txt")
+    from gguf import GGUFReader
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    where = dict(pretrained_model_name_or_path=os.path.dirname(path), gguf_file=os.path.basename(path))
+    print(f"unpacking {os.path.getsize(path) / 1e9:.1f} GB", flush=True)
+    try:
+        field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+        cut = field.contents() if field else "gpt-2"
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        hf = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    except Exception as e:
+        raise UserError(f"{path} is no GGUF file of a causal LM that transformers reads: {first_line(e)}") from None
+    if cut == "smollm":  # transformers does not know it, and would cut spaces before a digit in another way
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    elif cut not in ("gpt-2", "default", *GGUF_PRE_TOKENIZER_SPLITS):
+        print(f"note: transformers cuts text as GPT-2 does, for it does not know {cut!r}: compare its ids with the original's")
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in weight_files(folder):  # save_pretrained() writes them for the user alone
+        shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
 
 
 def check_new(out):
@@ -952,6 +999,55 @@ def edit_index(path, parts, grown):
                 sizes[name] += more
 
 
+# ---------------------------------------------------------------- export
+
+
+def prepare_export(args):
+    """Make a folder that vLLM, lm-evaluation-harness and the hub take as it is: the weights in args.dtype, config.json that
+    says so, generation_config.json with every id that ends a response, tokenizer, chat template, and a card with what the run
+    recorded. The weights' files keep their names; one is in memory at a time. Raises UserError for a checkpoint that is not as
+    it was written, and for a model that transformers and vLLM do not read alike."""
+    out = repo_path(args.out)
+    check_new(out)
+    source, files, weights = model_on_disk(model_path(args.model))
+    weights_digest(source)  # compares a checkpoint's files with what was written
+    tokenizer = load_tokenizer(source)
+    card = model_card(source, os.path.basename(out), render_prompt(tokenizer, [QUESTION]), tokenizer, args.dtype, args.base,
+                      args.eval)  # fmt: skip
+    with new_folder(out, source) as partial:
+        path = lambda name: os.path.join(partial, name)
+        copy_files(source, partial, [n for n in files if n in (*CONFIGS, *TOKENIZER) or n.endswith(".safetensors.index.json")])
+        with edited(path("config.json")) as config:
+            config["dtype"] = args.dtype
+            config.pop("torch_dtype", None)  # the older name of the same
+        if not os.path.isfile(path("generation_config.json")):
+            write_json(path("generation_config.json"), {})
+        with edited(path("generation_config.json")) as config:
+            config["eos_token_id"] = tokenizer.stop_ids
+            config.pop("_from_model_config", None)  # or transformers would make it anew from config.json
+        check_weights(source, partial, tokenizer)
+        sizes = [cast(os.path.join(source, name), path(name), getattr(torch, args.dtype)) for name in weights]
+        for name in glob.glob("*.safetensors.index.json", root_dir=partial):
+            with edited(path(name)) as index:
+                index.setdefault("metadata", {})["total_size"] = sum(sizes)
+        with open(path("README.md"), "w", encoding="utf-8") as f:
+            f.write(card)
+        if args.round_trip == "True":
+            round_trip(partial, tokenizer, args.dtype)
+    print(f"wrote {out}: {sum(sizes) / 1e9:.1f} GB of {args.dtype}, and README.md, the card: read it before you publish it")
+
+
+def cast(path, new, dtype):
+    """Copy a safetensors file with its floating-point tensors in another dtype. Returns the tensors' bytes."""
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(path).items()}
+    try:
+        save_file(tensors, new, {"format": "pt"})
+        shutil.copymode(os.path.join(os.path.dirname(new), "config.json"), new)  # save_file() writes for the user alone
+    except SafetensorError as e:  # a full disk
+        raise OSError(first_line(e)) from None
+    return sum(t.nbytes for t in tensors.values())
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -961,7 +1057,7 @@ def main(args):
     if not args.out.strip():
         raise UserError("--out is empty: name a file or folder")
     out, commands = repo_path(args.out), {"openr1": prepare_openr1, "gsm8k": prepare_gsm8k, "reanswer": prepare_reanswer,
-                                          "model": prepare_model, "align": prepare_align}  # fmt: skip
+                                          "model": prepare_model, "align": prepare_align, "export": prepare_export}  # fmt: skip
     try:
         os.makedirs(os.path.dirname(out), exist_ok=True)
         # One lock for all names that commands may share: y.easy.parquet is written for --out=y.parquet, too.
