@@ -13,7 +13,7 @@ from runtime.process import begin, lost_output
 
 if __name__ == "__main__":
     begin()
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see README, Troubleshooting
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads; see docs/faq.md, Troubleshooting
 
 question = ""  # or FILE:PATH, a file with a question on each line
 answer = ""  # the right one, of all questions; "" grades nothing
