@@ -29,7 +29,7 @@ TWO = ("--nproc_per_node=8", "--nproc_per_node=2")
 SMALL = (
     " --sampler=torch --max_steps=2 --prompts_per_step=4 --max_tokens=16 --holdout=8 --reward_workers=1 --min_teacher_pass=0.5"
 )
-BYTES = " --max_prompt_tokens=1024"  # the system prompt has 762 characters
+BYTES = " --max_prompt_tokens=2048"  # over bytes a prompt is longer: the system prompt has 762
 TINY = " --sampler=torch --max_tokens=16 --k=1 --reward_workers=1"
 SHORT = " --sampler=torch --eval_max_problems=8"
 BY_CI = "by .ci/run"
@@ -83,13 +83,28 @@ COMMANDS = {
     "git clone --depth 1 https://github.com/ElliottYan/LUFFY && cp LUFFY/data/valid*.parquet data/": HUB,
     "python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet":
         [("TEACHER", "models/Qwen2.5-Math-7B-16k-think --sampler=torch --max_tokens=16 --grader=any.py --require_think=False")],
-    "python train.py config/luffy_7b.py --dry_run=True": [],
-    # One GPU, and one's own questions and reward.
-    "python prepare.py model --model=Qwen/Qwen2.5-0.5B --rope_theta=0 --max_position=0 --out=models/Qwen2.5-0.5B-think": [],
-    "python train.py config/luffy_1gpu.py --dry_run=True --plan_gpus=1 --plan_gib=24": [],
-    "python train.py config/luffy_1gpu.py": [("1gpu.py", "1gpu.py --data=data/openr1.parquet" + SMALL + BYTES)],
+    # One GPU.
+    "python prepare.py model --model=Qwen/Qwen2.5-0.5B --out=models/Qwen2.5-0.5B-think --rope_theta=0 --max_position=0": [],
+    "python prepare.py gsm8k": [("gsm8k", "gsm8k --src=gsm8k")],
+    "python train.py config/luffy_1gpu.py --dry_run=True": [],
+    "python train.py config/luffy_1gpu.py": [("1gpu.py", "1gpu.py" + SMALL + BYTES)],
+    "python eval.py --model=out/luffy_1gpu/latest --data=data/gsm8k.test.parquet --temperature=0 --max_tokens=1024"
+    " --out_dir=out/eval_1gpu": [(" --max_tokens=1024", TINY)],
     "python train.py config/luffy_1gpu.py config/method/grpo.py --out_dir=out/grpo_1gpu":
-        [("grpo.py", "grpo.py --data=data/openr1.parquet" + SMALL + BYTES)],
+        [("1gpu.py", "1gpu.py" + SMALL + BYTES)],
+    "python train.py config/luffy_1gpu.py config/method/sft.py --out_dir=out/sft_1gpu --prompts_per_step=64 --update_batches=1"
+    " --learning_rate=1e-5 --lr_schedule=cosine --lr_floor=0.1 --warmup_steps=34 --max_steps=342":
+        [(" --prompts_per_step=64", SMALL + BYTES), ("=34 --max_steps=342", "=1")],
+    "python train.py config/luffy_1gpu.py config/method/sft_then_rl_corrected.py --model=out/sft_1gpu/latest"
+    " --out_dir=out/sft_then_rl_1gpu": [("1gpu.py c", "1gpu.py" + SMALL + BYTES + " c")],
+    "python plot.py out/luffy_1gpu out/grpo_1gpu out/sft_1gpu out/sft_then_rl_1gpu --out=out/one_gpu": [],
+    "uv venv --python 3.12 .venv": "by hand: uv is no package of ours",
+    "uv pip install -r requirements-gpu.txt": "by hand: uv is no package of ours",
+    "uv pip install torch==2.13.0": "by hand: uv is no package of ours",
+    "uv pip install --no-deps -r requirements-cpu.txt": "by hand: uv is no package of ours",
+    "sbatch docs/two_nodes.slurm config/luffy_7b.py": "by tests/test_slurm.py, in `make test-slow`",
+    "python train.py config/luffy_7b.py --dry_run=True": [],
+    # One's own questions and reward.
     "python train.py config/luffy_1gpu.py --data=./mine.jsonl --grader=./mine.py --out_dir=out/mine":
         [("out/mine", "out/mine" + SMALL + BYTES)],
     # Eight.
@@ -204,7 +219,7 @@ def unreadable():
 def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
     known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth".split())
-    known |= {"version", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
+    known |= {"version", "python", "logdir", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
     for path in (
         "train.py",
         "eval.py",
@@ -350,6 +365,10 @@ def stand_ins(folder):
     folder = Path(folder)
     build_model(folder / "Qwen" / "Qwen2.5-Math-7B")
     build_model(folder / "Qwen" / "Qwen2.5-0.5B", positions=32768)
+    for split in ("train", "test"):
+        row = lambda i: json.dumps({"question": f"What is {i}+1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"})
+        (folder / "gsm8k").mkdir(exist_ok=True)
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(row, range(64 if split == "train" else 4))))
     build_model(folder / "Qwen" / "Qwen3-30B-A3B-Thinking-2507", rows=272, eos="<|im_end|>")
     loop = next(command for command in COMMANDS if command.startswith("for m in"))
     for name in loop.partition(";")[0].split()[3:]:  # for each trained model, what prepare.py will have made of the base
