@@ -143,6 +143,7 @@ from runtime.files import (
 )
 from runtime.folder import Lock, OutputFolder
 from runtime.guard import Watch
+from runtime.plan import show
 from runtime.ranks import RANK, WORLD, barrier, leave, print0, start_processes
 from runtime.rows import data_path, open_parquet, read_rows
 from runtime.tensors import misshapen, tensor_files
@@ -1034,7 +1035,7 @@ def prepare_export(args):
             f.write(card)
         if args.round_trip == "True":
             round_trip(partial, tokenizer, args.dtype)
-    print(f"wrote {out}: {sum(sizes) / 1e9:.1f} GB of {args.dtype}, and README.md, the card: read it before you publish it")
+    print(f"wrote {out}: {show(sum(sizes))} of {args.dtype}, and README.md, the card: read it before you publish it")
 
 
 def cast(path, new, dtype):

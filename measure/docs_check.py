@@ -126,6 +126,11 @@ COMMANDS = {
     "python eval.py --model=out/demo/sft_0/ckpt_60 --k=8 --out_dir=out/eval_sft": [],
     "python eval.py compare out/eval_sft/eval.json out/eval_luffy/eval.json": [],
     'python sample.py --question="49+97+53+05+33+65+62+51=?" --answer=85 --k=2 --out_dir=out/demo/luffy_0': [],
+    "python prepare.py export --model=out/demo/luffy_0/latest --out=models/toy-luffy --eval=out/eval_luffy": [],
+    "lm_eval run --model hf --model_args pretrained=models/toy-luffy --tasks toy_sums --include_path toy --apply_chat_template"
+    " --batch_size 50": "by hand: it wants an environment of its own",
+    'pip install "lm_eval[hf]"': "by hand: it wants an environment of its own",
+    "hf upload USER/NAME models/toy-luffy": "not run: it publishes",
     "for m in Elliott/LUFFY-Qwen-Math-7B-Zero Elliott/Qwen2.5-Math-7B-SFT Elliott/Qwen2.5-Math-7B-SFT-RL"
     " rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero; do torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
     " --data=data/valid.all.parquet --out_dir=out/six/$m; torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
@@ -220,6 +225,7 @@ def unknown_knobs():
     """--knobs in the pages that no script has: a list of lines."""
     known = set("nproc_per_node nnodes node_rank master_addr master_port shutdown-timeout no-deps signal help depth".split())
     known |= {"version", "python", "logdir", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "signals_to_handle"}
+    known |= {"model_args", "tasks", "include_path", "apply_chat_template", "batch_size"}  # lm_eval's
     for path in (
         "train.py",
         "eval.py",
