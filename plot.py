@@ -310,7 +310,9 @@ def write_trace(out, config, folder, step, group):
     plain = shaping in ("none", "luffy") and not likelihood  # the page computes these itself, for any gamma
     data = {"run": os.path.basename(folder), "step": step, "problem": first["problem"], "source": first["source"],
             "prompt": first["prompt"], "answer": first["answer"], "shaping": shaping, "gamma": gamma, "likelihood": likelihood,
-            "curve": None if plain else shaping_curve(shaping, gamma), "rows": rows}  # fmt: skip
+            "curve": None if plain else shaping_curve(shaping, gamma), "rows": rows,
+            "top": config.get("teacher_top_entropy", 1),
+            "scheduled": any(config.get(name) for name in ("sft_warmup_steps", "sft_decay_steps"))}  # fmt: skip
     with open(os.path.join(ROOT, "trace.html")) as f:
         before, mark, after = f.read().partition("{{data}}")
     if not mark:

@@ -44,10 +44,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch loads;
 # ---------------------------------------------------------------- the group
 n_rollouts = 8  # rows per prompt, teacher traces included [> 0]
 n_teacher = 1  # teacher traces among them; 0 is on-policy GRPO
-teacher_gate = -1  # traces join where at most so many own samples are right (with sft_coef these leave); -1: always [-1, 1024]
+teacher_gate = -1  # where at most so many are right traces replace wrong samples (with sft_coef all); -1: always [-1, 1024]
 teacher_share = 1.0  # share of a trace that is given, at the first step; the policy writes the rest [0, 1]
 teacher_share_end = 1.0  # the same at the last step; set both for a constant share [0, 1]
-teacher_share_low = 1.0  # draw each trace's share from a range below it, whose low end goes from teacher_share to this [0, 1]
+teacher_share_low = 1.0  # draw each share at random, down to a bound that moves from teacher_share to this; 1 is off [0, 1]
 teacher_share_schedule = "linear"  # of the shares between first and last step [linear | cosine]
 train_teacher = True  # False: of a cut trace only the policy's part is trained, and the teacher's is only read
 verified_only = False  # drop traces that the verifier rejects before training
@@ -59,7 +59,7 @@ max_teacher_tokens = 40  # longer traces are dropped [> 0]
 use_std = False  # divide advantages by the group's std
 baseline = "group"  # the mean that is subtracted: of the whole group, teacher rows included, or of own samples [group | own]
 shaping = "luffy"  # f(p) on teacher tokens: luffy, none, sqrt, pow, log, p_log, phi
-gamma = 0.1  # of the shaping [> 0]
+gamma = 0.1  # of shaping and sft_shaping [> 0]
 teacher_top_entropy = 1.0  # share of a trace's tokens that carry its advantage: those of the highest entropy [0, 1]
 shape_own = False  # shape own tokens, too: f(p) / f(p_old) in place of the ratio; not with log and p_log
 clip_low = 0.0  # PPO's clip of own tokens at 1 - clip_low; 0 is off [0, 1)
@@ -72,7 +72,7 @@ sft_coef = 0.0  # coefficient of the teacher tokens' mean NLL; above 0 they leav
 sft_shaping = "log"  # f(p) in place of log p in that mean, without an advantage: any shaping; log is log p itself
 sft_per_sequence = False  # that mean is taken over each trace first, and then over the traces; else over all tokens at once
 sft_warmup_steps = 0  # steps over which sft_coef rises linearly from zero
-sft_decay_steps = 0  # steps behind these over which it falls to sft_coef_end along a cosine; 0 keeps it
+sft_decay_steps = 0  # steps after the warm-up over which it falls to sft_coef_end along a cosine; 0 keeps it
 sft_coef_end = 0.0  # where it ends
 sft_mix = False  # the policy term gets the rest: policy_coef times 1 - sft_coef
 kl_coef = 0.0  # coefficient of the token-mean reverse KL to the teacher model (k2)
@@ -476,12 +476,13 @@ def gated(rollouts):
 
 
 def worth_training(rollouts):
-    """The rollouts to train on: all, or without those that DAPO leaves out."""
+    """The rollouts to train on: all, or without those that DAPO leaves out. Traces that are learnt by likelihood stay, because
+    they need no advantage."""
     if skip_equal_groups:
         rewards = {}
         for r in rollouts:
             rewards.setdefault(r.problem, set()).add(r.reward)
-        rollouts = [r for r in rollouts if len(rewards[r.problem]) > 1]
+        rollouts = [r for r in rollouts if len(rewards[r.problem]) > 1 or (sft_coef and r.source == "teacher")]
     return [r for r in rollouts if not (skip_truncated and r.finish_reason == "length")]
 
 

@@ -391,7 +391,7 @@ def check_same(path, before, now, free, force, log):
         if before[name] != now[name]:
             log(f"note: {path} was written under another {name}: {before[name]}; it is {now[name]} now")
     if before["knobs"]["max_steps"] != now["knobs"]["max_steps"]:
-        log("note: max_steps changed; schedules that end with it (cosine, teacher_share_end) change from here")
+        log("note: max_steps changed; schedules that end with it (cosine, teacher_share_end and _low) change from here")
 
 
 def restore(path, run, policy, optimizers):

@@ -95,14 +95,18 @@ def check_knobs(k, n_ranks, shape):
         raise UserError(
             "sft_shaping, sft_mix, sft_warmup_steps, sft_decay_steps and sft_coef_end have no effect with sft_coef=0: set it"
         )
+    if k.sft_mix and not k.n_teacher:
+        raise UserError("sft_mix gives a share of the policy term to the traces, and n_teacher=0 has none: set n_teacher, or"
+                        " sft_mix=False")  # fmt: skip
     if k.sft_coef_end and not k.sft_decay_steps:
         raise UserError(f"sft_coef_end={k.sft_coef_end} is never reached with sft_decay_steps=0: set sft_decay_steps")
     if k.sft_mix and max(k.sft_coef, k.sft_coef_end) > 1:
         raise UserError(f"sft_mix gives the policy term 1 - sft_coef, which is negative with {max(k.sft_coef, k.sft_coef_end)}:"
                         " set sft_coef and sft_coef_end to at most 1")  # fmt: skip
+    shares = k.teacher_share, k.teacher_share_end, k.teacher_share_low
     if not k.train_teacher and (k.sft_coef or k.sft_buffer or k.teacher_top_entropy < 1):
         raise UserError("train_teacher=False leaves no trace to learn: set sft_coef=0, sft_buffer=0 and teacher_top_entropy=1")
-    if not k.train_teacher and k.n_teacher and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) == 1:
+    if not k.train_teacher and k.n_teacher and min(shares) == 1:
         raise UserError(
             "train_teacher=False trains what the policy writes behind a cut trace, and none is cut: lower teacher_share"
         )
@@ -120,9 +124,15 @@ def check_knobs(k, n_ranks, shape):
     if k.teacher_gate >= 0 and k.sft_coef and k.baseline == "own":
         raise UserError("teacher_gate with sft_coef leaves some groups no own sample: set baseline='group', which is the mean"
                         " of own samples wherever there is one")  # fmt: skip
+    if k.teacher_gate >= 0 and k.sft_coef and min(shares) < 1:
+        raise UserError("teacher_gate with sft_coef leaves the trace alone in its group, so what the policy writes behind a cut"
+                        " one has no baseline: set teacher_share=1")  # fmt: skip
+    if k.teacher_share_low < 1 and k.teacher_share_low > max(k.teacher_share, k.teacher_share_end):
+        raise UserError(f"teacher_share_low={k.teacher_share_low} is above teacher_share and teacher_share_end: lower it, or"
+                        " set it to 1 for shares that are not random")  # fmt: skip
     if k.replay_share and k.n_teacher:
         raise UserError("replay_share puts a replayed sample in the place of a trace: set n_teacher=0")
-    if k.n_teacher == k.n_rollouts and min(k.teacher_share, k.teacher_share_end, k.teacher_share_low) < 1:
+    if k.n_teacher == k.n_rollouts and min(shares) < 1:
         raise UserError(
             f"teacher_share below 1 lets the policy continue a trace, but with n_teacher={k.n_teacher} nothing is sampled:"
             " lower n_teacher"

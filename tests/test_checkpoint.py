@@ -29,6 +29,7 @@ BASIC = ["--sampler=torch", "--reward_workers=1", "--eval_max_problems=16", "--e
 METHODS = {
     "luffy": ["--update_batches=2", "--lr_schedule=constant"],
     "relift": ["config/method/relift.py", "--sft_buffer=20"],
+    "hpt": ["config/method/hpt.py", "--sft_decay_steps=4", "--sft_coef_end=0.1"],
     "exgrpo": ["config/method/exgrpo.py", "--replay_start=0.0", "--learning_rate=1e-3"],
 }
 
@@ -63,9 +64,9 @@ def test_three_and_three_are_six(script, tmp_path, method):
     train(script, tmp_path / "parts", *argv, "--max_steps=3")
     assert train(script, tmp_path / "parts", *argv, "--max_steps=6", "--resume=auto") == 0
     whole, parts = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
-    assert whole == parts and len(whole) == {"luffy": 2, "relift": 4, "exgrpo": 3}[method] + 7 + 6
+    assert whole == parts and len(whole) == {"relift": 4, "exgrpo": 3}.get(method, 2) + 7 + 6
     folder = tmp_path / "whole" / "ckpt_6" / "state"
-    memory = {"luffy": None, "relift": "queue", "exgrpo": "question"}[method]
+    memory = {"relift": "queue", "exgrpo": "question"}.get(method)
     assert os.path.isfile(folder / "sft.safetensors") == (method == "relift")
     assert (not memory) or load_file(folder / "memory.safetensors")[memory].numel()  # it had something to remember
     rows = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]

@@ -327,9 +327,10 @@ def test_the_expected_gradient_behind_the_gate(script, sft_coef):
 
 def test_who_is_in_a_group_behind_the_gate(script):
     def group(rewards, n_traces, *argv):
-        own = [Rollout(0, [2], [i], reward=r, reason="correct" if r else "wrong") for i, r in enumerate(rewards)]
+        own = [Rollout(0, [2], [i], reward=r, reason="correct" if r >= 1 else "wrong") for i, r in enumerate(rewards)]
         traces = [Rollout(0, [2], [10 + i], "teacher", 1) for i in range(n_traces)]
-        return [r.response_ids[0] for r in script("train", list(argv)).gated([*own, *traces])]
+        train = script("train", list(argv))
+        return [r.response_ids[0] for r in train.worth_training(train.gated([*own, *traces]))]
 
     few, ampo, hpt = (1, 0, 0, 1, 0), ("--teacher_gate=2", "--n_teacher=2"), ("--teacher_gate=2", "--sft_coef=1.0")
     assert group(few, 1) == [0, 1, 2, 3, 4, 10]  # without a gate all that was sampled
@@ -339,6 +340,11 @@ def test_who_is_in_a_group_behind_the_gate(script):
     for argv in (ampo, hpt):
         assert group((1, 0, 1, 1, 0), 1, *argv) == [0, 1, 2, 3, 4]
     assert group(few, 1, "--teacher_gate=1") == [0, 1, 2, 3, 4]
+    assert group((0,) * 5, 1, *ampo) == [0, 1, 2, 3, 10]  # one trace takes one place
+    half, full = (0.5,) * 5, (6.0, 0, 0, 0, 0)  # rewards of a grader of one's own: right is what solved_at says
+    assert group(half, 1, "--teacher_gate=0") == [0, 1, 2, 3, 10] and group(full, 1, "--teacher_gate=1") == [0, 1, 2, 3, 10]
+    # A trace that is learnt by likelihood is alone, and of no use to DAPO's filter, which looks for unequal rewards.
+    assert group((0, 0), 1, *hpt, "--skip_equal_groups=True") == [10] and group((0, 0), 0, "--skip_equal_groups=True") == []
 
 
 def test_a_gate_that_never_opens_is_grpo(script, tmp_path, easy_data):
@@ -490,6 +496,9 @@ def test_a_prefix_that_is_only_read_has_no_gradient(script, tmp_path, problems):
         (["--sft_shaping=lgo"], "unknown shaping 'lgo'"),
         (["--sft_shaping=phi"], "have no effect with sft_coef=0"),
         (["--sft_mix=True"], "have no effect with sft_coef=0"),
+        (["--sft_mix=True", "--sft_coef=0.5", "--n_teacher=0"], "gives a share of the policy term to the traces"),
+        (["config/method/hpt.py", "--teacher_share=0.5"], "has no baseline"),
+        (["--teacher_share=0.3", "--teacher_share_end=0.3", "--teacher_share_low=0.8"], "is above teacher_share"),
         (["--sft_decay_steps=9"], "have no effect with sft_coef=0"),
         (["--sft_coef=1.5", "--sft_mix=True"], "1 - sft_coef, which is negative with 1.5"),
         (["--sft_coef=0.5", "--sft_coef_end=0.1"], "sft_coef_end=0.1 is never reached"),
@@ -783,6 +792,13 @@ def test_every_method_plans_at_7b(script, tmp_path, name, capsys):
         assert "teacher model's weights" in capsys.readouterr().out
 
 
+def test_prefixes_of_random_length_reach_a_run(script, tmp_path):
+    """Prefix-RFT's share is 0.95 in the first step and in a range from 0.05 in the last."""
+    run(script, tmp_path, "x", "config/method/prefix_rft.py", "--max_steps=2")
+    given = [[r["teacher_tokens"] for r in rollouts_of(tmp_path / "x", s) if r["written_by"] == "teacher"] for s in (1, 2)]
+    assert len(given[0]) == 16 and min(given[0]) >= 20 and min(given[1]) < 12 and len(set(given[1])) > 5
+
+
 def test_several_traces_in_a_group(script, tmp_path):
     """n_teacher = 2: six own samples, both traces of a problem that has two, and the only one of a problem that has one."""
     one = {"content": "<think>\n49>36</think>\\boxed{36}", "role": "assistant"}
@@ -812,6 +828,14 @@ def test_several_traces_in_a_group(script, tmp_path):
         ("tgpo", ["--teacher_model={mixture}", "--ce_coef=0.5", "--update_batches=2"]),
         ("tgpo_adv", ["--teacher_model={mixture}", "--teacher_offload=True", "--top1_bonus=0.5", "--update_batches=2"]),
         ("sft_released", []),
+        ("hpt", ["--data={easy}", "--temperature=2.0", "--update_batches=2"]),
+        ("hpt", []),
+        ("ampo", ["--data={easy}", "--temperature=2.0", "--update_batches=2"]),
+        ("chord_mu", ["--sft_decay_steps=3", "--update_batches=2"]),
+        ("chord_phi", []),
+        ("prefix_rft", ["--update_batches=2"]),
+        ("dft", []),
+        ("cispo", ["--data={easy}", "--temperature=1.6", "--update_batches=4", "--clip_high=0.1"]),
     ],
 )
 def test_methods_on_two_sharded_ranks(tmp_path, name, more, easy_data, other_model, mixture):

@@ -64,7 +64,7 @@ def test_the_probabilities_are_those_of_the_update(done, tmp_path, capsys):
         assert shown["p"] == pytest.approx(want, rel=6e-3) and "".join(shown["tokens"]).removesuffix("<eos>") == r["response"]
 
 
-@pytest.mark.parametrize("overlay", ["luffy_partial", "exgrpo", "sft", "grpo"])
+@pytest.mark.parametrize("overlay", ["luffy_partial", "exgrpo", "sft", "grpo", "prefix_rft"])
 def test_every_kind_of_row(script, tmp_path, overlay):
     """A trace that the policy continues, a replayed success, nothing but a trace, and no trace at all."""
     more = ["--replay_start=0.0", "--learning_rate=1e-3", "--max_steps=4"] if overlay == "exgrpo" else []
@@ -77,8 +77,9 @@ def test_every_kind_of_row(script, tmp_path, overlay):
     assert data["likelihood"] == (overlay == "sft")
     for r in data["rows"]:
         assert ("ratio" in r) == (r["by"] == "replay") and len(r.get("ratio", r["ids"])) == len(r["ids"])
-    kinds = {"luffy_partial": {"policy", "teacher"}, "exgrpo": {"policy", "replay"}, "sft": {"teacher"}, "grpo": {"policy"}}
-    assert {r["by"] for r in data["rows"]} == kinds[overlay]
+    kinds = {"exgrpo": {"policy", "replay"}, "sft": {"teacher"}, "grpo": {"policy"}}
+    assert {r["by"] for r in data["rows"]} == kinds.get(overlay, {"policy", "teacher"})
+    assert data["top"] == (0.2 if overlay == "prefix_rft" else 1.0) and not data["scheduled"]  # the page names them
 
 
 @pytest.mark.parametrize("likelihood", [0.0, 0.5])

@@ -448,8 +448,8 @@ class Scripted:
             done(i, Sample([prompts[i][0], seeds[i] % 7], [0.0, 0.0], "stop"))
 
 
-def grouped(sampler, problems, n_rollouts, n_teacher, step=5, **options):
-    return roll_out(sampler, problems, n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=1.0, max_tokens=40, seed=0,
+def grouped(sampler, problems, n_rollouts, n_teacher, step=5, seed=0, **options):
+    return roll_out(sampler, problems, n_rollouts=n_rollouts, n_teacher=n_teacher, temperature=1.0, max_tokens=40, seed=seed,
                     step=step, stamp=step, **options)  # fmt: skip
 
 
@@ -457,12 +457,14 @@ def test_random_shares_of_a_trace():
     """Each trace's share is uniform in its range. It depends on seed, step, problem and trace, and on nothing else."""
     problems = [Problem(i, [3], "1", [[8] * 1000, [9] * 1000], "") for i in range(100)]
     lengths = lambda rollouts: [r.n_teacher_tokens for r in rollouts if r.source == "teacher"]
-    draw = lambda step, *problems: lengths(grouped(Scripted(), problems, 4, 2, step, teacher_share=0.9, teacher_share_low=0.1))
-    shares = torch.tensor(draw(5, *problems)) / 1000.0
-    assert shares.min() >= 0.1 and shares.max() <= 0.9 and len(shares.unique()) > 150
-    quarters = torch.histc(shares, 4, 0.1, 0.9)
-    assert (quarters > 30).all() and abs(shares.mean() - 0.5) < 0.05
+    shares = dict(teacher_share=0.9, teacher_share_low=0.1)
+    draw = lambda step, *problems, seed=0: lengths(grouped(Scripted(), problems, 4, 2, step, seed, **shares))
+    drawn = torch.tensor(draw(5, *problems)) / 1000.0
+    assert drawn.min() >= 0.1 and drawn.max() <= 0.9 and len(drawn.unique()) > 150
+    quarters = torch.histc(drawn, 4, 0.1, 0.9)
+    assert (quarters > 30).all() and abs(drawn.mean() - 0.5) < 0.05
     assert draw(5, *problems[7:9]) == draw(5, *problems)[14:18] and draw(6, *problems) != draw(5, *problems)
+    assert draw(5, *problems, seed=1) != draw(5, *problems)
     fixed = [grouped(Scripted(), problems, 4, 2, teacher_share=0.3, teacher_share_low=low) for low in (0.3, 1.0)]
     assert lengths(fixed[0]) == lengths(fixed[1]) == [300] * 200
     whole = grouped(Scripted(), problems[:1], 4, 2, teacher_share=1.0, teacher_share_low=0.5)

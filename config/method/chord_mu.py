@@ -1,8 +1,9 @@
 # CHORD-mu (arXiv 2508.11408): (1 - mu) GRPO + mu SFT, mu falling from 0.9 to 0.05 along a cosine of 200 steps. Own samples
-# are a group of their own, and a trace is beside them. Numbers from the example in Trinity-RFT, its authors' code: its comments
-# have CHORD-mu's and CHORD-phi's, its values are a third setting. Std, clip 0.2, no entropy term; it takes one update of 32
-# prompts a step. Different: there 64 traces of other questions are beside these prompts, micro-batches weigh by rows, ours by
-# tokens, and a sample without think tags loses 0.1, where ours gets 0. Here a question without a trace has nine samples.
+# are a group of their own, and a trace is beside them. Numbers from the example in Trinity-RFT, its authors' code: the comments
+# of that file give those of CHORD-mu and CHORD-phi; the values it sets are of neither. Std, clip 0.2, no entropy term; it takes
+# one update of 32 prompts a step. Different: there 64 traces of other questions are beside these prompts, each micro-batch
+# weighs by its rows, here by its tokens, and a sample without think tags loses 0.1, where ours gets 0. Here a question without
+# a trace has nine samples.
 n_rollouts = 9
 n_teacher = 1
 baseline = "own"

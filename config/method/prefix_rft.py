@@ -3,7 +3,8 @@
 # entropy carries the row's advantage, unshaped: log p has the weight of a ratio at 1. Numbers from its paper, as others quote
 # them, and from run names in its code, which has no run's config: the clip is its default. Different: entropies are ranked
 # within a prefix, not over a micro-batch; in a second update the prefix has neither ratio nor clip; no dual clip (3). Its code
-# has a group per prefix, too. Control, a prefix that is only read: --train_teacher=False --teacher_top_entropy=1.0.
+# can also take each prefix's rows as a group. The control, whose prefix is only read: --train_teacher=False
+# --teacher_top_entropy=1.0.
 n_teacher = 1
 shaping = "log"
 gamma = 1.0
