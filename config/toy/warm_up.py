@@ -1,0 +1,10 @@
+# SFT for a minute before all methods of `make demo-real`: the base learns the form, and the habit to stop after one event.
+include("config/toy/real.py")
+include("config/method/sft.py")
+data = "out/real/warm_up.parquet"
+model = "out/real/base"
+prompts_per_step = 16
+max_steps = 30
+lr_schedule = "cosine"  # ends calmly: what all methods start from should not hang on the last batch
+eval_interval = 0
+min_teacher_pass = 0.5  # on purpose, see toy/real.py
