@@ -96,6 +96,16 @@ def test_all_methods_have_one_setting():
     assert runs["luffy"]["loss_constant"] == sequences * runs["luffy"]["max_tokens"]
 
 
+def test_the_warm_up(files, grade):
+    """It is SFT alone, one pass over its traces, and passes its own check of them."""
+    run = resolve("train.py", "config/toy/warm_up.py")
+    rows = files["warm_up"]
+    assert (run["n_rollouts"], run["n_teacher"], run["sft_coef"], run["eval_data"]) == (1, 1, 1.0, "")
+    assert run["max_steps"] * run["prompts_per_step"] == len(rows)
+    right = sum(grade(trace(r), r["reward_model"]["ground_truth"]) for r in rows)
+    assert right / len(rows) == 0.5 + 0.5 * real.GO_ON >= run["min_teacher_pass"]
+
+
 def run_of(start, halfway, end, own=None):
     """A run's metrics: three evaluations, and twelve steps whose own reward grows, or has none."""
     steps = [{"step": i, "reward/own": own * i, "time/update": 2.0} if own else {"step": i} for i in range(1, 13)]

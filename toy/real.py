@@ -158,9 +158,12 @@ def main():
     make_base(out, args.model)
     write_questions(out)
     common = ["--device=cpu", f"--dtype={precision()}", *rest]
-    print(f"warming the base up ({precision()}), then {len(SHOWN)} methods x {args.seeds} seed(s)", flush=True)
+    print(
+        f"warming the base up for a minute or two, then {len(SHOWN)} methods x {args.seeds} seed(s), in {precision()}",
+        flush=True,
+    )
     cores = os.cpu_count()
-    files = [f"--data={out}/warm_up.parquet", f"--eval_data={out}/test.parquet", f"--model={out}/base"]
+    files = [f"--data={out}/warm_up.parquet", f"--model={out}/base"]
     train(os.path.join(out, "warm_up"), ["config/toy/warm_up.py", *files, *common], cores)
 
     def run(job):
