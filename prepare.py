@@ -5,6 +5,7 @@ and a teacher model that reads the policy's token ids.
     python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think
     python prepare.py reanswer --model=TEACHER --data=data/openr1.parquet --out=data/openr1.teacher.parquet
     python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think
+    python prepare.py model --model=FILE.gguf --out=models/NAME --rope_theta=0 --max_position=0
     python prepare.py align --model=TEACHER --policy=models/Qwen2.5-Math-7B-16k-think --out=models/TEACHER-aligned
 
 All commands write to *.partial and rename at the end, so a file with its final name is whole. They overwrite nothing.
@@ -67,7 +68,7 @@ def parse(argv):
     p.add_argument("--hang_timeout", type=float, default=300.0, help="end after so many seconds without progress (%(default)s)")
 
     p = commands.add_parser("model", allow_abbrev=False, help="set a model's RoPE base, positions and chat template")
-    p.add_argument("--model", required=True, help="a folder in Hugging Face format, or a hub name")
+    p.add_argument("--model", required=True, help="a folder in Hugging Face format, a hub name, or a local file.gguf")
     p.add_argument("--out", required=True, help="the new folder")
     p.add_argument("--rope_theta", type=int, default=40000, help="0 leaves the model's own (%(default)s)")
     p.add_argument("--max_position", type=int, default=16384, help="0 leaves the model's own (%(default)s)")
@@ -96,6 +97,7 @@ import re
 import shutil
 import time
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,7 +106,8 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import set_verbosity_error
 
 from data import EMPTY, THINK, Unusable, load_problems, load_templates, plain_trace
@@ -509,22 +512,55 @@ SKIPPED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 
 
 def prepare_model(args):
-    """Copy a model, without subfolders and other files of weights than its own; edit config.json and the chat template. Raises
-    UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
+    """Copy a model, without subfolders and other files of weights than its own, or unpack a GGUF file; edit config.json and the
+    chat template. Raises UserError unless the edits take effect and config, weights, tokenizer and engines agree."""
     check_range(args, "rope_theta max_position", "")  # zero or more
-    out, template, source = repo_path(args.out), chat_template(args.template), model_path(args.model)
+    out, template, packed = repo_path(args.out), chat_template(args.template), args.model.endswith(".gguf")
     check_new(out)
-    source, files, weights = model_on_disk(source)
+    source, files, weights = (repo_path(args.model), [], []) if packed else model_on_disk(model_path(args.model))
     with new_folder(out, source) as partial:
+        if packed:
+            unpack_gguf(source, partial)
         copy_files(source, partial, set(files) - set(weights))
         edit_config(partial, args.rope_theta, args.max_position)
         tokenizer = edit_template(partial, template, args.max_position, args.template)
-        dtype = check_weights(source, partial, tokenizer)
-        print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
+        dtype = check_weights(partial if packed else source, partial, tokenizer)
+        if not packed:
+            print(f"copying {sum(os.path.getsize(os.path.join(source, name)) for name in weights) / 1e9:.1f} GB", flush=True)
         copy_files(source, partial, weights)
         if args.round_trip == "True":
             round_trip(partial, tokenizer, dtype)
     print(f"wrote {out}")
+
+
+def unpack_gguf(path, folder):
+    """Write the model of a GGUF file into a folder in Hugging Face format: float32 weights, config, tokenizer, chat template.
+    Quantized weights become the numbers that they stand for. Raises UserError if transformers does not read it."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}: name a local .gguf file")
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise UserError(f"a GGUF file is read with the package {missing[0]}: pip install -r requirements-optional.txt")
+    from gguf import GGUFReader
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    where = dict(pretrained_model_name_or_path=os.path.dirname(path), gguf_file=os.path.basename(path))
+    print(f"unpacking {os.path.getsize(path) / 1e9:.1f} GB", flush=True)
+    try:
+        field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+        cut = field.contents() if field else "gpt-2"
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        hf = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    except Exception as e:
+        raise UserError(f"{path} is no GGUF file of a causal LM that transformers reads: {first_line(e)}") from None
+    if cut == "smollm":  # transformers does not know it, and would cut spaces before a digit in another way
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    elif cut not in ("gpt-2", "default", *GGUF_PRE_TOKENIZER_SPLITS):
+        print(f"note: transformers cuts text as GPT-2 does, for it does not know {cut!r}: compare its ids with the original's")
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in weight_files(folder):  # save_pretrained() writes them for the user alone
+        shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
 
 
 def check_new(out):

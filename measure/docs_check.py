@@ -41,6 +41,7 @@ COMMANDS = {
     "pip uninstall torchvision torchaudio torchcodec": HARMFUL,
     "rm /dev/shm/*cpushm*": HARMFUL,
     "pip install -r requirements-gpu.txt": [("pip install", "pip install --dry-run -q")],
+    "pip install -r requirements-optional.txt": [("pip install", "pip install --dry-run -q")],
     "pip install --no-deps -r requirements-cpu.txt": [("pip install", "pip install --dry-run -q")],
     "make TORCH_FROM=ADDRESS demo": [("make", "make --dry-run")],
     "python measure/kill.py": "by tests/test_checkpoint.py, in `make test-slow`",
@@ -70,6 +71,7 @@ COMMANDS = {
     "python measure/grading_speed.py": [("speed.py", "speed.py 2 200")],
     # The 7B run.
     "python prepare.py model --model=Qwen/Qwen2.5-Math-7B --out=models/Qwen2.5-Math-7B-16k-think": [],
+    "python prepare.py model --model=FILE.gguf --out=models/NAME --rope_theta=0 --max_position=0": "by tests/test_gguf.py",
     "python prepare.py openr1 --tokenizer=models/Qwen2.5-Math-7B-16k-think --out=data/openr1.parquet":
         [("openr1 ", "openr1 --src=raw.parquet ")],
     "python prepare.py align --model=Qwen/Qwen3-30B-A3B-Thinking-2507 --policy=models/Qwen2.5-Math-7B-16k-think"
@@ -99,6 +101,7 @@ COMMANDS = {
     "python eval.py --model=out/demo/luffy_0/ckpt_60 --k=8 --out_dir=out/eval_luffy": [],
     "python eval.py --model=out/demo/sft_0/ckpt_60 --k=8 --out_dir=out/eval_sft": [],
     "python eval.py compare out/eval_sft/eval.json out/eval_luffy/eval.json": [],
+    'python sample.py --question="49+97+53+05+33+65+62+51=?" --answer=85 --k=2 --out_dir=out/demo/luffy_0': [],
     "for m in Elliott/LUFFY-Qwen-Math-7B-Zero Elliott/Qwen2.5-Math-7B-SFT Elliott/Qwen2.5-Math-7B-SFT-RL"
     " rzzhan/ExGRPO-Qwen2.5-Math-7B-Zero; do torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
     " --data=data/valid.all.parquet --out_dir=out/six/$m; torchrun --nproc_per_node=8 eval.py config/eval/luffy.py --model=$m"
@@ -196,6 +199,7 @@ def unknown_knobs():
         "measure/peers/compare.py",
         "plot.py",
         "prepare.py",
+        "sample.py",
         "toy/demo.py",
         "toy/real.py",
         "toy/table.py",

@@ -278,7 +278,7 @@ def test_relative_paths_count_from_the_repository(knobs, monkeypatch, tmp_path):
             knobs(path)
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "bench.py", "sample.py"])
 def test_help_explains_every_knob(script):
     out = subprocess.run(
         [sys.executable, os.path.join(ROOT, script), "--help"], capture_output=True, text=True, check=True
