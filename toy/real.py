@@ -35,7 +35,7 @@ STAGES = [["sft", "sft_verified"], ["luffy", "mixed", "grpo", "sft_then_rl"]]  #
 SHOWN = ["luffy", "grpo", "sft", "sft_verified", "mixed", "sft_then_rl"]
 AT_ONCE = 2  # runs
 WRONG = 0.3  # share of the teacher's traces that stop early
-GO_ON = 0.2  # share of the warm-up's two-event traces that do not
+GO_ON = 0.1  # share of the warm-up's two-event traces that do not
 
 
 def write_questions(out):

@@ -10,12 +10,12 @@ A trace that stops early ends after the first event: " 9 - 3 = 6. The answer is 
 NAMES = "Mia Leo Ada Tom Zoe Sam Eva Max Ida Ben".split()
 THINGS = "plums shells coins books cards stamps eggs beads".split()
 MORE, LESS = "finds buys gets wins".split(), "loses sells drops breaks".split()
-LARGEST, MOST = 9, 19  # numbers in a question run to LARGEST, totals from 1 to MOST
+LARGEST, MOST = 9, 19  # an event's number runs to LARGEST, totals from 1 to MOST
 
 
 def problem(rng, events):
     """A random problem: its question, the steps of its working, the total after each event."""
-    total, thing = rng.randint(2, LARGEST), rng.choice(THINGS)
+    total, thing = rng.randint(2, MOST), rng.choice(THINGS)
     question, steps, totals = f"{rng.choice(NAMES)} has {total} {thing}", [], []
     for _ in range(events):
         choices = [n for n in range(-LARGEST, LARGEST + 1) if n and 1 <= total + n <= MOST]

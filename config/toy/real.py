@@ -17,6 +17,7 @@ loss_constant = 1024.0  # 32 sequences x 32 tokens
 max_steps = 24
 warmup_steps = 2
 learning_rate = 5e-5
+lr_schedule = "cosine"  # to zero: the end of a run should not hang on its last batches
 eval_interval = 12
 eval_k = 1
 sampler = "torch"  # vLLM starts longer than it saves here

@@ -5,6 +5,5 @@ data = "out/real/warm_up.parquet"
 model = "out/real/base"
 prompts_per_step = 16
 max_steps = 30
-lr_schedule = "cosine"  # ends calmly: what all methods start from should not hang on the last batch
 eval_data = ""  # each method evaluates the result at its step 0
 min_teacher_pass = 0.5  # half of the traces stop early, on purpose: see toy/real.py
