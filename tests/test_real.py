@@ -1,6 +1,8 @@
 """`make demo-real`: its questions, its claims, what it gives to train.py, and the whole program with a random model."""
 
 import importlib.util
+import json
+import math
 import os
 import random
 import re
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import real
 import words
-from helpers import build_model, metrics, resolve
+from helpers import build_model, byte_tokenizer, metrics, resolve
 
 from configurator import ROOT
 
@@ -120,13 +122,27 @@ def test_the_last_ten_steps():
     assert [real.sampled(run, i) for i in (0, 1, -1)] == [0, 0.1, 0.2]
 
 
+def test_how_likely_going_on_is(tmp_path):
+    """The mean over the traces that go on; own samples and traces that stop early do not count."""
+    tokenizer = byte_tokenizer(["<eos>"])
+    rows = [{"written_by": by, "response_ids": tokenizer.encode(text), "update_logps": [*[0.0] * 5, math.log(p)]}
+            for by, text, p in (("teacher", "1+1=2,", 0.2), ("teacher", "1+2=3,", 0.4), ("own", "1+1=2,", 0.9),
+                                ("teacher", "1+1=2.", 0.9))]  # fmt: skip
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rollouts" / "step_2.jsonl").write_text(json.dumps(rows[2]))
+    assert real.goes_on(tmp_path, 1, tokenizer) == pytest.approx(0.3)
+    assert real.goes_on(tmp_path, 2, tokenizer) is None
+
+
 def test_claims():
     good = {"luffy": (0.05, 0.4, 0.7), "grpo": (0.05, 0.05, 0.1), "sft": (0.05, 0.5, 0.5), "sft_verified": (0.05, 0.6, 0.7),
             "mixed": (0.05, 0.3, 0.5), "sft_then_rl": (0.5, 0.7, 0.8)}  # fmt: skip
     methods = {name: [run_of(*values, own=0.01), run_of(*values, own=0.01)] for name, values in good.items()}
     assert all(holds for _, holds in real.judge(methods))
-    table = real.table(methods).splitlines()
-    assert table[2] == "| luffy | 0.700 0.700 | 0.700 0.700 | 0.400 0.400 | 0.078 0.078 | 26 |" and len(table) == 8
+    table = real.table(methods, {name: [0.01, None] for name in methods}).splitlines()
+    assert table[2] == "| luffy | 0.700 0.700 | 0.700 0.700 | 0.400 0.400 | 0.078 0.078 | 0.010 - | 26 |" and len(table) == 8
+    assert {line.count("|") for line in table} == {8}
     changes = [("luffy", (0.2, 0.4, 0.7)), ("grpo", (0.05, 0.05, 0.4)), ("luffy", (0.05, 0.4, 0.45)),
                ("sft", (0.05, 0.5, 0.75)), ("sft_verified", (0.05, 0.6, 0.5)), ("sft_verified", (0.05, 0.3, 0.7)),
                ("mixed", (0.05, 0.3, 0.75))]  # fmt: skip

@@ -13,6 +13,8 @@ Two runs at a time share the cores; each takes 4 GiB. Logs, metrics and checkpoi
 import argparse
 import contextlib
 import glob
+import json
+import math
 import os
 import random
 import shutil
@@ -22,6 +24,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import demo  # also puts the repository's root on the path
 import pyarrow as pa
@@ -108,15 +111,29 @@ def own_reward(run):
     return statistics.mean(rewards) if rewards else None
 
 
-def table(methods):
-    """A Markdown table: accuracies with a number per seed, and the seconds of the steps alone."""
+def goes_on(folder, step, tokenizer):
+    """The policy's mean probability of the "," after the first event, where the traces of a step go on, before the step's
+    update. None if none does."""
+    found = []
+    with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
+        for row in map(json.loads, f):
+            tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
+            if row["written_by"] == "teacher" and "," in tokens:
+                found.append(math.exp(row["update_logps"][tokens.index(",")]))
+    return statistics.mean(found) if found else None
+
+
+def table(methods, going):
+    """A Markdown table: accuracies with a number per seed, going = {method: [means over the seeds, or None]} of goes_on at the
+    first and the last step, and the seconds of the steps alone."""
     show = lambda values: " ".join("-" if v is None else f"{v:.3f}" for v in values)
-    lines = ["| method | greedy | sampled | sampled halfway | own reward, last 10 steps | seconds |", "|" + "---|" * 6]
+    heads = "method, greedy, sampled, sampled halfway, own reward in the last 10 steps, p(go on) first and last, seconds"
+    lines = [f"| {heads.replace(', ', ' | ')} |", "|" + "---|" * 7]
     for name, runs in methods.items():
         greedy = [[r["eval/greedy"] for r in run if "eval/greedy" in r][-1] for run in runs]
         seconds = statistics.mean(sum(v for r in run for k, v in r.items() if k.startswith("time/")) for run in runs)
         cells = [show(greedy), *(show([sampled(run, step) for run in runs]) for step in (-1, 1)),
-                 show(map(own_reward, runs)), f"{seconds:.0f}"]  # fmt: skip
+                 show(map(own_reward, runs)), show(going[name]), f"{seconds:.0f}"]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -176,11 +193,16 @@ def main():
             list(pool.map(run, [(method, seed) for seed in range(args.seeds) for method in stage]))
 
     import plot
+    from runtime.tokenizer import load_tokenizer
 
-    methods = plot.by_method([os.path.join(out, f"{method}_{seed}") for method in SHOWN for seed in range(args.seeds)])
+    folders = {m: [os.path.join(out, f"{m}_{seed}") for seed in range(args.seeds)] for m in SHOWN}
+    methods = plot.by_method([*chain(*folders.values())])
+    last, tokenizer = methods["luffy"][0][-1]["step"], load_tokenizer(os.path.join(out, "base"))
+    seen = {m: [[goes_on(f, step, tokenizer) for f in folders[m]] for step in (1, last)] for m in SHOWN}
+    going = {m: [None if None in values else statistics.mean(values) for values in pair] for m, pair in seen.items()}
     picture = os.path.join(out, "real.png")
     plot.draw(methods, [picture], plot.OUTCOMES)
-    print(f"\n128 held-out problems; sampled is T=1, one sample a problem\n\n{table(methods)}\n")
+    print(f"\n128 held-out problems; sampled is T=1, one sample a problem\n\n{table(methods, going)}\n")
     for claim, holds in judge(methods):
         print("holds        " if holds else "does not hold", claim)
     print(f"\npicture: {picture}\n{time.time() - start:.0f} s in total")
