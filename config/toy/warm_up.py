@@ -1,4 +1,4 @@
-# SFT for a minute before all methods of `make demo-real`: the base learns the form, and the habit to stop after one event.
+# SFT for a minute before all methods of `make demo-real`: the base learns each event, and the habit to stop after the first.
 include("config/toy/real.py")
 include("config/method/sft.py")
 data = "out/real/warm_up.parquet"
@@ -6,4 +6,4 @@ model = "out/real/base"
 prompts_per_step = 16
 max_steps = 30
 eval_data = ""  # each method evaluates the result at its step 0
-min_teacher_pass = 0.5  # half of the traces stop early, on purpose: see toy/real.py
+min_teacher_pass = 0.5  # 41 % of the traces stop early, on purpose: see toy/real.py
