@@ -5,5 +5,7 @@ data = "out/real/warm_up.parquet"
 model = "out/real/base"
 prompts_per_step = 16
 max_steps = 30
+learning_rate = 5e-5
+lr_schedule = "cosine"  # what all methods start from should not hang on the last batch
 eval_data = ""  # each method evaluates the result at its step 0
 min_teacher_pass = 0.5  # 41 % of the traces stop early, on purpose: see toy/real.py
