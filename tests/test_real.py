@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -48,18 +49,16 @@ def trace(row):
 
 
 def test_a_problem_by_hand():
-    rows = words.build_rows(random.Random(1), 2, 2, set(), early=0.5)
-    whole, early = sorted(rows, key=lambda r: -len(trace(r)))
-    start, first, second = map(int, re.search(r"has (\d+) .*? (\d+), \w+ (\d+)\.", question(whole)).groups())
-    numbers = [int(n) for n in re.findall(r"\d+", trace(whole))]
+    (row,) = words.build_rows(random.Random(1), 1, 2, set())
+    start, first, second = map(int, re.search(r"has (\d+) .*? (\d+), \w+ (\d+)\.", question(row)).groups())
+    numbers = [int(n) for n in re.findall(r"\d+", trace(row))]
     assert numbers == [start, first, numbers[2], numbers[2], second, numbers[5], numbers[5]]
-    assert str(numbers[5]) == whole["reward_model"]["ground_truth"]
-    assert re.fullmatch(r" \d+ [+-] \d+ = (\d+)\. The answer is \1\.", trace(early))
+    assert row["reward_model"]["ground_truth"] == str(numbers[5])
 
 
 def test_a_begun_answer_is_the_same_answer():
-    """Its first step and the comma move into the prompt."""
-    (whole,), (rest,) = (words.build_rows(random.Random(1), 1, 2, set(), given=given) for given in (0, 1))
+    """Its first step and the comma are in the prompt."""
+    (whole,), (rest,) = (words.build_rows(random.Random(1), 1, 3, set(), given=given) for given in (0, 1))
     assert begun(rest) + trace(rest) == trace(whole) and begun(rest).endswith(",") and not begun(whole)
     assert question(rest) == question(whole) and rest["reward_model"] == whole["reward_model"]
 
@@ -84,11 +83,15 @@ def test_every_working_is_right_and_so_is_its_sign(files):
 
 def test_the_traces_are_wrong_as_often_as_documented(files, grade):
     """Those that stop early never pass by chance, the others always pass."""
-    for name, n_early in (("test", 0), ("train", round(real.WRONG * 512)), ("warm_up", round((1 - real.GO_ON) * 200))):
-        early = [r for r in files[name] if r["data_source"] == "2 events" and "," not in begun(r) + trace(r)]
-        assert len(early) == n_early
-        for row in files[name]:
-            assert grade(trace(row), row["reward_model"]["ground_truth"]) == (row not in early)
+    stops = round((1 - real.GO_ON) * 160)
+    expected = {"test": Counter({3: 128}), "train": Counter({3: 358, 2: 154}), "warm_up": Counter({1: stops, 2: stops})}
+    expected["warm_up"][3] = 480 - 2 * stops
+    assert round(real.WRONG * 512) == 154
+    for name, rows in files.items():
+        steps = [(begun(r) + trace(r)).count("=") for r in rows]
+        assert Counter(steps) == expected[name]
+        for row, n in zip(rows, steps, strict=True):
+            assert grade(trace(row), row["reward_model"]["ground_truth"]) == (n == 3)
 
 
 @pytest.mark.parametrize("text,right", [("1 - 2 = 3. The answer is 4.", True), ("4, or 5", False), ("", False), ("-4", False)])
@@ -135,15 +138,15 @@ def test_the_last_ten_steps():
 
 
 def test_how_likely_going_on_is(tmp_path):
-    """The mean over the traces that go on; own samples and traces that stop early do not count."""
+    """The mean over the commas of the traces; those of own samples do not count."""
     tokenizer = byte_tokenizer(["<eos>"])
-    rows = [{"written_by": by, "response_ids": tokenizer.encode(text), "update_logps": [*[0.0] * 5, math.log(p)]}
-            for by, text, p in (("teacher", "1+1=2,", 0.2), ("teacher", "1+2=3,", 0.4), ("own", "1+1=2,", 0.9),
-                                ("teacher", "1+1=2.", 0.9))]  # fmt: skip
+    ids = tokenizer.encode("1,2,")
+    rows = [{"written_by": by, "response_ids": ids, "update_logps": [0.0, math.log(p), 0.0, math.log(q)]}
+            for by, p, q in (("teacher", 0.2, 0.3), ("teacher", 0.4, 0.1), ("own", 0.9, 0.9))]  # fmt: skip
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step_1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rollouts" / "step_2.jsonl").write_text(json.dumps(rows[2]))
-    assert real.goes_on(tmp_path, 1, tokenizer) == pytest.approx(0.3)
+    assert real.goes_on(tmp_path, 1, tokenizer) == pytest.approx(0.25)
     assert real.goes_on(tmp_path, 2, tokenizer) is None
 
 

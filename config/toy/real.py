@@ -1,4 +1,4 @@
-# A real language model on two-event word problems, on a CPU: the one setting of all methods in `make demo-real`, which makes
+# A real language model on three-event word problems, on a CPU: the one setting of all methods in `make demo-real`, which makes
 # the files that it names (toy/real.py).
 #
 #     python train.py config/toy/real.py config/method/luffy.py --out_dir=out/real/mine
@@ -11,9 +11,9 @@ require_think = False
 
 prompts_per_step = 8
 n_rollouts = 4
-max_tokens = 32  # a right trace takes about 20
-max_teacher_tokens = 36
-loss_constant = 1024.0  # 32 sequences x 32 tokens
+max_tokens = 40  # a right trace takes about 30
+max_teacher_tokens = 44
+loss_constant = 1280.0  # 32 sequences x 40 tokens
 max_steps = 24
 warmup_steps = 2
 learning_rate = 1e-5
