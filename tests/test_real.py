@@ -151,16 +151,17 @@ def test_how_likely_going_on_is(tmp_path):
 
 
 def test_claims():
-    good = {"luffy": (0.05, 0.4, 0.7), "grpo": (0.05, 0.05, 0.1), "sft": (0.05, 0.5, 0.5), "sft_verified": (0.05, 0.6, 0.7),
-            "mixed": (0.05, 0.3, 0.5), "sft_then_rl": (0.5, 0.7, 0.8)}  # fmt: skip
+    good = {"luffy": (0.02, 0.4, 0.7), "grpo": (0.02, 0.1, 0.4), "sft": (0.02, 0.4, 0.5), "sft_verified": (0.02, 0.6, 0.7),
+            "mixed": (0.02, 0.3, 0.6), "sft_then_rl": (0.5, 0.7, 0.8)}  # fmt: skip
     methods = {name: [run_of(*values, own=0.01), run_of(*values, own=0.01)] for name, values in good.items()}
     assert all(holds for _, holds in real.judge(methods))
     table = real.table(methods, {name: [0.01, None] for name in methods}).splitlines()
     assert table[2] == "| luffy | 0.700 0.700 | 0.700 0.700 | 0.400 0.400 | 0.078 0.078 | 0.010 - | 26 |" and len(table) == 8
     assert {line.count("|") for line in table} == {8}
-    changes = [("luffy", (0.2, 0.4, 0.7)), ("grpo", (0.05, 0.05, 0.4)), ("luffy", (0.05, 0.4, 0.45)),
-               ("sft", (0.05, 0.5, 0.75)), ("sft_verified", (0.05, 0.6, 0.5)), ("sft_verified", (0.05, 0.3, 0.7)),
-               ("mixed", (0.05, 0.3, 0.75))]  # fmt: skip
+    changes = [("luffy", (0.1, 0.4, 0.7)), ("luffy", (0.02, 0.4, 0.25)), ("grpo", (0.02, 0.45, 0.4)), ("grpo", (0.02, 0.1, 0.75)),
+               ("sft", (0.02, 0.4, 0.72)), ("sft_verified", (0.02, 0.6, 0.5)), ("sft_verified", (0.02, 0.35, 0.7)),
+               ("sft_then_rl", (0.5, 0.6, 0.4)), ("mixed", (0.02, 0.6, 0.6))]  # fmt: skip
+    assert len(changes) == len(real.judge(methods))
     for i, (name, values) in enumerate(changes):  # one seed of two is worse
         claims = real.judge(methods | {name: [methods[name][0], run_of(*values)]})
         assert not claims[i][1], claims[i]
