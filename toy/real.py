@@ -160,7 +160,7 @@ def judge(methods):
         (f"SFT on verified traces is as good as LUFFY: by >= -0.05 on average ({show(verified)})", mean(verified) >= -0.05),
         (f"and sooner: it leads halfway by > 0 each ({show(sooner)})", min(sooner) > 0),
         (f"SFT then RL, with twice the steps, is as good: by >= -0.05 on average ({show(then_rl)})", mean(then_rl) >= -0.05),
-        (f"shaping is sooner than none: LUFFY leads mixed halfway by > 0 on average ({show(over_mixed)})", mean(over_mixed) > 0),
+        (f"shaping is sooner than none: LUFFY leads mixed halfway on average ({show(over_mixed)})", mean(over_mixed) > 0),
     ]  # fmt: skip
 
 
