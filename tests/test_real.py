@@ -159,8 +159,8 @@ def test_claims():
     assert table[2] == "| luffy | 0.700 0.700 | 0.700 0.700 | 0.400 0.400 | 0.078 0.078 | 0.010 - | 26 |" and len(table) == 8
     assert {line.count("|") for line in table} == {8}
     changes = [("luffy", (0.1, 0.4, 0.7)), ("luffy", (0.02, 0.4, 0.25)), ("grpo", (0.02, 0.45, 0.4)),
-               ("grpo", (0.02, 0.1, 0.8)), ("sft", (0.02, 0.4, 0.72)), ("sft_verified", (0.02, 0.6, 0.5)), ("sft_verified", (0.02, 0.35, 0.7)),
-               ("sft_then_rl", (0.5, 0.6, 0.4)), ("mixed", (0.02, 0.6, 0.6))]  # fmt: skip
+               ("grpo", (0.02, 0.1, 0.8)), ("sft", (0.02, 0.4, 0.72)), ("sft_verified", (0.02, 0.6, 0.5)),
+               ("sft_verified", (0.02, 0.35, 0.7)), ("sft_then_rl", (0.5, 0.6, 0.4)), ("mixed", (0.02, 0.6, 0.6))]  # fmt: skip
     assert len(changes) == len(real.judge(methods))
     for i, (name, values) in enumerate(changes):  # one seed of two is worse
         claims = real.judge(methods | {name: [methods[name][0], run_of(*values)]})
