@@ -185,7 +185,7 @@ def test_the_whole_program(tmp_path):
     """With a random model over bytes in place of the wheel's, two steps a run: nothing is learnt, and it says so."""
     build_model(tmp_path / "model")
     command = [sys.executable, os.path.join(ROOT, "toy", "real.py"), f"--model={tmp_path / 'model'}",
-               f"--out={tmp_path / 'out'}", "--max_steps=2", "--max_prompt_tokens=128", "--max_teacher_tokens=64",
+               f"--out={tmp_path / 'out'}", "--max_steps=2", "--max_prompt_tokens=192", "--max_teacher_tokens=64",
                "--eval_max_problems=8"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
