@@ -38,7 +38,7 @@ STAGES = [["sft", "sft_verified"], ["luffy", "mixed", "grpo", "sft_then_rl"]]  #
 SHOWN = ["luffy", "grpo", "sft", "sft_verified", "mixed", "sft_then_rl"]
 AT_ONCE = 2  # runs
 WRONG = 0.3  # share of the teacher's traces that stop early
-GO_ON = 0.03  # share of the warm-up's traces that do not stop where they could go on
+GO_ON = 0.01  # share of the warm-up's traces that do not stop where they could go on
 
 
 def write_questions(out):
