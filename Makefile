@@ -5,13 +5,16 @@ PYTHON ?= python3
 TORCH_FROM ?=
 # Tests that run at once. Each worker holds torch, and two of them are enough for two cores.
 WORKERS ?= 2
-# Seeds of `make demo`: 1 shows the picture, 3 is the acceptance run.
+# Seeds of `make demo` and `make demo-real`: 1 shows the picture, 3 is the acceptance run.
 SEEDS ?= 1
 
-.PHONY: demo table test test-slow test-gpu docs-check lint toy clean
+.PHONY: demo demo-real table test test-slow test-gpu docs-check lint toy clean
 
 demo: .venv/ready
 	.venv/bin/python toy/demo.py --seeds=$(SEEDS)
+
+demo-real: .venv/ready
+	.venv/bin/python toy/real.py --seeds=$(SEEDS)
 
 table: .venv/ready
 	.venv/bin/python toy/table.py

@@ -53,6 +53,8 @@ COMMANDS = {
     # Two commands, and a look round.
     "make demo": [],
     "make demo SEEDS=3": [("make", "make --dry-run")],
+    "make demo-real": [("make demo-real", ".venv/bin/python toy/real.py --max_steps=1 --eval_max_problems=8")],
+    "make demo-real SEEDS=3": [("make", "make --dry-run")],
     "source .venv/bin/activate": [],
     "python plot.py out/demo/luffy_0 out/demo/grpo_0 out/demo/sft_0": [],
     "python plot.py trace out/demo/luffy_0 --step=5 --out=out/group.html": [],
@@ -235,6 +237,7 @@ def unknown_knobs():
         "prepare.py",
         "sample.py",
         "toy/demo.py",
+        "toy/real.py",
         "toy/table.py",
         "measure/kill.py",
     ):

@@ -33,12 +33,11 @@ What this shows, and what it does not:
 printed = []  # lines that are printed only once
 
 
-def train(out, method, seed, arguments):
-    """Run train.py with the method's overlay. Prints its evaluations, and writes all output to a log. Returns its folder."""
-    name = f"{method}_{seed}"
-    folder = os.path.join(out, name)
-    command = [sys.executable, "-u", os.path.join(ROOT, "train.py"), f"config/method/{method}.py", f"--seed={seed}",
-               f"--out_dir={folder}", "--reward_workers=1", "--device=cpu", *arguments]  # fmt: skip
+def train(folder, arguments):
+    """Run train.py with these arguments into a folder. Prints its evaluations, and writes all output to FOLDER.log. Returns the
+    folder; a failed run ends the program."""
+    name = os.path.basename(folder)
+    command = [sys.executable, "-u", os.path.join(ROOT, "train.py"), *arguments, f"--out_dir={folder}"]
     step = "0"
     with open(folder + ".log", "w") as log, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -47,10 +46,11 @@ def train(out, method, seed, arguments):
             log.write(line)
             if found := re.match(r"step +(\d+)/", line):
                 step = found[1]
-            if line.startswith("  eval  ") and not printed:
-                print(f"{'':<15}         {line.rstrip()}", flush=True)
-                printed.append(line)  # the columns' names
-            if line.startswith(("  eval toy", "  ...")):
+            if line.startswith("  eval  "):  # the columns' names
+                if not printed:
+                    print(f"{'':<15}         {line.rstrip()}", flush=True)
+                    printed.append(line)
+            elif line.startswith(("  eval ", "  ...")):
                 print(f"{name:<15} step {step:>2} {line.rstrip()}", flush=True)
     if process.returncode:
         with open(folder + ".log") as log:
@@ -86,9 +86,14 @@ def main():
     start = time.time()
     os.makedirs(args.out, exist_ok=True)
     print(f"{len(METHODS)} methods x {args.seeds} seed(s), 60 steps each, on the CPU; starting the engines takes a while")
-    jobs = [(m, s) for s in range(args.seeds) for m in METHODS]
+
+    def run(job):
+        method, seed = job
+        common = ["--reward_workers=1", "--device=cpu", *arguments]
+        return train(os.path.join(args.out, f"{method}_{seed}"), [f"config/method/{method}.py", f"--seed={seed}", *common])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = list(pool.map(lambda job: train(args.out, *job, arguments), jobs))
+        folders = list(pool.map(run, [(m, s) for s in range(args.seeds) for m in METHODS]))
 
     import plot
 
