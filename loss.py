@@ -151,10 +151,11 @@ def batch_loss(logp, entropy, top1_logp, batch, counts, shaping="luffy", gamma=0
         tokens, count = (mask & ~teacher, n - n_teacher) if by_likelihood else (mask, n)
         loss = loss + policy_coef * share(policy_term, tokens, loss_constant or count)
     if sft_coef:
-        learnt, count = logp if sft_shaping == "log" else shape(logp.exp(), sft_shaping, gamma), n_teacher
+        learnt = logp if sft_shaping == "log" else shape(logp.exp(), sft_shaping, gamma)
         if sft_per_sequence:
-            learnt, count = learnt / batch.trace_lengths.clamp(min=1), n_traces
-        loss = loss - sft_coef * share(learnt, teacher, count)
+            loss = loss - sft_coef * share(learnt / batch.trace_lengths.clamp(min=1), teacher, n_traces)
+        else:
+            loss = loss - sft_coef * share(learnt, teacher, n_teacher)
     if kl_coef:  # k2: its gradient, (log p - log p_T) * grad log p, is that of KL(pi || pi_T) in expectation; k1's is zero
         loss = loss + kl_coef * share((logp - batch.teacher_logp).square() / 2, own, n_own)
     if ce_coef:

@@ -649,15 +649,22 @@ def unpack_gguf(path, folder):
         field = GGUFReader(path).get_field("tokenizer.ggml.pre")
         cut = field.contents() if field else "gpt-2"
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        hf = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        plain = dict(dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True)
+        hf, found = AutoModelForCausalLM.from_pretrained(**where, **plain)
     except Exception as e:
         raise UserError(f"{path} is no GGUF file of a causal LM that transformers reads: {first_line(e)}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise UserError(f"{path} lacks {len(missing)} tensor(s), {missing[0]} among them: if it is one of several parts, join"
+                        " them first (llama-gguf-split --merge)")  # fmt: skip
     if cut == "smollm":  # transformers does not know it, and would cut spaces before a digit in another way
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     elif cut not in ("gpt-2", "default", *GGUF_PRE_TOKENIZER_SPLITS):
         print(f"note: transformers cuts text as GPT-2 does, for it does not know {cut!r}: compare its ids with the original's")
-    hf.save_pretrained(folder)
+    try:
+        hf.save_pretrained(folder)
+    except SafetensorError as e:  # a full disk
+        raise OSError(first_line(e)) from None
     tokenizer.save_pretrained(folder)
     for name in weight_files(folder):  # save_pretrained() writes them for the user alone
         shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
@@ -1021,16 +1028,13 @@ def prepare_export(args):
         with edited(path("config.json")) as config:
             config["dtype"] = args.dtype
             config.pop("torch_dtype", None)  # the older name of the same
-        if not os.path.isfile(path("generation_config.json")):
-            write_json(path("generation_config.json"), {})
-        with edited(path("generation_config.json")) as config:
-            config["eos_token_id"] = tokenizer.stop_ids
-            config.pop("_from_model_config", None)  # or transformers would make it anew from config.json
+        # Anew, with the ends alone: vLLM and lm-eval would take the base's length limit and penalties from it.
+        write_json(path("generation_config.json"), {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.pad_token_id})
         check_weights(source, partial, tokenizer)
         sizes = [cast(os.path.join(source, name), path(name), getattr(torch, args.dtype)) for name in weights]
         for name in glob.glob("*.safetensors.index.json", root_dir=partial):
             with edited(path(name)) as index:
-                index.setdefault("metadata", {})["total_size"] = sum(sizes)
+                index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes)}
         with open(path("README.md"), "w", encoding="utf-8") as f:
             f.write(card)
         if args.round_trip == "True":

@@ -8,6 +8,7 @@ Ask a model: its thought and its answer, k times, and the verifier's verdicts if
 
 import os
 import sys
+from contextlib import nullcontext
 
 from runtime.process import begin, lost_output
 
@@ -20,7 +21,7 @@ answer = ""  # the right one, of all questions; "" grades nothing
 model = ""  # a folder in Hugging Face format, or a hub name; "" is the newest checkpoint of out_dir
 out_dir = "out/toy"  # a run's folder
 template = "own"  # own: the model's chat template; qwen, simplerl, prime, prime_sft, no (config/templates.toml)
-thought = True  # show the thought, too; False shows only what is graded, which follows "</think>"
+thought = True  # False shows only what is graded: what follows "</think>", if the prompt opens a thought
 k = 1  # samples per question [> 0]
 temperature = 0.6  # 0 is greedy [0 or 0.01, 100]
 max_tokens = 8192  # response tokens at most [> 0]
@@ -52,7 +53,7 @@ def main():
     if k > 1 and not temperature:
         raise UserError(f"k={k} samples are all the same with temperature=0: set k=1, or a temperature")
     if not model and not os.path.isdir(repo_path(newest)):
-        raise UserError(f"out_dir={out_dir!r} holds no checkpoint, there is no {repo_path(newest)}: train, or set model")
+        raise UserError(f"there is no checkpoint {repo_path(newest)}: train, set out_dir to a run's folder, or set model")
     name, (_, precision) = model_path(model or newest), pick_device(device, dtype)
     tokenizer, context = load_tokenizer(name), load_config(name).max_position_embeddings
     render = renderer(tokenizer, template, system="keep")
@@ -61,15 +62,15 @@ def main():
     if (longest := max(map(len, prompts))) >= context:
         raise UserError(f"a question has {longest} tokens, its template counted, and the model's context {context}: shorten it")
     opened = texts[0].endswith(THINK)  # then a thought must close, in what is shown as in what is graded
-    verifier = Verifier(workers=1, require_think=opened, grader=grader)
-    engine = open_sampler(name, tokenizer.stop_ids, min(context, longest + max_tokens), sampler, precision, gpu_memory=0.85)
     tries = [(n, i) for n in range(len(asked)) for i in range(k)]
-    seeds = [request_seed(seed, "sample", asked[n], i) for n, i in tries]
-    samples = engine.generate([prompts[n] for n, _ in tries], seeds, temperature, max_tokens, stamp=name)
-    engine.close()
-    responses = [response_text(tokenizer, s.ids) for s in samples]
-    with verifier:
-        verdicts = verifier.score(responses, [answer] * len(tries)) if answer else [None] * len(tries)
+    seeds, verdicts = [request_seed(seed, "sample", asked[n], i) for n, i in tries], [None] * len(tries)
+    with Verifier(1, require_think=opened, grader=grader) if answer else nullcontext() as verifier:  # its faults show now
+        engine = open_sampler(name, tokenizer.stop_ids, min(context, longest + max_tokens), sampler, precision, gpu_memory=0.85)
+        samples = engine.generate([prompts[n] for n, _ in tries], seeds, temperature, max_tokens, stamp=name)
+        engine.close()
+        responses = [response_text(tokenizer, s.ids) for s in samples]
+        if answer:
+            verdicts = verifier.score(responses, [answer] * len(tries))
     for (n, i), s, response, verdict in zip(tries, samples, responses, verdicts, strict=True):
         graded = graded_text(response, opened)
         facts = [f"{len(s.ids)} tokens", "cut off" if s.finish_reason == "length" else "", verdict.reason if verdict else ""]

@@ -184,6 +184,7 @@ from runtime.run import check_same_run, find_checkpoint, identify, open_run
 from runtime.tokenizer import ends_in_words, load_tokenizer
 from runtime.trackers import open_tracker
 
+# Knobs with the name of a keyword of batch_loss are passed to it: see loss_terms().
 LOSS_DEFAULTS = {name: p.default for name, p in inspect.signature(batch_loss).parameters.items() if p.default is not p.empty}
 
 

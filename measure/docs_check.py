@@ -35,6 +35,7 @@ SHORT = " --sampler=torch --eval_max_problems=8"
 BY_CI = "by .ci/run"
 HARMFUL = "not run: it changes the machine"
 HUB = "by hand: it fetches what others publish"
+ONLY_RESOLVED = "by hand: what is installed next is only resolved here"
 COMMANDS = {
     "make test": BY_CI,
     "make test-slow": BY_CI,
@@ -100,15 +101,17 @@ COMMANDS = {
     "python train.py config/luffy_1gpu.py config/method/sft_then_rl_corrected.py --model=out/sft_1gpu/latest"
     " --out_dir=out/sft_then_rl_1gpu": [("1gpu.py c", "1gpu.py" + SMALL + BYTES + " c")],
     "python plot.py out/luffy_1gpu out/grpo_1gpu out/sft_1gpu out/sft_then_rl_1gpu --out=out/one_gpu": [],
-    "uv venv --python 3.12 .venv": "by hand: uv is no package of ours",
+    "python3 -m venv .venv-gpu": ONLY_RESOLVED,
+    "source .venv-gpu/bin/activate": ONLY_RESOLVED,
+    "uv venv --python 3.12 .venv-gpu": "by hand: uv is no package of ours",
     "uv pip install -r requirements-gpu.txt": "by hand: uv is no package of ours",
     "uv pip install torch==2.13.0": "by hand: uv is no package of ours",
     "uv pip install --no-deps -r requirements-cpu.txt": "by hand: uv is no package of ours",
     "sbatch docs/two_nodes.slurm config/luffy_7b.py": "by tests/test_slurm.py, in `make test-slow`",
     "python train.py config/luffy_7b.py --dry_run=True": [],
     # One's own questions and reward.
-    "python train.py config/luffy_1gpu.py --data=./mine.jsonl --grader=./mine.py --out_dir=out/mine":
-        [("out/mine", "out/mine" + SMALL + BYTES)],
+    "python train.py config/luffy_1gpu.py --data=./mine.jsonl --grader=./mine.py --holdout=0 --prompts_per_step=2 --max_steps=2"
+    " --out_dir=out/mine": [("out/mine", "out/mine --sampler=torch --max_tokens=16 --reward_workers=1" + BYTES)],
     # Eight.
     "torchrun --nproc_per_node=8 train.py config/luffy_7b.py --resume=auto": [TWO, ("auto", "auto" + SMALL)],
     # The same run as the line above, which is in out/luffy_7b already.
@@ -394,8 +397,7 @@ def stand_ins(folder):
             for source in sources for i in range(4)
         ]  # fmt: skip
         pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"valid.{file}.parquet")
-    mine = [{"question": f"What is {i}+1?", "answer": i + 1, "trace": f"</think>\\boxed{{{i + 1}}}"} for i in range(64)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+    (folder / "mine.jsonl").write_text(re.search(r"^```json\n(.*?)^```", read("README.md"), re.S | re.M)[1])
     page = read("docs/first_ablation.md")
     (folder / "first.diff").write_text(re.search(r"^```diff\n(.*?)^```", page, re.S | re.M)[1])
     subprocess.run(["patch", "-p1", "-F0", "-i", "first.diff"], cwd=folder, check=True)

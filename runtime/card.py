@@ -22,7 +22,7 @@ def model_card(source, name, prompt, tokenizer, dtype, base, evaluation):
 
     name         the card's title
     prompt       a rendered prompt, for what it ends in
-    base         the base model's name on the hub; "" takes the run's knob `model`
+    base         the base model's name on the hub, or ""
     evaluation   a folder of eval.py's results, or its eval.json; "" for none
 
     Raises UserError if the evaluation is not readable, or was made of other weights, and for a base that is no name.
@@ -30,8 +30,7 @@ def model_card(source, name, prompt, tokenizer, dtype, base, evaluation):
     if base and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         raise UserError(f"--base={base}: write the name that the base model has on the hub, USER/NAME")
     run, _ = read_run(source) if os.path.isdir(os.path.join(source, "state")) else (None, None)
-    knobs = run["knobs"] if run else {}
-    parts = [front_matter(base), f"# {name}", *training(run, base or bare(knobs.get("model", ""))), "## Accuracies"]
+    parts = [front_matter(base), f"# {name}", *training(run, base), "## Accuracies"]
     recorded = [*by_the_run(source, run), *by_eval(source, evaluation)]
     parts += recorded or ["None is recorded."]
     cast = f"Measured before the weights were cast to {dtype}; the cast model was not evaluated."
@@ -60,7 +59,8 @@ def training(run, base):
     script = os.path.join(ROOT, "train.py")
     default, free = defaults(script), free_knobs(script)
     changed = {k: v for k, v in knobs.items() if k not in free and k not in ("sampler", "dtype") and v != default.get(k)}
-    facts = {"base model": base, "data": f"{bare(knobs['data'])}, {run['inputs']['problems']} problems",
+    facts = {"base model": base, "training started from": bare(knobs["model"]),
+             "data": f"{bare(knobs['data'])}, {run['inputs']['problems']} problems",
              "teacher model": bare(knobs["teacher_model"]), "grader": bare(knobs["grader"]), "steps": run["step"],
              "dtype of training": knobs["dtype"], "processes": run["world_size"],
              "code": by.get("git", "") + (", with edits" if by.get("edited") else ""),
@@ -70,8 +70,8 @@ def training(run, base):
         " in its groups, or one of the methods it is compared with. The knobs say which.",
         "## Training",
         table(("", "value"), [(k, v) for k, v in facts.items() if v != ""]),
-        "These knobs differ from the defaults of `train.py`, which are LUFFY's on the toy:" if changed else
-        "All other knobs have the defaults of `train.py`, which are LUFFY's on the toy.",
+        "Of the knobs that change what is learnt, " + ("these differ" if changed else "none differs") +
+        " from the defaults of today's `train.py`, which are LUFFY's on the toy" + (":" if changed else "."),
         *([table(("knob", "value", "default"), [(f"`{k}`", v, default.get(k, "")) for k, v in changed.items()])] if changed
           else []),
     ]  # fmt: skip

@@ -139,7 +139,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     own, size = k["n_rollouts"] - k["n_teacher"], k["prompts_per_step"] * k["n_rollouts"]
     group = f"{own} own + {k['n_teacher']} teacher"
     if k["teacher_gate"] >= 0:
-        group = f"{k['n_rollouts']} own, teacher where at most {k['teacher_gate']} are right"
+        own, group = k["n_rollouts"], f"{k['n_rollouts']} own, teacher where at most {k['teacher_gate']} are right"
     log(
         f"batch: {k['prompts_per_step']} prompts x ({group}) = {size} sequences a step,"
         f" {k['update_batches']} update(s) of {size // k['update_batches']}, {world} rank(s)"
@@ -189,7 +189,7 @@ def print_plan(k, config, n_problems, world, on_gpu, gpu_gib, log, teacher_confi
     flop = 6 * per_token(config) * size * longest  # backward is twice the forward; what recompute=True repeats is left out
     log(
         f"work of a step: at most {size * longest} tokens and {flop / 1e15:.2g} PFLOP in its updates (attention's own products"
-        f" left out), {k['prompts_per_step'] * own * k['max_tokens']} tokens to sample; hours: not measured"
+        f" left out), {k['prompts_per_step'] * own * k['max_tokens']} tokens to sample at most; hours: not measured"
     )
     share, length = k["gpu_memory"] * gpu_gib * GIB, k["max_prompt_tokens"] + k["max_tokens"]
     left, tokens = kv_cache(config, share, k["tensor_parallel"], dtype_bytes)

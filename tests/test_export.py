@@ -95,12 +95,13 @@ def test_the_card_takes_an_evaluation_of_these_weights_only(ckpt, tmp_path):
 
 
 def test_several_files_of_weights_and_several_ends(tmp_path):
-    """The index has the new size. All ids that end a response are named, also if they were not in generation_config.json."""
+    """The index has the new size. generation_config.json names all ids that end a response, and nothing of the base's: vLLM
+    would cut responses and sample by it."""
     source = build_model(tmp_path / "source", tied=False, shard="50KB")
     config = json.loads((source / "config.json").read_text())
     ends = [load_tokenizer(str(source)).convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_end|>")]
     (source / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
-    (source / "generation_config.json").unlink()
+    (source / "generation_config.json").write_text('{"max_new_tokens": 20, "repetition_penalty": 1.05, "top_k": 20}')
     card = export(source, tmp_path / "out")
     assert "What is known of its training is not in the folder" in card and "None is recorded." in card
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -112,6 +113,7 @@ def test_several_files_of_weights_and_several_ends(tmp_path):
         == ends
         == load_tokenizer(str(tmp_path / "out")).stop_ids
     )
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).keys() == {"eos_token_id", "pad_token_id"}
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(p, tensors[name]) for name, p in hf.named_parameters())
 

