@@ -515,7 +515,7 @@ def test_a_rank_that_never_comes_ends_the_evaluation(tmp_path, monkeypatch, capf
 def test_a_machine_that_dies_ends_the_evaluation_on_the_other(byte_model, tmp_path):
     """Two torchruns as on two machines. After the second is gone, the first ends within hang_timeout and says who is missing,
     and the same command on one machine does the rest."""
-    rows = [a_row(prompt=[{"content": f"{i}+{i}=?", "role": "user"}], target=None) for i in range(16)]
+    rows = [a_row(prompt=[{"content": f"{i}+{i}=?", "role": "user"}], target=None) for i in range(48)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     front = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
@@ -530,15 +530,16 @@ def test_a_machine_that_dies_ends_the_evaluation_on_the_other(byte_model, tmp_pa
     while not (out / "samples" / "00001.jsonl").exists():  # the second one's first
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.01)
+    time.sleep(2.5 * guard.EVERY)  # until each has told the other where it is
     nodes[1].kill()  # its rank dies with it
     nodes[1].communicate()
     killed = time.time()
     _, err = nodes[0].communicate(timeout=120)
     assert nodes[0].returncode == 1 and time.time() - killed < 60, err[-3000:]
-    assert re.search(r"no rank made progress for 4 s \(hang_timeout\): rank 0: waiting for .*; rank 1: chunk \d+ of 16", err)
+    assert re.search(r"no rank made progress for 4 s \(hang_timeout\): rank 0: waiting for .*; rank 1: chunk \d+ of 48", err)
     before = os.listdir(out / "samples")
     done = subprocess.run([sys.executable, *argv, f"--out_dir={out}"], capture_output=True, text=True)
-    assert done.returncode == 0 and f"  {len(before) + 1} of 16 chunks" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and f"  {len(before) + 1} of 48 chunks" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.mark.slow

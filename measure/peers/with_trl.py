@@ -89,6 +89,11 @@ def main():
         {"prompt": r["prompt"], "answer": r["reward_model"]["ground_truth"]} for r in pq.read_table(spec["parquet"]).to_pylist()
     ]
     n, batch = spec["completion"], spec["prompts"] * spec["group"]
+    if spec["trl_sampler"] == "vllm" and spec["device"] == "cpu":
+        # With oneDNN, on CPUs that have AVX-512, vLLM keeps packed weights alone, and TRL cannot load others.
+        import vllm._custom_ops
+
+        vllm._custom_ops._supports_onednn = False
     if spec["trl_sampler"] == "vllm":
         sampling = dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=spec["gpu_memory"],
                         vllm_max_model_length=64 + n, vllm_importance_sampling_correction=False,
