@@ -1018,10 +1018,10 @@ def prepare_export(args):
     out = repo_path(args.out)
     check_new(out)
     source, files, weights = model_on_disk(model_path(args.model))
-    weights_digest(source)  # compares a checkpoint's files with what was written
+    digest = weights_digest(source)  # compares a checkpoint's files with what was written
     tokenizer = load_tokenizer(source)
-    card = model_card(source, os.path.basename(out), render_prompt(tokenizer, [QUESTION]), tokenizer, args.dtype, args.base,
-                      args.eval)  # fmt: skip
+    card = model_card(source, digest, os.path.basename(out), render_prompt(tokenizer, [QUESTION]), tokenizer, args.dtype,
+                      args.base, args.eval)  # fmt: skip
     with new_folder(out, source) as partial:
         path = lambda name: os.path.join(partial, name)
         copy_files(source, partial, [n for n in files if n in (*CONFIGS, *TOKENIZER) or n.endswith(".safetensors.index.json")])

@@ -9,7 +9,7 @@ import re
 
 from configurator import ROOT, UserError, first_line, free_knobs, read_script, repo_path
 from data import THINK
-from runtime.files import read_object, read_run, weights_digest
+from runtime.files import read_object, read_run
 from runtime.stats import read_scores
 from runtime.tokenizer import ends_in_words
 
@@ -17,9 +17,10 @@ SHOWN = ("n", "k", "greedy", "avg@k", "pass@k", "maj@k", "length", "truncated") 
 PROTOCOL = ("data", "template", "system", "k", "temperature", "max_tokens", "grader", "require_think", "grade_unclosed")
 
 
-def model_card(source, name, prompt, tokenizer, dtype, base, evaluation):
+def model_card(source, digest, name, prompt, tokenizer, dtype, base, evaluation):
     """The text of README.md for the model in the folder `source`.
 
+    digest       of its weights, files.weights_digest()
     name         the card's title
     prompt       a rendered prompt, for what it ends in
     base         the base model's name on the hub, or ""
@@ -31,7 +32,7 @@ def model_card(source, name, prompt, tokenizer, dtype, base, evaluation):
         raise UserError(f"--base={base}: write the name that the base model has on the hub, USER/NAME")
     run, _ = read_run(source) if os.path.isdir(os.path.join(source, "state")) else (None, None)
     parts = [front_matter(base), f"# {name}", *training(run, base), "## Accuracies"]
-    recorded = [*by_the_run(source, run), *by_eval(source, evaluation)]
+    recorded = [*by_the_run(source, run), *by_eval(source, digest, evaluation)]
     parts += recorded or ["None is recorded."]
     cast = f"Measured before the weights were cast to {dtype}; the cast model was not evaluated."
     parts += [cast] if recorded and dtype != "float32" else []
@@ -87,7 +88,7 @@ def by_the_run(source, run):
     return [f"By the run itself at step {run['step']}, samples at T={t:g}:", accuracies(rows)]
 
 
-def by_eval(source, evaluation):
+def by_eval(source, digest, evaluation):
     """Paragraphs on an evaluation by eval.py."""
     if not evaluation:
         return []
@@ -99,7 +100,7 @@ def by_eval(source, evaluation):
         weights, knobs = written["settings"]["weights"], written["knobs"]
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{folder}/settings.json does not tell which model was evaluated: {first_line(e)}") from None
-    if weights != weights_digest(source):
+    if weights != digest:
         raise UserError(f"--eval={evaluation} is of other weights ({knobs.get('model')}): evaluate {source} with eval.py")
     protocol = ", ".join(f"{k}={bare(knobs[k])}" for k in PROTOCOL if k in knobs)
     return [f"By `eval.py` ({protocol}):", accuracies(read_object(folder, "eval.json"))]

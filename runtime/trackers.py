@@ -19,6 +19,7 @@ class WandB:
     def __init__(self, config, run_id=None):
         import wandb
 
+        self.wandb = wandb
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default it would wait for the network for ever
         project, name = os.environ.get("WANDB_PROJECT", "nano-luffy"), os.path.basename(repo_path(config["out_dir"]))
         try:
@@ -28,21 +29,15 @@ class WandB:
 
     def log(self, record):
         """Send a step's metrics. Weights & Biases ignores the steps that it has already and that a resumed run repeats."""
-        import wandb
-
-        wandb.log(finite(record), step=record["step"])
+        self.wandb.log(finite(record), step=record["step"])
 
     def end(self, exit_code):
         """Wait until everything is sent, but not for ever."""
-        import wandb
-
-        wandb.finish(exit_code)
+        self.wandb.finish(exit_code)
 
     def drop(self):
         """Have nothing more to do with it: its own clean-up when the process ends would fail, or wait, once more."""
-        import wandb
-
-        wandb.teardown(1)
+        self.wandb.teardown(1)
 
 
 class TensorBoard:
